@@ -1,0 +1,130 @@
+"""The public attention function: check, choose a backend, call it."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+import torch
+
+from turboquant_vllm import ops, reference
+from turboquant_vllm.checks import QUERY_DTYPES, AttentionShape, check_attention, check_sm_scale
+from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+
+__all__ = ["BACKENDS", "choose_backend", "tq4_attention"]
+
+BACKENDS = ("triton", "reference")
+
+
+@overload
+def tq4_attention(
+    q: torch.Tensor,
+    k: TQ4Tensor,
+    v: TQ4Tensor | torch.Tensor,
+    codec: TQ4Codec,
+    *,
+    sm_scale: float | None = None,
+    is_causal: bool = False,
+    return_lse: Literal[False] = False,
+    backend: str = "auto",
+) -> torch.Tensor: ...
+
+
+@overload
+def tq4_attention(
+    q: torch.Tensor,
+    k: TQ4Tensor,
+    v: TQ4Tensor | torch.Tensor,
+    codec: TQ4Codec,
+    *,
+    sm_scale: float | None = None,
+    is_causal: bool = False,
+    return_lse: Literal[True],
+    backend: str = "auto",
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def tq4_attention(
+    q: torch.Tensor,
+    k: TQ4Tensor,
+    v: TQ4Tensor | torch.Tensor,
+    codec: TQ4Codec,
+    *,
+    sm_scale: float | None = None,
+    is_causal: bool = False,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention over a compressed cache, which is never written out decompressed.
+
+    Args:
+        q: ``[B, H_q, N_q, D]``, fp16, bf16 or fp32; any strides.
+        k: compressed keys of shape ``[B, H_kv, N_kv, D]``, H_q a multiple of H_kv; made by ``codec``.
+        v: compressed values of the same shape, or dense values ``[B, H_kv, N_kv, D]`` in q's dtype.
+        codec: gives the rotation and the levels; on q's device.
+        sm_scale: factor on the scores; None means ``1 / sqrt(D)``.
+        is_causal: query i sees keys ``0 .. N_kv - N_q + i`` (aligned to the bottom right).
+        return_lse: also return the log-sum-exp.
+        backend: "auto" (the best that can run, see ``turboquant info``), "triton" or "reference"; a named backend
+            that cannot run raises and never falls back.
+
+    Returns:
+        ``[B, H_q, N_q, D]`` in q's dtype; with ``return_lse`` also float32 ``[B, H_q, N_q]``, natural logarithm.
+        A query that sees no key gives zeros, and -inf as its log-sum-exp.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
+        RuntimeError: the named backend cannot run here.
+    """
+    if not isinstance(codec, TQ4Codec):
+        raise TypeError(f"codec must be a TQ4Codec, got {type(codec).__name__}")
+    if not isinstance(k, TQ4Tensor):
+        raise TypeError(f"k must be a TQ4Tensor, got {type(k).__name__}")
+    packed_values = isinstance(v, TQ4Tensor)
+    values, value_norms = v if packed_values else (v, None)
+    shape, k_norms, v_norms = check_attention(
+        q,
+        k.codes,
+        k.norms,
+        values,
+        value_norms,
+        codec.centroids,
+        codec.rotation,
+        names=("k.codes", "v.codes" if packed_values else "v"),
+    )
+    scale = check_sm_scale(sm_scale, shape.head_dim)
+    name, reason = choose_backend(q, shape, backend)
+    if reason:
+        raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+    run = _RUN[name]
+    out, lse = run(q, k.codes, k_norms, values, v_norms, codec.centroids, codec.rotation, scale, is_causal)
+    return (out, lse) if return_lse else out
+
+
+def choose_backend(q: torch.Tensor, shape: AttentionShape, backend: str = "auto") -> tuple[str, str]:
+    """The backend that serves a call, and why it cannot (an empty string where it can).
+
+    Raises:
+        ValueError: ``backend`` is no backend's name.
+    """
+    if backend == "auto":
+        return next((name, "") for name in BACKENDS if not why_not(name, q.device, q.dtype, shape))
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    return backend, why_not(backend, q.device, q.dtype, shape)
+
+
+def why_not(backend: str, device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> str:
+    """Why ``backend`` cannot serve such a call; empty where it can."""
+    if backend == "triton":
+        if not ops.has_triton():
+            return "the triton package is not installed"
+        if not ops.triton_runs_on(device):
+            return f"Triton does not run on {device.type} tensors here"
+    return ""
+
+
+def _triton(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.turboquant.triton_attention(*args)
+
+
+_RUN = {"triton": _triton, "reference": reference.attention}

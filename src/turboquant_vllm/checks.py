@@ -1,0 +1,195 @@
+"""Argument checks shared by every public entry point.
+
+Each error names the argument, what was expected and what came. Wrong types and dtypes raise TypeError, everything else
+ValueError. No check reads a tensor's contents, so none of them waits for a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+__all__ = [
+    "MAX_HEAD_DIM",
+    "AttentionShape",
+    "check_attention",
+    "check_dtype",
+    "check_head_dim",
+    "check_levels",
+    "check_packed",
+    "check_rotation",
+    "check_shape",
+    "check_sm_scale",
+]
+
+MAX_HEAD_DIM = 256
+QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Sizes of one attention call: ``q [batch, num_heads, q_len, head_dim]``, ``k, v [batch, num_kv_heads, kv_len, ...]``."""
+
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    q_len: int
+    kv_len: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+def check_head_dim(head_dim: int, *, minimum: int = 2) -> None:
+    """``head_dim`` must be an even int of at least ``minimum``."""
+    if isinstance(head_dim, bool) or not isinstance(head_dim, int):
+        raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
+    if head_dim < minimum or head_dim % 2:
+        raise ValueError(f"head_dim must be even and at least {minimum}, got {head_dim}")
+
+
+def check_dtype(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
+    """``tensor`` must be a tensor of one of ``dtypes``."""
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name} must be {expected}, got {tensor.dtype}")
+
+
+def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> None:
+    """``tensor`` must have the sizes in ``expected``; a string there is the name of a size that may be anything."""
+    got = tuple(tensor.shape)
+    agrees = len(got) == len(expected) and all(
+        isinstance(want, str) or have == want for have, want in zip(got, expected, strict=True)
+    )
+    if not agrees:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{name} must have shape [{wanted}], got {list(got)}")
+
+
+def check_device(name: str, tensor: torch.Tensor, device: torch.device, owner: str) -> None:
+    """``tensor`` must live where ``owner`` lives."""
+    if tensor.device != device:
+        raise ValueError(f"{name} must be on {device} like {owner}, got {tensor.device}")
+
+
+def check_levels(centroids: torch.Tensor) -> None:
+    """``centroids`` must be float32 ``[16]``; any order, any values."""
+    check_dtype("centroids", centroids, (torch.float32,))
+    check_shape("centroids", centroids, (16,))
+
+
+def check_rotation(rotation: torch.Tensor, head_dim: int) -> None:
+    """``rotation`` must be float32 ``[head_dim, head_dim]``."""
+    check_dtype("rotation", rotation, (torch.float32,))
+    check_shape("rotation", rotation, (head_dim, head_dim))
+
+
+def check_packed(
+    name: str, codes: torch.Tensor, norms: torch.Tensor, head_dim: int, lead: Sequence[int | str]
+) -> torch.Tensor:
+    """Codes uint8 ``[*lead, head_dim // 2]`` with norms float32 ``[*lead]`` or ``[*lead, 1]``; returns norms ``[*lead]``."""
+    check_dtype(name, codes, (torch.uint8,))
+    check_shape(name, codes, (*lead, head_dim // 2))
+    check_dtype(norms_name(name), norms, (torch.float32,))
+    rows = codes.shape[:-1]
+    if norms.shape == (*rows, 1):
+        norms = norms.squeeze(-1)
+    elif norms.shape != rows:
+        raise ValueError(f"{norms_name(name)} must have shape {list(rows)} or {[*rows, 1]}, got {list(norms.shape)}")
+    return norms
+
+
+def check_sm_scale(sm_scale: float | None, head_dim: int) -> float:
+    """The score scale as a float: ``1 / sqrt(head_dim)`` for None."""
+    if sm_scale is None:
+        return 1 / math.sqrt(head_dim)
+    if isinstance(sm_scale, bool) or not isinstance(sm_scale, (int, float)):
+        raise TypeError(f"sm_scale must be a float or None, got {type(sm_scale).__name__}")
+    return float(sm_scale)
+
+
+def check_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_norms: torch.Tensor | None,
+    v: torch.Tensor,
+    v_norms: torch.Tensor | None,
+    centroids: torch.Tensor | None,
+    rotation: torch.Tensor | None,
+    *,
+    names: tuple[str, str] = ("k", "v"),
+    query_dtypes: Sequence[torch.dtype] = QUERY_DTYPES,
+) -> tuple[AttentionShape, torch.Tensor | None, torch.Tensor | None]:
+    """Check one dense attention call; K or V is packed where its norms are given, else dense in q's dtype.
+
+    Args:
+        q: ``[batch, num_heads, q_len, head_dim]``, one of ``query_dtypes``.
+        k, v: uint8 codes ``[batch, num_kv_heads, kv_len, head_dim // 2]``, or dense ``[..., head_dim]`` in q's dtype.
+        k_norms, v_norms: float32 ``[batch, num_kv_heads, kv_len]``, a trailing 1 allowed; None for a dense tensor.
+        centroids: float32 ``[16]``; None where nothing is packed.
+        rotation: float32 ``[head_dim, head_dim]``; None where nothing is packed.
+        names: what the caller calls k and v.
+
+    Returns:
+        The sizes, and both norms without the trailing 1.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_dtype("q", q, query_dtypes)
+    check_shape("q", q, ("batch", "num_heads", "q_len", "head_dim"))
+    batch, num_heads, q_len, head_dim = q.shape
+    if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"q must have an even head_dim from 2 to {MAX_HEAD_DIM}, got {head_dim}")
+
+    k_name, v_name = names
+    k_norms = _check_operand(k_name, k, k_norms, q, ("num_kv_heads", "kv_len"))
+    num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    if num_kv_heads == 0 or num_heads % num_kv_heads:
+        raise ValueError(f"q must have a multiple of {k_name}'s {num_kv_heads} heads, got {num_heads}")
+    v_norms = _check_operand(v_name, v, v_norms, q, (num_kv_heads, kv_len))
+
+    if k_norms is not None or v_norms is not None:
+        if centroids is None or rotation is None:
+            raise TypeError("centroids and rotation must be given with packed keys or values, got None")
+        check_levels(centroids)
+        check_rotation(rotation, head_dim)
+    operands = {
+        k_name: k,
+        v_name: v,
+        norms_name(k_name): k_norms,
+        norms_name(v_name): v_norms,
+        "centroids": centroids,
+        "rotation": rotation,
+    }
+    for name, tensor in operands.items():
+        if tensor is not None:
+            check_device(name, tensor, q.device, "q")
+    return AttentionShape(batch, num_heads, num_kv_heads, q_len, kv_len, head_dim), k_norms, v_norms
+
+
+def norms_name(name: str) -> str:
+    """What a caller who says ``k_packed`` or ``k.codes`` calls the norms: ``k_norms`` or ``k.norms``."""
+    if name.endswith(".codes"):
+        return name.removesuffix("codes") + "norms"
+    return name.removesuffix("_packed") + "_norms"
+
+
+def _check_operand(
+    name: str, tensor: torch.Tensor, norms: torch.Tensor | None, q: torch.Tensor, lead: tuple[int | str, int | str]
+) -> torch.Tensor | None:
+    """Check K or V against q; ``lead`` is its expected ``(num_kv_heads, kv_len)``. Returns the norms without trailing 1."""
+    batch, _, _, head_dim = q.shape
+    if norms is not None:
+        return check_packed(name, tensor, norms, head_dim, (batch, *lead))
+    check_dtype(name, tensor, (q.dtype,))
+    check_shape(name, tensor, (batch, *lead, head_dim))
+    return None

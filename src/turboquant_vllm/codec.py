@@ -1,0 +1,253 @@
+"""TQ4Codec: compress vectors to 4 bits per coordinate, and back; save and load.
+
+    codec = TQ4Codec(128)
+    t = codec.compress(keys)              # keys [..., 128] -> t.codes uint8 [..., 64], t.norms float32 [...]
+    keys_again = codec.decompress(t)      # relative error |x - x'|^2 / |x|^2 about 0.0093
+
+The work is done by the operators of :mod:`turboquant_vllm.ops`, on whatever device the tensors are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from turboquant_vllm import ops  # noqa: F401  (registers the operators)
+from turboquant_vllm.checks import check_device, check_dtype, check_head_dim, check_packed, check_shape
+from turboquant_vllm.codebook import lloyd_max
+from turboquant_vllm.rotation import RotationKind, haar, randomized_hadamard, rotation_kind
+
+__all__ = ["TQ4Codec", "TQ4Tensor"]
+
+_FORMAT = "turboquant-tq4"
+_VERSION = "1"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Linear-algebra libraries differ in a Haar matrix's last bits; anything beyond that is another rotation.
+_SAME_ROTATION = 1e-5
+
+
+class TQ4Tensor(NamedTuple):
+    """Vectors in 4 bits per coordinate.
+
+    Attributes:
+        codes: uint8 ``[..., head_dim // 2]``; byte i holds coordinate 2i (high nibble) and 2i + 1 (low nibble).
+        norms: float32 ``[...]``, one scale per vector.
+    """
+
+    codes: torch.Tensor
+    norms: torch.Tensor
+
+    @property
+    def head_dim(self) -> int:
+        """Coordinates per vector."""
+        return 2 * self.codes.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the vectors that this stands for, ``[..., head_dim]``."""
+        return torch.Size((*self.codes.shape[:-1], self.head_dim))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and norms."""
+        return self.codes.nbytes + self.norms.nbytes
+
+    def to(self, device: torch.device | str) -> TQ4Tensor:
+        """The same vectors on another device."""
+        return TQ4Tensor(self.codes.to(device), self.norms.to(device))
+
+
+class TQ4Codec:
+    """A rotation and 16 levels: everything needed to compress vectors of one head dimension and to read them back.
+
+    Args:
+        head_dim: coordinates per vector, even and at least 16.
+        seed: of the rotation, a non-negative int. Caches written with one seed cannot be read with another.
+        rotation: "hadamard" (randomized Hadamard, powers of two only), "haar", or "auto" (the first that exists).
+        device: where rotation and levels are kept; tensors to compress must be there too.
+
+    Attributes:
+        rotation: float32 ``[head_dim, head_dim]``, orthogonal.
+        centroids: float32 ``[16]``, ascending.
+        boundaries: float32 ``[15]``, between neighbouring centroids.
+        rotation_kind: "hadamard" or "haar".
+
+    Raises:
+        TypeError, ValueError: an argument out of its range.
+    """
+
+    rotation: torch.Tensor
+    centroids: torch.Tensor
+    boundaries: torch.Tensor
+    rotation_kind: RotationKind
+
+    def __init__(
+        self, head_dim: int, *, seed: int = 0, rotation: str = "auto", device: torch.device | str | None = None
+    ) -> None:
+        check_head_dim(head_dim, minimum=16)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative, got {seed}")
+        self.head_dim = head_dim
+        self.seed = seed
+        self.rotation_kind = rotation_kind(head_dim, rotation)
+        matrix = (randomized_hadamard if self.rotation_kind == "hadamard" else haar)(head_dim, seed)
+        book = lloyd_max(head_dim, 4)
+        self.rotation = matrix.to(device=device, copy=True)
+        self.centroids = torch.tensor(book.centroids, dtype=torch.float32, device=device)
+        self.boundaries = torch.tensor(book.boundaries, dtype=torch.float32, device=device)
+
+    def __repr__(self) -> str:
+        return (
+            f"TQ4Codec(head_dim={self.head_dim}, seed={self.seed}, rotation={self.rotation_kind!r}, "
+            f"device={str(self.device)!r})"
+        )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rotation and the levels are."""
+        return self.rotation.device
+
+    def to(self, device: torch.device | str) -> TQ4Codec:
+        """The same codec with its rotation and levels on another device."""
+        other = object.__new__(TQ4Codec)
+        other.head_dim, other.seed, other.rotation_kind = self.head_dim, self.seed, self.rotation_kind
+        other.rotation = self.rotation.to(device)
+        other.centroids = self.centroids.to(device)
+        other.boundaries = self.boundaries.to(device)
+        return other
+
+    def compress(self, x: torch.Tensor) -> TQ4Tensor:
+        """Compress vectors.
+
+        Args:
+            x: ``[..., head_dim]``, fp16, bf16, fp32 or fp64, any strides, on the codec's device.
+
+        Returns:
+            codes uint8 ``[..., head_dim // 2]``, norms float32 ``[...]``; contiguous. The zero vector keeps norm 0 and
+            comes back as zeros; a vector with a NaN or Inf comes back with NaN or Inf.
+
+        Raises:
+            TypeError, ValueError: ``x`` has another dtype, last size or device.
+        """
+        check_dtype("x", x, _FLOATS)
+        check_shape("x", x, (*x.shape[:-1], self.head_dim) if x.dim() else ("...", self.head_dim))
+        check_device("x", x, self.device, "the codec")
+        codes, norms = torch.ops.turboquant.compress(x, self.rotation, self.boundaries, self._signs)
+        return TQ4Tensor(codes, norms)
+
+    def decompress(self, t: TQ4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Reconstruct vectors ``[..., head_dim]`` in ``dtype`` (fp16, bf16, fp32 or fp64).
+
+        Raises:
+            TypeError, ValueError: ``t`` is no compressed tensor of this head_dim and device, or ``dtype`` is no such dtype.
+        """
+        codes, norms = self._check(t)
+        if dtype not in _FLOATS:
+            raise TypeError(f"dtype must be one of {_FLOATS}, got {dtype}")
+        run = torch.ops.turboquant.decompress
+        return run(codes, norms, self.centroids, self.rotation, self._signs, dtype)
+
+    def save(self, path: str | os.PathLike[str], t: TQ4Tensor) -> None:
+        """Write ``t`` with the rotation and levels that read it to a safetensors file, with a checksum.
+
+        The file is replaced in one step, so that a reader never sees half of it.
+        """
+        codes, norms = self._check(t)
+        tensors = {"codes": codes, "norms": norms, "centroids": self.centroids, "rotation": self.rotation}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        header = {"head_dim": self.head_dim, "seed": self.seed, "rotation_kind": self.rotation_kind}
+        metadata = {"format": _FORMAT, "version": _VERSION, "codec": json.dumps(header), "sha256": _checksum(tensors)}
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        try:
+            save_file(tensors, partial, metadata=metadata)
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    def load(self, path: str | os.PathLike[str]) -> TQ4Tensor:
+        """Read a file of :meth:`save` to the codec's device.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not such a file, another format version, a wrong checksum, or written by a codec with another
+                head_dim, rotation or levels.
+        """
+        tensors, header = _read(Path(path))
+        if header["head_dim"] != self.head_dim:
+            raise ValueError(f"{path}: expected head_dim {self.head_dim}, got {header['head_dim']}")
+        if not torch.allclose(tensors["rotation"], self.rotation.cpu(), rtol=0, atol=_SAME_ROTATION):
+            mine = f"seed {self.seed}, {self.rotation_kind}"
+            theirs = f"seed {header['seed']}, {header['rotation_kind']}"
+            raise ValueError(f"{path}: expected the rotation of this codec ({mine}), got another ({theirs})")
+        if not torch.equal(tensors["centroids"], self.centroids.cpu()):
+            raise ValueError(f"{path}: expected the centroids of this codec, got others")
+        return TQ4Tensor(tensors["codes"].to(self.device), tensors["norms"].to(self.device))
+
+    @property
+    def _signs(self) -> bool:
+        """Whether the rotation is signs over sqrt(head_dim), which kernels multiply by exactly in half precision."""
+        return self.rotation_kind == "hadamard"
+
+    def _check(self, t: TQ4Tensor) -> TQ4Tensor:
+        if not isinstance(t, TQ4Tensor):
+            raise TypeError(f"t must be a TQ4Tensor, got {type(t).__name__}")
+        check_dtype("t.codes", t.codes, (torch.uint8,))
+        if t.codes.dim() == 0:
+            raise ValueError(f"t.codes must have shape [..., {self.head_dim // 2}], got []")
+        norms = check_packed("t.codes", t.codes, t.norms, self.head_dim, t.codes.shape[:-1])
+        check_device("t.codes", t.codes, self.device, "the codec")
+        check_device("t.norms", norms, self.device, "the codec")
+        return TQ4Tensor(t.codes, norms)
+
+
+def _checksum(tensors: dict[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+    """Tensors and header of a file that :meth:`TQ4Codec.save` wrote; ValueError for anything else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"{path}: expected format {_FORMAT!r}, got {metadata.get('format')!r}")
+    if metadata.get("version") != _VERSION:
+        raise ValueError(f"{path}: expected format version {_VERSION}, got {metadata.get('version')}")
+    if set(tensors) != {"codes", "norms", "centroids", "rotation"}:
+        raise ValueError(f"{path}: expected codes, norms, centroids and rotation, got {sorted(tensors)}")
+    checksum = _checksum(tensors)
+    if metadata.get("sha256") != checksum:
+        raise ValueError(f"{path}: expected checksum {metadata.get('sha256')}, got {checksum}")
+    header = json.loads(metadata["codec"])
+    head_dim = header["head_dim"]
+    codes, norms = tensors["codes"], tensors["norms"]
+    if codes.shape[-1] * 2 != head_dim or norms.shape != codes.shape[:-1]:
+        raise ValueError(
+            f"{path}: expected codes [..., {head_dim // 2}] and norms [...], got {list(codes.shape)}, {list(norms.shape)}"
+        )
+    return tensors, header

@@ -1,0 +1,121 @@
+"""The operators: schema, shape inference and autograd rule of each, and where its kernel is found.
+
+Everything here needs torch alone. A kernel's module is imported when its operator first runs on real data, so tracing
+with ``torch.compile`` and importing this package load neither Triton nor a compiler. All operators are forward only.
+
+    turboquant::compress            vectors -> codes, norms             Triton on a GPU, else the reference
+    turboquant::decompress          codes, norms -> vectors             Triton on a GPU, else the reference
+    turboquant::triton_attention    attention, packed or dense K and V  Triton
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.library import Library
+
+from turboquant_vllm import reference
+
+__all__ = ["has_triton", "triton_runs_on"]
+
+_LIBRARY = Library("turboquant", "DEF")
+
+
+@lru_cache(maxsize=1)
+def has_triton() -> bool:
+    """Whether the triton package can be imported."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether Triton kernels run on tensors of ``device``."""
+    return device.type in ("cuda", "xpu") and has_triton()
+
+
+@lru_cache(maxsize=None)
+def _kernel(path: str) -> Callable[..., Any]:
+    """The function at ``module:name``, imported on first use."""
+    module, name = path.split(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Register one operator: ``run`` for every device, ``fake`` for tracing, and a backward that says there is none."""
+    _LIBRARY.define(f"{name}{schema}")
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"turboquant::{name}", fake, lib=_LIBRARY)
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise NotImplementedError(f"turboquant::{name} has no backward: a quantised cache is for inference")
+
+    torch.library.register_autograd(f"turboquant::{name}", backward, lib=_LIBRARY)
+
+
+def _compress(x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor, signs: bool) -> Any:
+    if triton_runs_on(x.device):
+        return _kernel("turboquant_vllm.triton.compress:compress")(x, rotation, boundaries, signs)
+    return reference.compress(x, rotation, boundaries)
+
+
+def _compress_fake(x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor, signs: bool) -> Any:
+    codes = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
+    return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
+def _decompress(
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    centroids: torch.Tensor,
+    rotation: torch.Tensor,
+    signs: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if triton_runs_on(codes.device) and dtype != torch.float64:
+        run = _kernel("turboquant_vllm.triton.compress:decompress")
+        return run(codes, norms, centroids, rotation, signs, dtype)
+    return reference.decompress(codes, norms, centroids, rotation, dtype)
+
+
+def _decompress_fake(
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    centroids: torch.Tensor,
+    rotation: torch.Tensor,
+    signs: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return codes.new_empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=dtype)
+
+
+def _triton_attention(*args: Any) -> Any:
+    return _kernel("turboquant_vllm.triton.launch:attention")(*args)
+
+
+def _attention_fake(q: torch.Tensor, *args: Any) -> Any:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
+
+
+_define(
+    "compress",
+    "(Tensor x, Tensor rotation, Tensor boundaries, bool signs) -> (Tensor, Tensor)",
+    _compress,
+    _compress_fake,
+)
+_define(
+    "decompress",
+    "(Tensor codes, Tensor norms, Tensor centroids, Tensor rotation, bool signs, ScalarType dtype) -> Tensor",
+    _decompress,
+    _decompress_fake,
+)
+_define(
+    "triton_attention",
+    "(Tensor q, Tensor k, Tensor? k_norms, Tensor v, Tensor? v_norms, Tensor? centroids, Tensor? rotation, "
+    "float sm_scale, bool is_causal) -> (Tensor, Tensor)",
+    _triton_attention,
+    _attention_fake,
+)

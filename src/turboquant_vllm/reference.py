@@ -1,0 +1,172 @@
+"""Every operation in plain PyTorch: the definition that the kernels are tested against, and the CPU backend.
+
+Layout, for a head dimension D (see docs/architecture.md for the whole contract):
+
+- codes: uint8 ``[..., D // 2]``; byte i holds coordinate 2i in its high nibble and 2i + 1 in its low nibble;
+- norms: float32 ``[...]``, one per vector;
+- a vector is ``norm * centroids[codes] @ rotation``.
+
+Arithmetic is float32, or float64 where the first argument is float64.
+"""
+
+from __future__ import annotations
+
+import torch
+
+__all__ = ["attention", "compress", "decompress", "merge_attention_states", "unpack_codes"]
+
+# Vectors outside this range are scaled by a power of two before their squares are summed, so that none over- or underflows.
+_LARGE, _SMALL, _SHIFT = 1e15, 1e-15, 2.0**100
+
+
+def compress(x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise vectors: rotate ``x / |x|``, keep each coordinate's cell and the norm.
+
+    Args:
+        x: ``[..., D]``, any floating dtype.
+        rotation: float32 ``[D, D]``, orthogonal.
+        boundaries: float32 ``[15]``, ascending; code = number of boundaries below the coordinate.
+
+    Returns:
+        codes uint8 ``[..., D // 2]`` and norms float32 ``[...]``. The zero vector has norm 0. A NaN or Inf anywhere in
+        a vector makes its norm NaN or Inf.
+    """
+    x = x.to(_compute_dtype(x))
+    largest = x.abs().amax(-1, keepdim=True)
+    shift = torch.ones_like(largest)
+    shift = torch.where(largest > _LARGE, 1 / _SHIFT, torch.where(largest < _SMALL, _SHIFT, shift))
+    scaled = x * shift
+    length = scaled.square().sum(-1, keepdim=True).sqrt()
+    y = scaled @ rotation.to(x.dtype).T / torch.where(length > 0, length, 1.0)
+    # The cell of a NaN is arbitrary, but it is the same in every implementation.
+    code = torch.bucketize(y.nan_to_num(nan=-1.0), boundaries.to(x.dtype)).to(torch.uint8)
+    codes = code[..., 0::2] << 4 | code[..., 1::2]
+    return codes, (length / shift).squeeze(-1).float()
+
+
+def decompress(
+    codes: torch.Tensor, norms: torch.Tensor, centroids: torch.Tensor, rotation: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Reconstruct vectors ``norms * (centroids[codes] @ rotation)`` in ``dtype``, ``[..., D]``.
+
+    Args:
+        codes: uint8 ``[..., D // 2]``.
+        norms: float32 ``[...]``.
+        centroids: float32 ``[16]``, in any order.
+        rotation: float32 ``[D, D]``.
+        dtype: any floating dtype; float64 computes in float64.
+    """
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    levels = centroids.to(compute)[unpack_codes(codes)]
+    return (levels @ rotation.to(compute) * norms.to(compute).unsqueeze(-1)).to(dtype)
+
+
+def unpack_codes(codes: torch.Tensor) -> torch.Tensor:
+    """Indices of the levels, int64 ``[..., D]``, from packed codes ``[..., D // 2]``."""
+    return torch.stack([codes >> 4, codes & 15], -1).flatten(-2).long()
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_norms: torch.Tensor | None,
+    v: torch.Tensor,
+    v_norms: torch.Tensor | None,
+    centroids: torch.Tensor | None,
+    rotation: torch.Tensor | None,
+    sm_scale: float,
+    is_causal: bool,
+    *,
+    block: int = 512,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over packed or dense keys and values, streaming over blocks of keys.
+
+    Args:
+        q: ``[B, H_q, N_q, D]``; query head h reads key/value head ``h // (H_q // H_kv)``.
+        k, v: codes uint8 ``[B, H_kv, N_kv, D // 2]`` where norms are given, else dense ``[B, H_kv, N_kv, D]``.
+        k_norms, v_norms: float32 ``[B, H_kv, N_kv]``, or None.
+        centroids: float32 ``[16]``; rotation: float32 ``[D, D]``; None where nothing is packed.
+        sm_scale: factor on the scores.
+        is_causal: query i sees keys ``0 .. N_kv - N_q + i`` (aligned to the bottom right).
+        block: keys per step; the memory used grows with ``N_q * block``.
+
+    Returns:
+        out in q's dtype and shape, and lse ``[B, H_q, N_q]``, the natural logarithm of the sum of exponentials. A query
+        that sees no key has zeros and -inf. A NaN or Inf that a packed key or value shows to a query reaches its row.
+    """
+    compute = _compute_dtype(q)
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = num_heads // num_kv_heads
+
+    query = q.to(compute)
+    if k_norms is not None:
+        assert rotation is not None
+        query = query @ rotation.to(compute).T
+    query = query.reshape(batch, num_kv_heads, group * q_len, head_dim) * sm_scale  # rows: head of the group, position
+    last = torch.arange(q_len, device=q.device).repeat(group) + (kv_len - q_len if is_causal else kv_len)
+
+    shape = (batch, num_kv_heads, group * q_len)
+    top = torch.full(shape, float("-inf"), dtype=compute, device=q.device)
+    total = torch.zeros(shape, dtype=compute, device=q.device)
+    acc = torch.zeros((*shape, head_dim), dtype=compute, device=q.device)
+    for start in range(0, kv_len, block):
+        stop = min(start + block, kv_len)
+        keys, key_scale = _tile(k, k_norms, centroids, start, stop, compute)
+        values, value_scale = _tile(v, v_norms, centroids, start, stop, compute)
+        visible = torch.arange(start, stop, device=q.device) <= last[:, None]
+        score = (query @ keys.transpose(-1, -2) * key_scale).masked_fill(~visible, float("-inf"))
+        new_top = torch.maximum(top, score.amax(-1))
+        anchor = torch.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
+        p = torch.exp(score - anchor.unsqueeze(-1))
+        keep = torch.exp(top - anchor)
+        total = total * keep + p.sum(-1)
+        # A hidden value's scale never enters, not even as 0 * NaN.
+        weight = (p * value_scale).masked_fill(~visible, 0.0)
+        acc = acc * keep.unsqueeze(-1) + weight @ values
+        top = new_top
+
+    seen = total != 0  # NaN counts as seen
+    out = torch.where(seen.unsqueeze(-1), acc / total.unsqueeze(-1), 0.0)
+    if v_norms is not None:
+        assert rotation is not None
+        out = out @ rotation.to(compute)
+    lse = torch.where(seen, top + total.log(), float("-inf"))
+    return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, num_heads, q_len)
+
+
+def merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join attention over disjoint sets of keys into attention over their union.
+
+    Args:
+        outs: ``[S, ..., D]``, the S partial results.
+        lses: ``[S, ...]``, their log-sum-exps (natural logarithm); -inf marks a part that saw no key.
+
+    Returns:
+        out ``[..., D]`` in ``outs``' dtype, and lse ``[...]`` in ``lses``' dtype.
+    """
+    compute = _compute_dtype(lses)
+    lse = torch.logsumexp(lses.to(compute), 0)
+    weight = torch.exp(lses.to(compute) - torch.where(lse == float("-inf"), 0.0, lse)).unsqueeze(-1)
+    out = (torch.where(weight == 0, 0.0, outs.to(compute)) * weight).sum(0)
+    return out.to(outs.dtype), lse.to(lses.dtype)
+
+
+def _tile(
+    x: torch.Tensor,
+    norms: torch.Tensor | None,
+    centroids: torch.Tensor | None,
+    start: int,
+    stop: int,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys or values ``start:stop`` as ``[B, H_kv, n, D]``, and the factor ``[B, H_kv, 1, n]`` on their scores or weights."""
+    if norms is None:
+        return x[:, :, start:stop].to(dtype), torch.ones((), dtype=dtype, device=x.device)
+    assert centroids is not None
+    levels = centroids.to(dtype)[unpack_codes(x[:, :, start:stop])]
+    return levels, norms[:, :, None, start:stop].to(dtype)
+
+
+def _compute_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
