@@ -1,0 +1,1 @@
+"""Native NVIDIA kernels for the hot path, compiled at first use."""

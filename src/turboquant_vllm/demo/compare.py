@@ -1,0 +1,155 @@
+"""The demo's measurements: one model with exact attention, the same model with TQ4 attention, the same text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+
+from turboquant_vllm import lloyd_max
+from turboquant_vllm.demo import text
+from turboquant_vllm.demo.attention import ATTENTION_NAME, Observer, register
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tokenizers import Tokenizer
+
+# A transformers LlamaForCausalLM, whose own annotations do not fit its calls.
+Model: TypeAlias = Any
+
+
+def load(folder: Path, device: torch.device) -> tuple[Tokenizer, Model, Model]:
+    """Tokenizer, model with exact attention (sdpa) and model with TQ4 attention: float32 on a CPU, else bfloat16.
+
+    Raises:
+        FileNotFoundError: `folder` holds no model.
+    """
+    from tokenizers import Tokenizer
+    from transformers import LlamaForCausalLM
+
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"model: expected {name} in {folder}, found none")
+    register()
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    models: list[Model] = []
+    with _no_loading_bar():
+        for attention in ("sdpa", ATTENTION_NAME):
+            model: Model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
+            models.append(model.to(device).eval())
+    exact, quantised = models
+    return Tokenizer.from_file(str(folder / "tokenizer.json")), exact, quantised
+
+
+@contextmanager
+def _no_loading_bar() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def held_out_windows(tokenizer: Tokenizer, length: int, count: int) -> torch.Tensor:
+    """`count` windows of held-out text spread evenly over all of it, or all when there are fewer.
+
+    Returns:
+        Token ids int64 `[count, length + 1]`: inputs and, shifted by one, targets.
+    """
+    found = text.windows(text.encode(text.gather()["test"], tokenizer), length)
+    return found[torch.linspace(0, len(found) - 1, min(count, len(found))).long()]
+
+
+@torch.inference_mode()
+def compare(
+    exact: Model, quantised: Model, windows: torch.Tensor, advance: Callable[[], None]
+) -> tuple[dict[str, Any], Observer]:
+    """Both models' losses and agreement on `windows` `[n, length + 1]`, and what the quantiser did on the way.
+
+    Args:
+        exact, quantised: from `load`.
+        windows: token ids on the models' device.
+        advance: called after each window.
+
+    Returns:
+        Figures by name, and the observer with the histograms of keys and values.
+    """
+    observer = Observer()
+    loss = {"exact": 0.0, "tq4": 0.0}
+    agreed = 0
+    for window in windows:
+        inputs, targets = window[None, :-1], window[1:]
+        exact_logits = exact(inputs, use_cache=False).logits[0].float()  # [length, vocabulary]
+        tq4_logits = quantised(inputs, use_cache=False, observer=observer).logits[0].float()
+        loss["exact"] += F.cross_entropy(exact_logits, targets, reduction="sum").item()
+        loss["tq4"] += F.cross_entropy(tq4_logits, targets, reduction="sum").item()
+        agreed += int((exact_logits.argmax(-1) == tq4_logits.argmax(-1)).sum())
+        advance()
+    count = windows[:, 1:].numel()
+    config = exact.config
+    bf16 = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * torch.bfloat16.itemsize
+    tq4 = observer.bytes / count
+    perplexity = {name: math.exp(total / count) for name, total in loss.items()}
+    figures = {
+        "windows": len(windows),
+        "tokens": count,
+        "head_dim": config.head_dim,
+        "bytes_per_token": {"bf16": bf16, "tq4": tq4},
+        "compression": bf16 / tq4,
+        "perplexity": perplexity,
+        "perplexity_change_percent": 100 * (perplexity["tq4"] / perplexity["exact"] - 1),
+        "argmax_agreement": agreed / count,
+        "attention_error": observer.attention_error,
+        "vector_error": {**observer.vector_error, "expected": config.head_dim * lloyd_max(config.head_dim, 4).mse},
+    }
+    return figures, observer
+
+
+@torch.inference_mode()
+def continue_prompt(
+    exact: Model,
+    quantised: Model,
+    tokenizer: Tokenizer,
+    tokens: torch.Tensor,
+    prompt: int,
+    new: int,
+) -> dict[str, Any]:
+    """Greedy continuations of the first `prompt` of `tokens` `[n]` by up to `new` tokens, under both models.
+
+    Returns:
+        Texts "prompt", "exact", "tq4" and "held_out" (what the file says), and "same_tokens", the length of the
+        continuations' common beginning.
+    """
+    inputs = tokens[None, :prompt].to(exact.device)
+    written = {}
+    for name, model in (("exact", exact), ("tq4", quantised)):
+        output = model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            do_sample=False,
+            max_new_tokens=new,
+            pad_token_id=model.config.eos_token_id,
+        )
+        written[name] = output[0, prompt:].tolist()
+    pairs = enumerate(zip(written["exact"], written["tq4"], strict=False))
+    shortest = min(len(ids) for ids in written.values())
+    texts = {
+        "prompt": tokens[:prompt].tolist(),
+        **written,
+        "held_out": tokens[prompt : prompt + new].tolist(),
+    }
+    return {
+        **{name: tokenizer.decode(ids) for name, ids in texts.items()},
+        "same_tokens": next((index for index, (left, right) in pairs if left != right), shortest),
+        "new_tokens": len(written["exact"]),
+    }
