@@ -166,9 +166,7 @@ def test_defines_reach_the_source() -> None:
 
 def test_a_compile_error_names_kernel_and_arch_and_shows_the_log(folder: Path) -> None:
     pytest.importorskip("cuda.core")
-    with pytest.raises(
-        RuntimeError, match=r"could not compile decode for sm_90: (?s:.*)\"missing\" is undefined"
-    ) as info:
+    with pytest.raises(RuntimeError, match=r"could not compile decode for sm_90: (?s:.*)\"missing\" is undefined") as info:
         runtime.compile_cubin('extern "C" __global__ void k(int* x) { *x = missing; }', arch="sm_90", name="decode")
     assert "\0" not in str(info.value)
     greedy = 'extern "C" __global__ void k(int* x) { __shared__ int y[99999]; y[*x] = 1; __syncthreads(); *x = y[3]; }'
@@ -299,9 +297,7 @@ def test_a_damaged_entry_is_rebuilt(
     assert path.read_bytes() == intact
 
 
-def test_an_entry_of_another_key_is_not_trusted(
-    compilations: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_entry_of_another_key_is_not_trusted(compilations: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, other = compile_k(), compile_k(source="other")
     (folder / f"{other.key}.bin").replace(folder / f"{first.key}.bin")
     forget(monkeypatch)

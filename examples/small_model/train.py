@@ -189,9 +189,7 @@ def unigram_loss(train_tokens: torch.Tensor, test: torch.Tensor) -> float:
     return -(counts / counts.sum()).log()[test[:, 1:].cpu()].mean().item()
 
 
-def continuations(
-    model: LlamaForCausalLM, tokenizer: Tokenizer, test: torch.Tensor, count: int
-) -> list[dict[str, str]]:
+def continuations(model: LlamaForCausalLM, tokenizer: Tokenizer, test: torch.Tensor, count: int) -> list[dict[str, str]]:
     """Continue `count` held-out prompts of 96 tokens by 64 tokens, greedily and sampled."""
     model.eval()
     separator = tokenizer.token_to_id(END_OF_TEXT)
@@ -304,8 +302,7 @@ def main() -> None:
             print(f"--- {name}\n{text}")
     bytes_per_token = size["test"] / tokens["test"].numel()
     splits: dict[Split, dict[str, int]] = {
-        split: {"files": len(documents[split]), "bytes": size[split], "tokens": tokens[split].numel()}
-        for split in documents
+        split: {"files": len(documents[split]), "bytes": size[split], "tokens": tokens[split].numel()} for split in documents
     }
     record = {
         "date": args.date or datetime.date.today().isoformat(),

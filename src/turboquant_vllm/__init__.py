@@ -1,10 +1,10 @@
 """4-bit key/value caches for transformers ("TQ4", after TurboQuant), and attention that reads them directly.
 
-    from turboquant_vllm import TQ4Codec, tq4_attention
+from turboquant_vllm import TQ4Codec, tq4_attention
 
-    codec = TQ4Codec(head_dim=128, device="cuda")
-    k, v = codec.compress(keys), codec.compress(values)     # [B, H_kv, N_kv, 128] -> 136 bytes a token and head
-    out = tq4_attention(q, k, v, codec, is_causal=True)     # [B, H_q, N_q, 128]
+codec = TQ4Codec(head_dim=128, device="cuda")
+k, v = codec.compress(keys), codec.compress(values)     # [B, H_kv, N_kv, 128] -> 136 bytes a token and head
+out = tq4_attention(q, k, v, codec, is_causal=True)     # [B, H_q, N_q, 128]
 """
 
 from turboquant_vllm.attention import tq4_attention

@@ -7,7 +7,7 @@ from typing import Literal, overload
 import torch
 
 from turboquant_vllm import ops, reference
-from turboquant_vllm.checks import QUERY_DTYPES, AttentionShape, check_attention, check_sm_scale
+from turboquant_vllm.checks import AttentionShape, check_attention, check_sm_scale
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 
 __all__ = ["BACKENDS", "choose_backend", "tq4_attention"]
@@ -90,6 +90,7 @@ def tq4_attention(
         codec.centroids,
         codec.rotation,
         names=("k.codes", "v.codes" if packed_values else "v"),
+        packed=(True, packed_values),
     )
     scale = check_sm_scale(sm_scale, shape.head_dim)
     name, reason = choose_backend(q, shape, backend)

@@ -54,7 +54,7 @@ def check_head_dim(head_dim: int, *, minimum: int = 2) -> None:
         raise ValueError(f"head_dim must be even and at least {minimum}, got {head_dim}")
 
 
-def check_dtype(name: str, tensor: torch.Tensor, dtypes: Sequence[torch.dtype]) -> None:
+def check_dtype(name: str, tensor: object, dtypes: Sequence[torch.dtype]) -> None:
     """``tensor`` must be a tensor of one of ``dtypes``."""
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
@@ -80,20 +80,20 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device, owner: s
         raise ValueError(f"{name} must be on {device} like {owner}, got {tensor.device}")
 
 
-def check_levels(centroids: torch.Tensor) -> None:
+def check_levels(centroids: torch.Tensor | None) -> None:
     """``centroids`` must be float32 ``[16]``; any order, any values."""
     check_dtype("centroids", centroids, (torch.float32,))
     check_shape("centroids", centroids, (16,))
 
 
-def check_rotation(rotation: torch.Tensor, head_dim: int) -> None:
+def check_rotation(rotation: torch.Tensor | None, head_dim: int) -> None:
     """``rotation`` must be float32 ``[head_dim, head_dim]``."""
     check_dtype("rotation", rotation, (torch.float32,))
     check_shape("rotation", rotation, (head_dim, head_dim))
 
 
 def check_packed(
-    name: str, codes: torch.Tensor, norms: torch.Tensor, head_dim: int, lead: Sequence[int | str]
+    name: str, codes: torch.Tensor, norms: torch.Tensor | None, head_dim: int, lead: Sequence[int | str]
 ) -> torch.Tensor:
     """Codes uint8 ``[*lead, head_dim // 2]`` with norms float32 ``[*lead]`` or ``[*lead, 1]``; returns norms ``[*lead]``."""
     check_dtype(name, codes, (torch.uint8,))
@@ -126,17 +126,18 @@ def check_attention(
     rotation: torch.Tensor | None,
     *,
     names: tuple[str, str] = ("k", "v"),
-    query_dtypes: Sequence[torch.dtype] = QUERY_DTYPES,
+    packed: tuple[bool, bool],
 ) -> tuple[AttentionShape, torch.Tensor | None, torch.Tensor | None]:
-    """Check one dense attention call; K or V is packed where its norms are given, else dense in q's dtype.
+    """Check one attention call over whole tensors of keys and values, each packed or dense.
 
     Args:
-        q: ``[batch, num_heads, q_len, head_dim]``, one of ``query_dtypes``.
+        q: ``[batch, num_heads, q_len, head_dim]``, fp16, bf16 or fp32.
         k, v: uint8 codes ``[batch, num_kv_heads, kv_len, head_dim // 2]``, or dense ``[..., head_dim]`` in q's dtype.
         k_norms, v_norms: float32 ``[batch, num_kv_heads, kv_len]``, a trailing 1 allowed; None for a dense tensor.
         centroids: float32 ``[16]``; None where nothing is packed.
         rotation: float32 ``[head_dim, head_dim]``; None where nothing is packed.
         names: what the caller calls k and v.
+        packed: whether k and v are packed.
 
     Returns:
         The sizes, and both norms without the trailing 1.
@@ -144,22 +145,20 @@ def check_attention(
     Raises:
         TypeError, ValueError: naming the argument, what was expected and what came.
     """
-    check_dtype("q", q, query_dtypes)
+    check_dtype("q", q, QUERY_DTYPES)
     check_shape("q", q, ("batch", "num_heads", "q_len", "head_dim"))
     batch, num_heads, q_len, head_dim = q.shape
     if head_dim % 2 or not 2 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"q must have an even head_dim from 2 to {MAX_HEAD_DIM}, got {head_dim}")
 
     k_name, v_name = names
-    k_norms = _check_operand(k_name, k, k_norms, q, ("num_kv_heads", "kv_len"))
+    k_norms = _check_operand(k_name, k, k_norms, q, ("num_kv_heads", "kv_len"), packed[0])
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     if num_kv_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"q must have a multiple of {k_name}'s {num_kv_heads} heads, got {num_heads}")
-    v_norms = _check_operand(v_name, v, v_norms, q, (num_kv_heads, kv_len))
+    v_norms = _check_operand(v_name, v, v_norms, q, (num_kv_heads, kv_len), packed[1])
 
-    if k_norms is not None or v_norms is not None:
-        if centroids is None or rotation is None:
-            raise TypeError("centroids and rotation must be given with packed keys or values, got None")
+    if any(packed):
         check_levels(centroids)
         check_rotation(rotation, head_dim)
     operands = {
@@ -184,11 +183,16 @@ def norms_name(name: str) -> str:
 
 
 def _check_operand(
-    name: str, tensor: torch.Tensor, norms: torch.Tensor | None, q: torch.Tensor, lead: tuple[int | str, int | str]
+    name: str,
+    tensor: torch.Tensor,
+    norms: torch.Tensor | None,
+    q: torch.Tensor,
+    lead: tuple[int | str, int | str],
+    packed: bool,
 ) -> torch.Tensor | None:
     """Check K or V against q; ``lead`` is its expected ``(num_kv_heads, kv_len)``. Returns the norms without trailing 1."""
     batch, _, _, head_dim = q.shape
-    if norms is not None:
+    if packed:
         return check_packed(name, tensor, norms, head_dim, (batch, *lead))
     check_dtype(name, tensor, (q.dtype,))
     check_shape(name, tensor, (batch, *lead, head_dim))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ __all__ = ["has_triton", "triton_runs_on"]
 _LIBRARY = Library("turboquant", "DEF")
 
 
-@lru_cache(maxsize=1)
+@cache
 def has_triton() -> bool:
     """Whether the triton package can be imported."""
     return importlib.util.find_spec("triton") is not None
@@ -37,7 +37,7 @@ def triton_runs_on(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu") and has_triton()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _kernel(path: str) -> Callable[..., Any]:
     """The function at ``module:name``, imported on first use."""
     module, name = path.split(":")

@@ -337,9 +337,7 @@ def load_kernel(
     label = f"{source.name}:{name}" if isinstance(source, Path) else name
     expressions = () if name.isidentifier() else (name,)
     arch = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
-    compiled = compile_cubin(
-        text, arch=arch, name=label, defines=defines, options=options, name_expressions=expressions
-    )
+    compiled = compile_cubin(text, arch=arch, name=label, defines=defines, options=options, name_expressions=expressions)
     core = _cuda().core
     with _lock, torch.cuda.device(index):
         if memo not in _kernels:

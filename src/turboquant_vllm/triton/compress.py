@@ -1,0 +1,218 @@
+"""Compress and decompress in one launch each: normalise, rotate, quantise, pack; and the inverse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_vllm.triton.launch import device_guard, uses_prmt
+from turboquant_vllm.triton.levels import level_scale, level_table, look_up
+
+__all__ = ["compress", "decompress"]
+
+# Of the rotation, kept by one program in shared memory.
+_MATRIX_BYTES = 48 << 10
+
+
+@triton.jit
+def _matrix(rotation, inner, outer, inner_stride, outer_stride, D: tl.constexpr, SIGNS: tl.constexpr, DTYPE: tl.constexpr):
+    """The matrix ``[inner, outer]`` of rotation's entries as a tuple of tensors of ``DTYPE`` whose sum it is.
+
+    With SIGNS the entries are +-1 / sqrt(D), and the one tensor holds their signs, exact in half precision. Otherwise
+    float16 takes two tensors and bfloat16 three, of the matrix times 2^8, which lifts remainders out of the subnormals.
+    """
+    mask = (inner[:, None] < D) & (outer[None, :] < D)
+    matrix = tl.load(rotation + inner[:, None] * inner_stride + outer[None, :] * outer_stride, mask=mask, other=0.0)
+    if SIGNS:
+        return (tl.where(mask, tl.where(matrix > 0, 1.0, -1.0), 0.0).to(DTYPE),)
+    elif DTYPE == tl.float32:
+        return (matrix,)
+    else:
+        high = (matrix * 256).to(DTYPE)
+        rest = matrix * 256 - high.to(tl.float32)
+        low = rest.to(DTYPE)
+        if DTYPE == tl.bfloat16:
+            return (high, low, (rest - low.to(tl.float32)).to(DTYPE))
+        else:
+            return (high, low)
+
+
+@triton.jit
+def _product(x, matrix, acc, PARTS: tl.constexpr):
+    """``acc + x @ sum(matrix)`` in float32."""
+    for i in tl.static_range(PARTS):
+        acc = tl.dot(x, matrix[i], acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def _unit(D: tl.constexpr, SIGNS: tl.constexpr, DTYPE: tl.constexpr):
+    """What one unit of :func:`_matrix` stands for."""
+    unit = tl.full([], 1.0, tl.float32)
+    if SIGNS:
+        unit = 1.0 / tl.sqrt_rn(unit * D)
+    elif DTYPE != tl.float32:
+        unit = unit / 256
+    return unit
+
+
+@triton.jit
+def _cell(y, b):
+    """The number of the 15 boundaries ``b`` below ``y``, by bisection; 0 for NaN."""
+    up = y > b[7]
+    up2 = y > tl.where(up, b[11], b[3])
+    up3 = y > tl.where(up, tl.where(up2, b[13], b[9]), tl.where(up2, b[5], b[1]))
+    first = tl.where(up2, tl.where(up3, b[6], b[4]), tl.where(up3, b[2], b[0]))
+    second = tl.where(up2, tl.where(up3, b[14], b[12]), tl.where(up3, b[10], b[8]))
+    up4 = y > tl.where(up, second, first)
+    return tl.where(up, 8, 0) + tl.where(up2, 4, 0) + tl.where(up3, 2, 0) + tl.where(up4, 1, 0)
+
+
+@triton.jit
+def _rows_of(tile, tokens, heads, stride_b, stride_h, BM: tl.constexpr):
+    """Tokens of one tile of one head: ``token [BM]``, the row before the head's first, and the head's offset."""
+    tiles = tl.cdiv(tokens, BM)
+    head = tile // tiles
+    token = (tile % tiles) * BM + tl.arange(0, BM).to(tl.int64)  # [BM]
+    base = (head // heads).to(tl.int64) * stride_b + (head % heads).to(tl.int64) * stride_h
+    return token, head.to(tl.int64) * tokens, base
+
+
+@triton.jit(do_not_specialize=["tiles", "heads", "tokens"])
+def compress_kernel(x, rotation, boundaries, codes, norms, tiles, heads, tokens, x_b, x_h, x_n, x_d, D: tl.constexpr,
+                    DP: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SIGNS: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """Vectors ``x [batch, heads, tokens, D]`` to ``codes [rows, D // 2]`` and ``norms [rows]``; CHUNK bytes of each code."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    inner = tl.arange(0, DP)
+    byte = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    even = _matrix(rotation, inner, 2 * byte, 1, D, D, SIGNS, DTYPE)  # [DP, CHUNK]
+    odd = _matrix(rotation, inner, 2 * byte + 1, 1, D, D, SIGNS, DTYPE)
+    unit = _unit(D, SIGNS, DTYPE)
+    b = ()
+    for i in tl.static_range(15):
+        b = b + (tl.load(boundaries + i),)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        token, first, base = _rows_of(tile, tokens, heads, x_b, x_h, BM)
+        source = x + base + token[:, None] * x_n + inner.to(tl.int64)[None, :] * x_d
+        v = tl.load(source, mask=(token[:, None] < tokens) & (inner[None, :] < D), other=0.0)  # [BM, DP]
+        wide = v.to(tl.float32)
+        # A power of two keeps squares and products in range, and changes no bits: 2^-100 or 2^100.
+        largest = tl.max(tl.abs(wide), 1)
+        shift = tl.where(largest > 1e15, 7.888609052210118e-31, tl.where(largest < 1e-15, 1.2676506002282294e30, 1.0))
+        wide *= shift[:, None]
+        length = tl.sqrt_rn(tl.sum(wide * wide, 1))  # [BM]
+        v = wide.to(DTYPE)
+        factor = (unit / tl.where(length > 0, length, 1.0))[:, None]
+        zero = tl.zeros([BM, CHUNK], tl.float32)
+        high = _cell(_product(v, even, zero, PARTS) * factor, b)  # [BM, CHUNK]
+        low = _cell(_product(v, odd, zero, PARTS) * factor, b)
+        target = codes + (first + token)[:, None] * (D // 2) + byte[None, :]
+        live = (token[:, None] < tokens) & (byte[None, :] < D // 2)
+        tl.store(target, (high * 16 + low).to(tl.uint8), mask=live)
+        if tl.program_id(1) == 0:
+            tl.store(norms + first + token, length / shift, mask=token < tokens)
+
+
+@triton.jit(do_not_specialize=["tiles", "heads", "tokens"])
+def decompress_kernel(codes, norms, centroids, rotation, out, tiles, heads, tokens, c_b, c_h, c_n, c_d, n_b, n_h, n_n,
+                      D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SIGNS: tl.constexpr,
+                      BM: tl.constexpr, PRMT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Codes ``[batch, heads, tokens, D // 2]`` and norms to vectors ``out [rows, D]``; CHUNK coordinates of each."""
+    byte = tl.arange(0, DP // 2)
+    outer = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    even = _matrix(rotation, 2 * byte, outer, D, 1, D, SIGNS, DTYPE)  # [DP // 2, CHUNK]
+    odd = _matrix(rotation, 2 * byte + 1, outer, D, 1, D, SIGNS, DTYPE)
+    scale = level_scale(centroids)
+    unit = _unit(D, SIGNS, DTYPE) * scale
+    table = ()
+    if PRMT:
+        table = level_table(centroids, 1.0 / scale, DTYPE)
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
+        token, first, base = _rows_of(tile, tokens, heads, c_b, c_h, BM)
+        source = codes + base + token[:, None] * c_n + byte.to(tl.int64)[None, :] * c_d
+        packed = tl.load(source, mask=(token[:, None] < tokens) & (byte[None, :] < D // 2), other=0)  # [BM, DP // 2]
+        token, first, base = _rows_of(tile, tokens, heads, n_b, n_h, BM)
+        norm = tl.load(norms + base + token * n_n, mask=token < tokens, other=0.0)
+        high, low = look_up(packed, centroids, 1.0 / scale, table, DTYPE, PRMT)
+        y = _product(high, even, tl.zeros([BM, CHUNK], tl.float32), PARTS)
+        y = _product(low, odd, y, PARTS) * unit * norm[:, None]  # [BM, CHUNK]
+        target = out + (first + token)[:, None] * D + outer[None, :]
+        tl.store(target, y.to(out.dtype.element_ty), mask=(token[:, None] < tokens) & (outer[None, :] < D))
+
+
+def compress(
+    x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor, signs: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`turboquant_vllm.reference.compress`; ``signs`` says that rotation's entries are +-1 / sqrt(D)."""
+    head_dim = x.shape[-1]
+    codes = torch.empty((*x.shape[:-1], head_dim // 2), dtype=torch.uint8, device=x.device)
+    norms = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    if norms.numel():
+        x = _as_4d(x.float() if x.dtype == torch.float64 else x)
+        plan = _plan(x.shape, head_dim, head_dim // 2, x.dtype, signs, x.device)
+        with device_guard(x.device):
+            compress_kernel[plan.grid](
+                x, rotation, boundaries, codes, norms, plan.tiles, x.shape[1], x.shape[2], *x.stride(),
+                D=head_dim, SIGNS=signs, **plan.constants,
+            )  # fmt: skip
+    return codes, norms
+
+
+def decompress(
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    centroids: torch.Tensor,
+    rotation: torch.Tensor,
+    signs: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """As :func:`turboquant_vllm.reference.decompress`; ``signs`` says that rotation's entries are +-1 / sqrt(D)."""
+    head_dim = 2 * codes.shape[-1]
+    out = torch.empty((*codes.shape[:-1], head_dim), dtype=dtype, device=codes.device)
+    if norms.numel():
+        codes, norms = _as_4d(codes.contiguous()), _as_4d(norms.contiguous().unsqueeze(-1))
+        # float16 holds levels better than bfloat16, whatever the result is rounded to.
+        compute = torch.float32 if dtype == torch.float32 else torch.float16
+        plan = _plan(codes.shape, head_dim, head_dim, compute, signs, codes.device)
+        with device_guard(codes.device):
+            decompress_kernel[plan.grid](
+                codes, norms, centroids, rotation, out, plan.tiles, codes.shape[1], codes.shape[2], *codes.stride(),
+                *norms.stride()[:3], D=head_dim, SIGNS=signs, PRMT=uses_prmt(codes.device.type) and compute != torch.float32,
+                DTYPE=tl.float32 if compute == torch.float32 else tl.float16, **plan.constants,
+            )  # fmt: skip
+    return out
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A launch: its grid, the tiles that programs walk over, compile-time constants."""
+
+    grid: tuple[int, int]
+    tiles: int
+    constants: dict[str, int]
+
+
+def _plan(shape: torch.Size, head_dim: int, columns: int, dtype: torch.dtype, signs: bool, device: torch.device) -> _Plan:
+    """The launch over ``shape [batch, heads, tokens, _]``: a program keeps its columns of the matrix, walks over tiles."""
+    exact = dtype == torch.float32
+    block = 16 if exact else 64
+    padded = max(32, triton.next_power_of_2(head_dim))
+    parts = 1 if signs or exact else (3 if dtype == torch.bfloat16 else 2)
+    chunk = max(16, triton.next_power_of_2(columns))
+    while chunk > 16 and 2 * parts * padded * chunk * dtype.itemsize > _MATRIX_BYTES:
+        chunk //= 2
+    chunks = triton.cdiv(columns, chunk)
+    tiles = shape[0] * shape[1] * triton.cdiv(shape[2], block)
+    programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
+    constants = {"DP": padded, "CHUNK": chunk, "PARTS": parts, "BM": block, "num_warps": 4 if exact else 8}
+    return _Plan((min(tiles, max(1, programs // chunks)), chunks), tiles, constants)
+
+
+def _as_4d(x: torch.Tensor) -> torch.Tensor:
+    """``[batch, heads, tokens, D]`` with the same elements in the same order; copied only where strides demand it."""
+    if x.is_contiguous() or x.dim() > 4:
+        return x.reshape(1, 1, -1, x.shape[-1])
+    return x[(None,) * (4 - x.dim())]

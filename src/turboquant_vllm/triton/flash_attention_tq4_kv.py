@@ -1,0 +1,51 @@
+"""Flash attention over packed keys and packed values."""
+
+from __future__ import annotations
+
+import torch
+
+from turboquant_vllm.checks import check_attention, check_sm_scale
+
+__all__ = ["triton_flash_attention_tq4_kv"]
+
+
+def triton_flash_attention_tq4_kv(
+    q: torch.Tensor,
+    k_packed: torch.Tensor,
+    k_norms: torch.Tensor,
+    v_packed: torch.Tensor,
+    v_norms: torch.Tensor,
+    centroids: torch.Tensor,
+    rotation: torch.Tensor,
+    sm_scale: float | None = None,
+    is_causal: bool = False,
+) -> torch.Tensor:
+    """Attention whose keys and values are TQ4 codes, looked up inside the kernel.
+
+    Args:
+        q: ``[B, H_q, N_q, D]``, fp16, bf16 or fp32, D even and at most 256, in the original coordinates.
+        k_packed: uint8 ``[B, H_kv, N_kv, D // 2]``; H_q is a multiple of H_kv. Byte i of a vector holds the code of
+            coordinate 2i in its high nibble and of 2i + 1 in its low nibble.
+        k_norms: float32 ``[B, H_kv, N_kv]`` or ``[B, H_kv, N_kv, 1]``.
+        v_packed: uint8 ``[B, H_kv, N_kv, D // 2]``.
+        v_norms: float32 ``[B, H_kv, N_kv]`` or ``[B, H_kv, N_kv, 1]``.
+        centroids: float32 ``[16]``, any values in any order.
+        rotation: float32 ``[D, D]``, orthogonal; a vector is ``norm * centroids[codes] @ rotation``.
+        sm_scale: factor on the scores; None means ``1 / sqrt(D)``.
+        is_causal: query i sees keys ``0 .. N_kv - N_q + i`` (aligned to the bottom right).
+
+    Returns:
+        ``[B, H_q, N_q, D]`` in q's dtype, in the original coordinates. A query that sees no key gives zeros.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
+
+    All tensors may have any strides and must be on one device. Source: TurboQuant, arXiv 2504.19874.
+    """
+    names = ("k_packed", "v_packed")
+    shape, k_norms_, v_norms_ = check_attention(
+        q, k_packed, k_norms, v_packed, v_norms, centroids, rotation, names=names, packed=(True, True)
+    )
+    scale = check_sm_scale(sm_scale, shape.head_dim)
+    run = torch.ops.turboquant.triton_attention
+    return run(q, k_packed, k_norms_, v_packed, v_norms_, centroids, rotation, scale, is_causal)[0]

@@ -1,0 +1,216 @@
+"""The three kernels of an attention call: prepare the queries, attend, merge the splits.
+
+Query rows of one key/value head are packed: row ``position * GROUP + head`` of ``[batch * num_kv_heads, rows, D]``, so that
+one tile serves all heads of a group and each key is read once. Between the kernels, coordinates are in parts order:
+index ``j * (D // PARTS) + w`` holds coordinate ``PARTS * w + j``.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from turboquant_vllm.triton.levels import level_scale, level_table, power_of_two
+from turboquant_vllm.triton.tiles import attend, load_tile, per_row
+
+
+@triton.jit
+def _coordinate(index, D: tl.constexpr, PARTS: tl.constexpr):
+    """The coordinate at ``index`` of parts order."""
+    return (index % (D // PARTS)) * PARTS + index // (D // PARTS)
+
+
+@triton.jit
+def _row_offset(row, group, stride_h, stride_n, head):
+    """Offset of packed row ``row`` of key/value head ``head`` in a ``[H_q, N_q, D]`` tensor."""
+    return (head * group + row % group) * stride_h + (row // group) * stride_n
+
+
+@triton.jit(do_not_specialize=["rows"])
+def query_kernel(q, rotation, out, out_scale, rows, group, num_kv_heads, factor, q_b, q_h, q_n, q_d,
+                 D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
+                 CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Rotate, scale and pack queries: ``out * out_scale = factor * (q @ rotation.T)``, in parts order.
+
+    ``out_scale`` is a power of two near each row's largest magnitude, so that ``out`` fits half precision.
+    """
+    row = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
+    batch_head = tl.program_id(0).to(tl.int64)
+    batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
+    source = q + batch * q_b + _row_offset(row.to(tl.int64), group, q_h, q_n, head)
+    index = tl.arange(0, DP)
+    coordinate = _coordinate(index, D, PARTS)
+    live = (row[:, None] < rows) & (index[None, :] < D)
+    if ROTATE:
+        x = tl.zeros([BM, DP], tl.float32)
+        for first in tl.static_range(0, DP, CHUNK):
+            inner = first + tl.arange(0, CHUNK)
+            mask = (row[:, None] < rows) & (inner[None, :] < D)
+            part = tl.load(source[:, None] + inner.to(tl.int64)[None, :] * q_d, mask=mask, other=0.0)  # [BM, CHUNK]
+            mask = (inner[:, None] < D) & (index[None, :] < D)
+            matrix = tl.load(rotation + coordinate[None, :] * D + inner[:, None], mask=mask, other=0.0)  # [CHUNK, DP]
+            x = tl.dot(part.to(tl.float32), matrix, x, input_precision=PRECISION)  # [BM, DP]
+    else:
+        x = tl.load(source[:, None] + coordinate.to(tl.int64)[None, :] * q_d, mask=live, other=0.0).to(tl.float32)
+    # Only the sign of the factor touches the queries: a power of two is all that may, exactly.
+    x = tl.where(factor < 0, -x, x)
+    scale = power_of_two(tl.maximum(tl.max(tl.abs(x), 1), 1e-30))  # [BM]
+    target = batch_head * rows + row  # [BM]
+    tl.store(out + target[:, None] * D + index[None, :], (x / scale[:, None]).to(out.dtype.element_ty), mask=live)
+    # Never zero: a hidden key's -inf times this must stay -inf.
+    tl.store(out_scale + target, tl.maximum(scale * tl.abs(factor), 1e-30), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["tokens", "capacity"])
+def unpack_kernel(codes, centroids, out, tokens, capacity, num_kv_heads, c_b, c_h, c_n, c_d, PARTS: tl.constexpr,
+                  COLUMNS: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
+    """Levels over their scale of packed codes: ``out [batch * num_kv_heads, capacity, D]``, in parts order."""
+    n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)  # [BN]
+    batch_head = tl.program_id(0).to(tl.int64)
+    base = codes + batch_head // num_kv_heads * c_b + batch_head % num_kv_heads * c_h
+    columns = tl.arange(0, DP)
+    inverse = 1.0 / level_scale(centroids)
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    table = ()
+    if PRMT:
+        table = level_table(centroids, inverse, DTYPE)
+    parts = load_tile(base, c_n, c_d, n, tokens, columns, centroids, inverse, table, DP, COLUMNS, True, DTYPE, PRMT)
+    target = out + (batch_head * capacity + n[:, None]) * (COLUMNS * PARTS) + columns[None, :]
+    live = (n[:, None] < tokens) & (columns[None, :] < COLUMNS)
+    for j in tl.static_range(PARTS):
+        tl.store(target + j * COLUMNS, parts[j], mask=live)
+
+
+@triton.jit(do_not_specialize=["rows", "kv_len", "offset", "split_len"])
+def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, rows, kv_len, offset, split_len, group,
+                     num_kv_heads, k_b, k_h, k_n, k_d, kn_b, kn_h, kn_n, v_b, v_h, v_n, v_d, vn_b, vn_h, vn_n,
+                     D: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr,
+                     CAUSAL: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+                     PRMT: tl.constexpr):  # fmt: skip
+    """Attend BM packed query rows of one key/value head to one split of its keys.
+
+    Keys and values are packed codes with norms; or unpacked levels, over their scale, with norms; or dense without norms.
+    Writes float32 ``out [splits, batch * num_kv_heads, rows, D]``, normalised, in the values' basis and parts order, and
+    ``lse [splits, batch * num_kv_heads, rows]`` in log2.
+    """
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    tiles = tl.cdiv(rows, BM)
+    # Causal work grows with the row: the longest tiles start first.
+    tile = tiles - 1 - tl.program_id(1)
+    batch_head = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(2)
+    batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
+
+    row = tile * BM + tl.arange(0, BM)  # [BM]
+    last = tl.zeros([BM], tl.int32) + (kv_len - 1)  # [BM]
+    # With CAUSAL, query position i sees keys up to offset + i.
+    start = split * split_len
+    stop = tl.minimum(start + split_len, kv_len)
+    whole = stop  # keys before this are seen by every row
+    if CAUSAL:
+        last = tl.minimum(last, offset + row // group)
+        stop = tl.minimum(stop, offset + (tl.minimum(tile * BM + BM, rows) - 1) // group + 1)
+        whole = tl.minimum(stop, offset + tile * BM // group + 1)
+    whole = start + tl.maximum(whole - start, 0) // BN * BN
+
+    K_COLUMNS: tl.constexpr = D // K_PARTS
+    V_COLUMNS: tl.constexpr = D // V_PARTS
+    row_scale = tl.load(q_scale + batch_head * rows + row, mask=row < rows, other=1.0)
+    columns = tl.arange(0, K_DP)
+    q_offsets = per_row((batch_head * rows + row) * D, SWAP) + per_row(columns, not SWAP)  # [BM, K_DP]
+    live = (per_row(row, SWAP) < rows) & (per_row(columns, not SWAP) < K_COLUMNS)
+    queries = ()
+    for j in tl.static_range(K_PARTS):
+        queries = queries + (tl.load(q + q_offsets + j * K_COLUMNS, mask=live, other=0.0),)  # [BM, K_DP]
+
+    level_unit = 1.0
+    table = ()
+    if k_norms is not None or v_norms is not None:
+        level_unit = level_scale(centroids)
+        if PRMT and (k.dtype.element_ty.is_int() or v.dtype.element_ty.is_int()):
+            table = level_table(centroids, 1.0 / level_unit, DTYPE)
+    k_base = k + batch * k_b + head * k_h
+    v_base = v + batch * v_b + head * v_h
+    kn_base, vn_base = k_norms, v_norms
+    if k_norms is not None:
+        row_scale *= level_unit
+        kn_base = k_norms + batch * kn_b + head * kn_h
+    if v_norms is not None:
+        vn_base = v_norms + batch * vn_b + head * vn_h
+
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    value_scale = 1e-30
+    acc = ()
+    for _ in tl.static_range(V_PARTS):
+        acc = acc + (tl.zeros([V_DP, BM] if SWAP else [BM, V_DP], tl.float32),)
+    top, total, value_scale, acc = attend(
+        start, whole, queries, row_scale, last, top, total, value_scale, acc, kv_len, k_base, k_n, k_d, kn_base, kn_n,
+        v_base, v_n, v_d, vn_base, vn_n, centroids, 1.0 / level_unit, table, K_COLUMNS, V_COLUMNS, K_DP, V_DP, K_PARTS,
+        V_PARTS, False, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
+    top, total, value_scale, acc = attend(
+        whole, stop, queries, row_scale, last, top, total, value_scale, acc, kv_len, k_base, k_n, k_d, kn_base, kn_n,
+        v_base, v_n, v_d, vn_base, vn_n, centroids, 1.0 / level_unit, table, K_COLUMNS, V_COLUMNS, K_DP, V_DP, K_PARTS,
+        V_PARTS, True, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
+
+    empty = total == 0.0
+    factor = 1.0 / tl.where(empty, 1.0, total)
+    if v_norms is not None:
+        factor = factor * value_scale * level_unit
+    target = (split.to(tl.int64) * tl.num_programs(0) + batch_head) * rows + row  # [BM]
+    v_columns = tl.arange(0, V_DP)
+    out_offsets = per_row(target * D, SWAP) + per_row(v_columns, not SWAP)
+    live = (per_row(row, SWAP) < rows) & (per_row(v_columns, not SWAP) < V_COLUMNS)
+    for j in tl.static_range(V_PARTS):
+        tl.store(out + out_offsets + j * V_COLUMNS, acc[j] * per_row(factor, SWAP), mask=live)
+    log = tl.where(empty, float("-inf"), top * row_scale + tl.log2(tl.where(empty, 1.0, total)))
+    tl.store(lse + target, log, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def merge_kernel(partial, partial_lse, rotation, out, lse, rows, splits, group, num_kv_heads, o_b, o_h, o_n, o_d, l_b, l_h,
+                 l_n, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
+                 AT_ONCE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Merge the splits by their log-sum-exp, rotate back and unpack the rows to ``out [B, H_q, N_q, D]``, ``lse`` natural."""
+    row = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
+    batch_head = tl.program_id(0).to(tl.int64)
+    batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
+    index = tl.arange(0, DP)
+    live = (row[:, None] < rows) & (index[None, :] < D)
+    target = batch_head * rows + row  # [BM]
+    step = tl.num_programs(0).to(tl.int64) * rows
+
+    top = tl.full([BM], float("-inf"), tl.float32)
+    total = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, DP], tl.float32)
+    for first in range(0, splits, AT_ONCE):
+        split = first + tl.arange(0, AT_ONCE)  # [S]
+        at = split[:, None] * step + target[None, :]
+        there = (split[:, None] < splits) & (row[None, :] < rows)
+        log = tl.load(partial_lse + at, mask=there, other=float("-inf"))  # [S, BM]
+        x = tl.load(partial + at[:, :, None] * D + index[None, None, :], mask=there[:, :, None] & (index < D)[None, None, :],
+                    other=0.0)  # [S, BM, DP]  # fmt: skip
+        new_top = tl.maximum(top, tl.max(log, 0))  # [BM]
+        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+        keep = tl.exp2(top - anchor)
+        weight = tl.exp2(log - anchor[None, :])  # [S, BM]
+        total = total * keep + tl.sum(weight, 0)
+        acc = acc * keep[:, None] + tl.sum(x * weight[:, :, None], 0)
+        top = new_top
+    empty = total == 0.0
+    acc = acc / tl.where(empty, 1.0, total)[:, None]
+    row64 = row.to(tl.int64)
+    destination = out + batch * o_b + _row_offset(row64, group, o_h, o_n, head)
+    if ROTATE:
+        coordinate = _coordinate(index, D, PARTS)
+        for first in tl.static_range(0, DP, CHUNK):
+            outer = first + tl.arange(0, CHUNK)
+            mask = (index[:, None] < D) & (outer[None, :] < D)
+            matrix = tl.load(rotation + coordinate[:, None] * D + outer[None, :], mask=mask, other=0.0)  # [DP, CHUNK]
+            x = tl.dot(acc, matrix, input_precision=PRECISION).to(out.dtype.element_ty)  # [BM, CHUNK]
+            mask = (row[:, None] < rows) & (outer[None, :] < D)
+            tl.store(destination[:, None] + outer.to(tl.int64)[None, :] * o_d, x, mask=mask)
+    else:
+        tl.store(destination[:, None] + index.to(tl.int64)[None, :] * o_d, acc.to(out.dtype.element_ty), mask=live)
+    log = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
+    tl.store(lse + batch * l_b + _row_offset(row64, group, l_h, l_n, head), log, mask=row < rows)

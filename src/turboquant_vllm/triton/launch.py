@@ -1,0 +1,196 @@
+"""Configurations, grids and workspaces: how one attention call becomes three kernel launches.
+
+The configuration is a small static table over the regime (few or many query rows), the head dimension and what is
+packed. Nothing is tuned at run time and nothing depends on a length, so a new length never compiles anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import triton
+
+from turboquant_vllm.triton.kernels import attention_kernel, merge_kernel, query_kernel, unpack_kernel
+
+__all__ = ["INTERPRETED", "Config", "attention", "choose_config", "device_guard", "split_length", "uses_prmt"]
+
+INTERPRETED: bool = triton.knobs.runtime.interpret
+_LOG2_E = 1 / math.log(2)
+# Up to this many packed rows (query tokens x heads of a group) keys are split over programs and looked up in place. With
+# more, each level would be looked up many times: slices of the cache are unpacked once, into a small scratch.
+_FEW_ROWS = 256
+_SPLITS, _MIN_SPLIT = 16, 256
+_SCRATCH_BYTES = 64 << 20
+_ELEMENT = {2: torch.uint8, 4: torch.int16}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Compile-time choices of one regime: rows and keys per tile, warps, pipeline stages, orientation of the tiles."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    swap: bool = False
+    max_registers: int | None = None
+
+
+def choose_config(rows: int, head_dim: int, itemsize: int) -> Config:
+    """The configuration for ``rows`` packed query rows of ``head_dim`` coordinates of ``itemsize`` bytes."""
+    wide = head_dim > 128
+    if itemsize == 4:  # float32 products run without tensor cores: small tiles, for correctness rather than speed
+        return Config(16, 32, 4, 1)
+    if rows <= _FEW_ROWS:
+        if rows <= 16:
+            return Config(8 if rows <= 8 else 16, 16 if wide else 32, 1, 3, swap=True, max_registers=None if wide else 128)
+        return Config(32 if rows <= 32 else 64, 32, 2 if rows <= 32 else 4, 2 if wide else 3)
+    return Config(64, 64, 4, 2) if wide else Config(128, 64, 8, 3)
+
+
+def split_length(rows: int, kv_len: int) -> int:
+    """Keys per split: a function of the call's own sequence, never of the batch, so that a batch changes no bits."""
+    if rows > _FEW_ROWS or kv_len <= _MIN_SPLIT:
+        return max(kv_len, 1)
+    return max(_MIN_SPLIT, triton.next_power_of_2(triton.cdiv(kv_len, _SPLITS)))
+
+
+@cache
+def uses_prmt(device_type: str) -> bool:
+    """Whether levels are looked up by NVIDIA's byte permute on this kind of device."""
+    return device_type == "cuda" and torch.version.hip is None and not INTERPRETED
+
+
+def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """Make ``device`` current while a kernel is launched; Triton launches on the current device."""
+    if device.type == "cuda":
+        return torch.cuda.device(device)
+    if device.type == "xpu":
+        return torch.xpu.device(device)
+    if INTERPRETED:
+        return contextlib.nullcontext()
+    raise RuntimeError(f"Triton kernels need tensors on a GPU, got {device} (or set TRITON_INTERPRET=1)")
+
+
+def attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_norms: torch.Tensor | None,
+    v: torch.Tensor,
+    v_norms: torch.Tensor | None,
+    centroids: torch.Tensor | None,
+    rotation: torch.Tensor | None,
+    sm_scale: float,
+    is_causal: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over packed or dense keys and values; arguments and results as :func:`turboquant_vllm.reference.attention`.
+
+    Arguments must have passed :func:`turboquant_vllm.checks.check_attention`.
+    """
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = num_heads // num_kv_heads
+    rows, heads = q_len * group, batch * num_kv_heads
+    out = torch.empty((batch, num_heads, q_len, head_dim), dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+
+    packed = k_norms is not None or v_norms is not None
+    config = choose_config(rows, head_dim, q.dtype.itemsize)
+    unpack = packed and rows > _FEW_ROWS
+    widest = 4 if config.swap or unpack else 2
+    k, k_parts = _elements(k, k_norms is not None, widest)
+    v, v_parts = _elements(v, v_norms is not None, widest)
+    split_len = split_length(rows, kv_len)
+    if unpack:
+        split_len = min(split_len, max(1, _SCRATCH_BYTES // (2 * heads * head_dim * q.dtype.itemsize)))
+    splits = max(1, triton.cdiv(kv_len, split_len))
+    prmt = uses_prmt(q.device.type) and q.dtype != torch.float32
+    queries = torch.empty((heads, rows, head_dim), dtype=q.dtype, device=q.device)
+    query_scale = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
+    partial = torch.empty((splits, heads, rows, head_dim), dtype=torch.float32, device=q.device)
+    partial_lse = torch.empty((splits, heads, rows), dtype=torch.float32, device=q.device)
+
+    block = 16 if rows <= 64 else 64
+    rotate = {
+        "D": head_dim,
+        "DP": max(16, triton.next_power_of_2(head_dim)),
+        "BM": block,
+        "CHUNK": min(64, max(16, triton.next_power_of_2(head_dim))),
+        "PRECISION": "tf32x3" if prmt else "ieee",
+        "num_warps": 4 if rows <= 64 else 8,
+    }
+    row_tiles = (heads, triton.cdiv(rows, block))
+
+    def attend(k: torch.Tensor, v: torch.Tensor, first: int, count: int, k_parts: int, v_parts: int) -> None:
+        """Attend to keys ``first .. first + count``, which k and v hold alone, into the splits from ``first`` on."""
+        slot = first // split_len
+        norms = [None if n is None else n[:, :, first : first + count] for n in (k_norms, v_norms)]
+        grid = (heads, triton.cdiv(rows, config.block_m), max(1, triton.cdiv(count, split_len)))
+        attention_kernel[grid](
+            queries, query_scale, k, norms[0], v, norms[1], centroids, partial[slot:], partial_lse[slot:], rows, count,
+            kv_len - q_len - first, split_len, group, num_kv_heads, *k.stride(), *_norm_strides(norms[0]), *v.stride(),
+            *_norm_strides(norms[1]), D=head_dim, K_PARTS=k_parts, V_PARTS=v_parts, K_DP=_padded(head_dim, k_parts),
+            V_DP=_padded(head_dim, v_parts), CAUSAL=is_causal, SWAP=config.swap, BM=config.block_m, BN=config.block_n,
+            STAGES=config.num_stages, PRMT=prmt, num_warps=config.num_warps, maxnreg=config.max_registers,
+        )  # fmt: skip
+
+    with device_guard(q.device):
+        query_kernel[row_tiles](
+            q, rotation, queries, query_scale, rows, group, num_kv_heads, sm_scale * _LOG2_E, *q.stride(),
+            PARTS=k_parts, ROTATE=k_norms is not None, **rotate,
+        )  # fmt: skip
+        if unpack:
+            scratch = torch.empty((2, heads, split_len, head_dim), dtype=q.dtype, device=q.device)
+            for first in range(0, kv_len, split_len):
+                count = min(split_len, kv_len - first)
+                operands = []
+                for x, parts, norms, levels in ((k, k_parts, k_norms, scratch[0]), (v, v_parts, v_norms, scratch[1])):
+                    part = x[:, :, first : first + count]
+                    if norms is not None:
+                        unpack_kernel[(heads, triton.cdiv(count, 32))](
+                            part, centroids, levels, count, split_len, num_kv_heads, *part.stride(),
+                            PARTS=parts, COLUMNS=head_dim // parts, DP=_padded(head_dim, parts), BN=32, PRMT=prmt,
+                        )  # fmt: skip
+                        part = levels.view(batch, num_kv_heads, split_len, head_dim)
+                    operands.append(part)
+                attend(operands[0], operands[1], first, count, 1, 1)
+        else:
+            attend(k, v, 0, kv_len, k_parts, v_parts)
+        merge_kernel[row_tiles](
+            partial, partial_lse, rotation, out, lse, rows, splits, group, num_kv_heads, *out.stride(), *lse.stride(),
+            PARTS=v_parts, ROTATE=v_norms is not None, AT_ONCE=4 if splits > 1 else 1, **rotate,
+        )  # fmt: skip
+    return out, lse
+
+
+def _elements(x: torch.Tensor, packed: bool, widest: int) -> tuple[torch.Tensor, int]:
+    """Codes as the widest elements that their size, strides and address allow, and the coordinates in one element."""
+    if not packed:
+        return x, 1
+    head_dim = 2 * x.shape[-1]
+    parts = min((p for p in (4, 2) if p <= widest and _fits(x, p)), key=lambda p: (p * _padded(head_dim, p), -p))
+    return x.view(_ELEMENT[parts]), parts
+
+
+def _fits(x: torch.Tensor, parts: int) -> bool:
+    """Whether codes can be read as elements of ``parts // 2`` bytes."""
+    size = parts // 2
+    if size == 1:
+        return True
+    aligned = (x.data_ptr() | x.shape[-1]) % size == 0
+    return aligned and x.stride(-1) == 1 and all(stride % size == 0 for stride in x.stride()[:-1])
+
+
+def _padded(head_dim: int, parts: int) -> int:
+    """Columns of one part of a tile: a power of two, at least the 16 that a matrix instruction contracts over."""
+    return max(16, triton.next_power_of_2(head_dim // parts))
+
+
+def _norm_strides(norms: torch.Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if norms is None else norms.stride()
