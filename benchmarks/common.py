@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Callable
@@ -83,12 +84,13 @@ def copy_bandwidth() -> float:
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """GPU, versions, date and git revision of this run."""
+    """GPU, versions, date and git revision of this run; where there is no checkout, set TURBOQUANT_REVISION."""
+    revision = os.environ.get("TURBOQUANT_REVISION", "unknown")
     try:
         command = ["git", "rev-parse", "HEAD"]
         revision = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        revision = "unknown"
+        pass
     return {
         "gpu": torch.cuda.get_device_name(),
         "torch": torch.__version__,

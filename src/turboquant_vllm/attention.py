@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, overload
 
 import torch
@@ -79,8 +80,10 @@ def tq4_attention(
         raise TypeError(f"codec must be a TQ4Codec, got {type(codec).__name__}")
     if not isinstance(k, TQ4Tensor):
         raise TypeError(f"k must be a TQ4Tensor, got {type(k).__name__}")
+    if not isinstance(v, (TQ4Tensor, torch.Tensor)):
+        raise TypeError(f"v must be a TQ4Tensor or a torch.Tensor, got {type(v).__name__}")
+    values, value_norms = (v.codes, v.norms) if isinstance(v, TQ4Tensor) else (v, None)
     packed_values = isinstance(v, TQ4Tensor)
-    values, value_norms = v if packed_values else (v, None)
     shape, k_norms, v_norms = check_attention(
         q,
         k.codes,
@@ -124,8 +127,8 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, shape: Atten
     return ""
 
 
-def _triton(*args: object) -> tuple[torch.Tensor, torch.Tensor]:
+def _triton(*args: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.turboquant.triton_attention(*args)
 
 
-_RUN = {"triton": _triton, "reference": reference.attention}
+_RUN: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"triton": _triton, "reference": reference.attention}

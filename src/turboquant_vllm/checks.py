@@ -83,12 +83,14 @@ def check_device(name: str, tensor: torch.Tensor, device: torch.device, owner: s
 def check_levels(centroids: torch.Tensor | None) -> None:
     """``centroids`` must be float32 ``[16]``; any order, any values."""
     check_dtype("centroids", centroids, (torch.float32,))
+    assert centroids is not None
     check_shape("centroids", centroids, (16,))
 
 
 def check_rotation(rotation: torch.Tensor | None, head_dim: int) -> None:
     """``rotation`` must be float32 ``[head_dim, head_dim]``."""
     check_dtype("rotation", rotation, (torch.float32,))
+    assert rotation is not None
     check_shape("rotation", rotation, (head_dim, head_dim))
 
 
@@ -99,6 +101,7 @@ def check_packed(
     check_dtype(name, codes, (torch.uint8,))
     check_shape(name, codes, (*lead, head_dim // 2))
     check_dtype(norms_name(name), norms, (torch.float32,))
+    assert norms is not None
     rows = codes.shape[:-1]
     if norms.shape == (*rows, 1):
         norms = norms.squeeze(-1)

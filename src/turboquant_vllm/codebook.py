@@ -46,7 +46,7 @@ class Codebook:
     mse: float
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)  # typed: 128.0 and True must not find what 128 and 1 left
 def lloyd_max(head_dim: int, bits: int = 4) -> Codebook:
     """Levels with the least mean squared error for a coordinate of a random unit vector in R^head_dim.
 

@@ -165,6 +165,10 @@ class TQ4Codec:
         """Write ``t`` with the rotation and levels that read it to a safetensors file, with a checksum.
 
         The file is replaced in one step, so that a reader never sees half of it.
+
+        Raises:
+            TypeError, ValueError: ``t`` is no compressed tensor of this head_dim and device.
+            OSError: the file cannot be written; what stood at ``path`` before stands there still.
         """
         codes, norms = self._check(t)
         tensors = {"codes": codes, "norms": norms, "centroids": self.centroids, "rotation": self.rotation}
@@ -176,6 +180,8 @@ class TQ4Codec:
         try:
             save_file(tensors, partial, metadata=metadata)
             os.replace(partial, path)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written: {error}") from error
         finally:
             partial.unlink(missing_ok=True)
 
@@ -190,6 +196,17 @@ class TQ4Codec:
         tensors, header = _read(Path(path))
         if header["head_dim"] != self.head_dim:
             raise ValueError(f"{path}: expected head_dim {self.head_dim}, got {header['head_dim']}")
+        rows = tensors["norms"].shape
+        expected = {
+            "codes": (torch.uint8, (*rows, self.head_dim // 2)),
+            "norms": (torch.float32, rows),
+            "centroids": (torch.float32, (16,)),
+            "rotation": (torch.float32, (self.head_dim, self.head_dim)),
+        }
+        for name, (dtype, shape) in expected.items():
+            got = tensors[name]
+            if got.dtype != dtype or got.shape != shape:
+                raise ValueError(f"{path}: expected {name} {dtype} {list(shape)}, got {got.dtype} {list(got.shape)}")
         if not torch.allclose(tensors["rotation"], self.rotation.cpu(), rtol=0, atol=_SAME_ROTATION):
             mine = f"seed {self.seed}, {self.rotation_kind}"
             theirs = f"seed {header['seed']}, {header['rotation_kind']}"
@@ -243,11 +260,9 @@ def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     checksum = _checksum(tensors)
     if metadata.get("sha256") != checksum:
         raise ValueError(f"{path}: expected checksum {metadata.get('sha256')}, got {checksum}")
-    header = json.loads(metadata["codec"])
-    head_dim = header["head_dim"]
-    codes, norms = tensors["codes"], tensors["norms"]
-    if codes.shape[-1] * 2 != head_dim or norms.shape != codes.shape[:-1]:
-        raise ValueError(
-            f"{path}: expected codes [..., {head_dim // 2}] and norms [...], got {list(codes.shape)}, {list(norms.shape)}"
-        )
+    try:
+        header = json.loads(metadata["codec"])
+        header = {name: header[name] for name in ("head_dim", "seed", "rotation_kind")}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: expected head_dim, seed and rotation_kind, got {metadata.get('codec')!r}") from error
     return tensors, header

@@ -26,10 +26,19 @@ __all__ = ["has_triton", "triton_runs_on"]
 _LIBRARY = Library("turboquant", "DEF")
 
 
-@cache
+def _find_triton() -> bool:
+    try:
+        return importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):  # an import hook forbids it, or a stub without a spec stands in for it
+        return False
+
+
+_HAS_TRITON = _find_triton()  # a constant, not a cached function: torch.compile warns about those
+
+
 def has_triton() -> bool:
     """Whether the triton package can be imported."""
-    return importlib.util.find_spec("triton") is not None
+    return _HAS_TRITON
 
 
 def triton_runs_on(device: torch.device) -> bool:

@@ -92,7 +92,8 @@ def attention(
 
     Returns:
         out in q's dtype and shape, and lse ``[B, H_q, N_q]``, the natural logarithm of the sum of exponentials. A query
-        that sees no key has zeros and -inf. A NaN or Inf that a packed key or value shows to a query reaches its row.
+        that sees no key has zeros and -inf. A NaN in the norm of a key or value that a query sees reaches its row, and so
+        does an Inf in a value's; an Inf in a key's is a score of +-Inf: NaN, or a weight of zero.
     """
     compute = _compute_dtype(q)
     batch, num_heads, q_len, head_dim = q.shape
@@ -148,7 +149,9 @@ def merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torc
     compute = _compute_dtype(lses)
     lse = torch.logsumexp(lses.to(compute), 0)
     weight = torch.exp(lses.to(compute) - torch.where(lse == float("-inf"), 0.0, lse)).unsqueeze(-1)
-    out = (torch.where(weight == 0, 0.0, outs.to(compute)) * weight).sum(0)
+    # Only a part that saw nothing is left out: a NaN is kept, however small its part's weight.
+    seen = (lses != float("-inf")).unsqueeze(-1)
+    out = (torch.where(seen, outs.to(compute), 0.0) * weight).sum(0)
     return out.to(outs.dtype), lse.to(lses.dtype)
 
 

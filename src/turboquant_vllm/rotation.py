@@ -42,7 +42,7 @@ def rotation_kind(head_dim: int, rotation: str = "auto") -> RotationKind:
     raise ValueError(f"rotation must be 'auto', 'hadamard' or 'haar', got {rotation!r}")
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)
 def randomized_hadamard(head_dim: int, seed: int = 0) -> torch.Tensor:
     """Randomized Hadamard matrix, float32 ``[head_dim, head_dim]`` on the CPU; do not write to it.
 
@@ -63,7 +63,7 @@ def randomized_hadamard(head_dim: int, seed: int = 0) -> torch.Tensor:
     return (1 - 2 * parity) * signs * entry
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=64, typed=True)
 def haar(head_dim: int, seed: int = 0) -> torch.Tensor:
     """Haar-distributed rotation, float32 ``[head_dim, head_dim]`` on the CPU; do not write to it.
 

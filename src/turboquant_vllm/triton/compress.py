@@ -9,35 +9,30 @@ import triton
 import triton.language as tl
 
 from turboquant_vllm.triton.launch import device_guard, uses_prmt
-from turboquant_vllm.triton.levels import level_scale, level_table, look_up
+from turboquant_vllm.triton.levels import level_scale, level_table, look_up, power_of_two
+from turboquant_vllm.triton.rotate import LIFT, half_parts
 
 __all__ = ["compress", "decompress"]
 
-# Of the rotation, kept by one program in shared memory.
-_MATRIX_BYTES = 48 << 10
+# Programs per processor, each of which walks over tiles.
+_PROGRAMS = 4
+# Shared memory left to tiles of vectors; the rest may hold a program's columns of the rotation.
+_TILE_BYTES = 64 << 10
 
 
 @triton.jit
-def _matrix(rotation, inner, outer, inner_stride, outer_stride, D: tl.constexpr, SIGNS: tl.constexpr, DTYPE: tl.constexpr):
-    """The matrix ``[inner, outer]`` of rotation's entries as a tuple of tensors of ``DTYPE`` whose sum it is.
+def _matrix(rotation, inner, outer, inner_stride, outer_stride, D: tl.constexpr, SIGNS: tl.constexpr, DTYPE: tl.constexpr,
+            COUNT: tl.constexpr):  # fmt: skip
+    """The matrix ``[inner, outer]`` of rotation's entries as a tuple of COUNT tensors of ``DTYPE`` which sum to it.
 
-    With SIGNS the entries are +-1 / sqrt(D), and the one tensor holds their signs, exact in half precision. Otherwise
-    float16 takes two tensors and bfloat16 three, of the matrix times 2^8, which lifts remainders out of the subnormals.
+    With SIGNS the entries are +-1 / sqrt(D), and the one tensor holds their signs, exact in half precision.
     """
     mask = (inner[:, None] < D) & (outer[None, :] < D)
     matrix = tl.load(rotation + inner[:, None] * inner_stride + outer[None, :] * outer_stride, mask=mask, other=0.0)
     if SIGNS:
         return (tl.where(mask, tl.where(matrix > 0, 1.0, -1.0), 0.0).to(DTYPE),)
-    elif DTYPE == tl.float32:
-        return (matrix,)
     else:
-        high = (matrix * 256).to(DTYPE)
-        rest = matrix * 256 - high.to(tl.float32)
-        low = rest.to(DTYPE)
-        if DTYPE == tl.bfloat16:
-            return (high, low, (rest - low.to(tl.float32)).to(DTYPE))
-        else:
-            return (high, low)
+        return half_parts(matrix, DTYPE, COUNT)
 
 
 @triton.jit
@@ -49,26 +44,50 @@ def _product(x, matrix, acc, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _unit(D: tl.constexpr, SIGNS: tl.constexpr, DTYPE: tl.constexpr):
+def _unit(D: tl.constexpr, SIGNS: tl.constexpr):
     """What one unit of :func:`_matrix` stands for."""
-    unit = tl.full([], 1.0, tl.float32)
     if SIGNS:
-        unit = 1.0 / tl.sqrt_rn(unit * D)
-    elif DTYPE != tl.float32:
-        unit = unit / 256
-    return unit
+        return 1.0 / tl.sqrt_rn(tl.full([], D, tl.float32))
+    else:
+        return 1.0 / LIFT
+
+
+# Bisection with predicates: add where true, and take the sign for the top bit, 7 - index and 8 + index being index ^ 7
+# and index ^ 8. The compiler makes selects of all of it.
+_CELL_ASM = tl.constexpr("""
+{
+.reg .pred p1, p2, p3;
+.reg .f32 m, a, b, t;
+.reg .b32 i, s;
+abs.f32 m, $1;
+setp.gt.f32 p1, m, $5;
+selp.f32 t, $7, $3, p1;
+setp.gt.f32 p2, m, t;
+selp.f32 a, $8, $6, p2;
+selp.f32 b, $4, $2, p2;
+selp.f32 t, a, b, p1;
+setp.gt.f32 p3, m, t;
+selp.b32 i, 12, 8, p1;
+@p2 add.s32 i, i, 2;
+@p3 add.s32 i, i, 1;
+mov.b32 s, $1;
+shr.s32 s, s, 31;
+lop3.b32 $0, s, 15, i, 0x6A;
+}
+""")
 
 
 @triton.jit
-def _cell(y, b):
-    """The number of the 15 boundaries ``b`` below ``y``, by bisection; 0 for NaN."""
-    up = y > b[7]
-    up2 = y > tl.where(up, b[11], b[3])
-    up3 = y > tl.where(up, tl.where(up2, b[13], b[9]), tl.where(up2, b[5], b[1]))
-    first = tl.where(up2, tl.where(up3, b[6], b[4]), tl.where(up3, b[2], b[0]))
-    second = tl.where(up2, tl.where(up3, b[14], b[12]), tl.where(up3, b[10], b[8]))
-    up4 = y > tl.where(up, second, first)
-    return tl.where(up, 8, 0) + tl.where(up2, 4, 0) + tl.where(up3, 2, 0) + tl.where(up4, 1, 0)
+def _cell(y, b, PRMT: tl.constexpr):
+    """The cell of ``y``, given the 7 positive boundaries ``b`` of 16 cells that mirror each other; 7 or 8 for NaN."""
+    if PRMT:
+        return tl.inline_asm_elementwise(_CELL_ASM, "=r,f,f,f,f,f,f,f,f", (y,) + b, dtype=tl.int32, is_pure=True, pack=1)
+    size = tl.abs(y)
+    up = size > b[3]
+    up2 = size > tl.where(up, b[5], b[1])
+    up3 = size > tl.where(up, tl.where(up2, b[6], b[4]), tl.where(up2, b[2], b[0]))
+    index = tl.where(up, 4, 0) | tl.where(up2, 2, 0) | tl.where(up3, 1, 0)
+    return index ^ tl.where(y > 0, 8, 7)
 
 
 @triton.jit
@@ -83,37 +102,46 @@ def _rows_of(tile, tokens, heads, stride_b, stride_h, BM: tl.constexpr):
 
 @triton.jit(do_not_specialize=["tiles", "heads", "tokens"])
 def compress_kernel(x, rotation, boundaries, codes, norms, tiles, heads, tokens, x_b, x_h, x_n, x_d, D: tl.constexpr,
-                    DP: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SIGNS: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+                    DP: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr, SIGNS: tl.constexpr, BM: tl.constexpr,
+                    PRMT: tl.constexpr):  # fmt: skip
     """Vectors ``x [batch, heads, tokens, D]`` to ``codes [rows, D // 2]`` and ``norms [rows]``; CHUNK bytes of each code."""
-    DTYPE: tl.constexpr = x.dtype.element_ty
+    DTYPE: tl.constexpr = tl.float32 if x.dtype.element_ty == tl.float32 else tl.float16
     inner = tl.arange(0, DP)
     byte = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    even = _matrix(rotation, inner, 2 * byte, 1, D, D, SIGNS, DTYPE)  # [DP, CHUNK]
-    odd = _matrix(rotation, inner, 2 * byte + 1, 1, D, D, SIGNS, DTYPE)
-    unit = _unit(D, SIGNS, DTYPE)
+    even = _matrix(rotation, inner, 2 * byte, 1, D, D, SIGNS, DTYPE, PARTS)  # [DP, CHUNK]
+    odd = _matrix(rotation, inner, 2 * byte + 1, 1, D, D, SIGNS, DTYPE, PARTS)
+    unit = _unit(D, SIGNS)
     b = ()
-    for i in tl.static_range(15):
+    for i in tl.static_range(8, 15):
         b = b + (tl.load(boundaries + i),)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         token, first, base = _rows_of(tile, tokens, heads, x_b, x_h, BM)
         source = x + base + token[:, None] * x_n + inner.to(tl.int64)[None, :] * x_d
         v = tl.load(source, mask=(token[:, None] < tokens) & (inner[None, :] < D), other=0.0)  # [BM, DP]
+        scale = tl.full([BM], 1.0, tl.float32)
+        if x.dtype.element_ty != tl.float16:  # whose squares neither over- nor underflow
+            # Over a power of two near the largest magnitude, which changes no bits but those too small to matter.
+            wide = v.to(tl.float32)
+            largest = tl.minimum(tl.maximum(tl.max(tl.abs(wide), 1), 1.1754943508222875e-38), 1.7014118346046923e38)
+            scale = power_of_two(largest)
+            v = (wide * (1.0 / scale)[:, None]).to(DTYPE)
         wide = v.to(tl.float32)
-        # A power of two keeps squares and products in range, and changes no bits: 2^-100 or 2^100.
-        largest = tl.max(tl.abs(wide), 1)
-        shift = tl.where(largest > 1e15, 7.888609052210118e-31, tl.where(largest < 1e-15, 1.2676506002282294e30, 1.0))
-        wide *= shift[:, None]
         length = tl.sqrt_rn(tl.sum(wide * wide, 1))  # [BM]
-        v = wide.to(DTYPE)
         factor = (unit / tl.where(length > 0, length, 1.0))[:, None]
         zero = tl.zeros([BM, CHUNK], tl.float32)
-        high = _cell(_product(v, even, zero, PARTS) * factor, b)  # [BM, CHUNK]
-        low = _cell(_product(v, odd, zero, PARTS) * factor, b)
-        target = codes + (first + token)[:, None] * (D // 2) + byte[None, :]
-        live = (token[:, None] < tokens) & (byte[None, :] < D // 2)
-        tl.store(target, (high * 16 + low).to(tl.uint8), mask=live)
+        high = _cell(_product(v, even, zero, PARTS) * factor, b, PRMT)  # [BM, CHUNK]
+        low = _cell(_product(v, odd, zero, PARTS) * factor, b, PRMT)
+        code = high * 16 + low
+        if D % 8 == 0:  # four bytes a store
+            word = tl.sum(tl.reshape(code << (byte % 4 * 8)[None, :], [BM, CHUNK // 4, 4]), 2)  # [BM, CHUNK // 4]
+            column = tl.program_id(1) * (CHUNK // 4) + tl.arange(0, CHUNK // 4)
+            target = codes.to(tl.pointer_type(tl.int32)) + (first + token)[:, None] * (D // 8) + column[None, :]
+            tl.store(target, word, mask=(token[:, None] < tokens) & (column[None, :] < D // 8))
+        else:
+            target = codes + (first + token)[:, None] * (D // 2) + byte[None, :]
+            tl.store(target, code.to(tl.uint8), mask=(token[:, None] < tokens) & (byte[None, :] < D // 2))
         if tl.program_id(1) == 0:
-            tl.store(norms + first + token, length / shift, mask=token < tokens)
+            tl.store(norms + first + token, length * scale, mask=token < tokens)
 
 
 @triton.jit(do_not_specialize=["tiles", "heads", "tokens"])
@@ -123,10 +151,10 @@ def decompress_kernel(codes, norms, centroids, rotation, out, tiles, heads, toke
     """Codes ``[batch, heads, tokens, D // 2]`` and norms to vectors ``out [rows, D]``; CHUNK coordinates of each."""
     byte = tl.arange(0, DP // 2)
     outer = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
-    even = _matrix(rotation, 2 * byte, outer, D, 1, D, SIGNS, DTYPE)  # [DP // 2, CHUNK]
-    odd = _matrix(rotation, 2 * byte + 1, outer, D, 1, D, SIGNS, DTYPE)
+    even = _matrix(rotation, 2 * byte, outer, D, 1, D, SIGNS, DTYPE, PARTS)  # [DP // 2, CHUNK]
+    odd = _matrix(rotation, 2 * byte + 1, outer, D, 1, D, SIGNS, DTYPE, PARTS)
     scale = level_scale(centroids)
-    unit = _unit(D, SIGNS, DTYPE) * scale
+    unit = _unit(D, SIGNS) * scale
     table = ()
     if PRMT:
         table = level_table(centroids, 1.0 / scale, DTYPE)
@@ -146,7 +174,10 @@ def decompress_kernel(codes, norms, centroids, rotation, out, tiles, heads, toke
 def compress(
     x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor, signs: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As :func:`turboquant_vllm.reference.compress`; ``signs`` says that rotation's entries are +-1 / sqrt(D)."""
+    """As :func:`turboquant_vllm.reference.compress`, for boundaries that mirror each other, ``b[14 - i] = -b[i]``.
+
+    ``signs`` says that rotation's entries are +-1 / sqrt(D).
+    """
     head_dim = x.shape[-1]
     codes = torch.empty((*x.shape[:-1], head_dim // 2), dtype=torch.uint8, device=x.device)
     norms = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
@@ -156,7 +187,7 @@ def compress(
         with device_guard(x.device):
             compress_kernel[plan.grid](
                 x, rotation, boundaries, codes, norms, plan.tiles, x.shape[1], x.shape[2], *x.stride(),
-                D=head_dim, SIGNS=signs, **plan.constants,
+                D=head_dim, SIGNS=signs, PRMT=uses_prmt(x.device.type), **plan.constants,
             )  # fmt: skip
     return codes, norms
 
@@ -200,14 +231,28 @@ def _plan(shape: torch.Size, head_dim: int, columns: int, dtype: torch.dtype, si
     exact = dtype == torch.float32
     block = 16 if exact else 64
     padded = max(32, triton.next_power_of_2(head_dim))
-    parts = 1 if signs or exact else (3 if dtype == torch.bfloat16 else 2)
+    parts = 1 if signs or exact else 2
     chunk = max(16, triton.next_power_of_2(columns))
-    while chunk > 16 and 2 * parts * padded * chunk * dtype.itemsize > _MATRIX_BYTES:
+    room, processors = 1 << 30, 16
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        room = properties.shared_memory_per_block_optin - _TILE_BYTES
+        processors = properties.multi_processor_count
+    while chunk > 16 and 2 * parts * padded * chunk * dtype.itemsize > room:
         chunk //= 2
     chunks = triton.cdiv(columns, chunk)
     tiles = shape[0] * shape[1] * triton.cdiv(shape[2], block)
-    programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 64
-    constants = {"DP": padded, "CHUNK": chunk, "PARTS": parts, "BM": block, "num_warps": 4 if exact else 8}
+    programs = _PROGRAMS * processors
+    constants = {
+        "DP": padded,
+        "CHUNK": chunk,
+        "PARTS": parts,
+        "BM": block,
+        "num_warps": 8 if padded > 128 else 4,
+        "num_stages": 2,
+    }
+    if uses_prmt(device.type) and not exact and padded <= 128:
+        constants["maxnreg"] = 168 if dtype == torch.bfloat16 else 128
     return _Plan((min(tiles, max(1, programs // chunks)), chunks), tiles, constants)
 
 

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from turboquant_vllm.triton.levels import level_scale, level_table, power_of_two
-from turboquant_vllm.triton.tiles import attend, load_tile, per_row
+from turboquant_vllm.triton.rotate import LIFT, rotate
+from turboquant_vllm.triton.tiles import attend, load_norms, load_tile, per_row
 
 
 @triton.jit
@@ -26,10 +27,11 @@ def _row_offset(row, group, stride_h, stride_n, head):
     return (head * group + row % group) * stride_h + (row // group) * stride_n
 
 
-@triton.jit(do_not_specialize=["rows"])
+# Arguments that change with a length are not specialised: a new length must never compile anything.
+@triton.jit(do_not_specialize=["rows", "q_b", "q_h"])
 def query_kernel(q, rotation, out, out_scale, rows, group, num_kv_heads, factor, q_b, q_h, q_n, q_d,
                  D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
-                 CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Rotate, scale and pack queries: ``out * out_scale = factor * (q @ rotation.T)``, in parts order.
 
     ``out_scale`` is a power of two near each row's largest magnitude, so that ``out`` fits half precision.
@@ -49,7 +51,8 @@ def query_kernel(q, rotation, out, out_scale, rows, group, num_kv_heads, factor,
             part = tl.load(source[:, None] + inner.to(tl.int64)[None, :] * q_d, mask=mask, other=0.0)  # [BM, CHUNK]
             mask = (inner[:, None] < D) & (index[None, :] < D)
             matrix = tl.load(rotation + coordinate[None, :] * D + inner[:, None], mask=mask, other=0.0)  # [CHUNK, DP]
-            x = tl.dot(part.to(tl.float32), matrix, x, input_precision=PRECISION)  # [BM, DP]
+            x = rotate(part, matrix, x, HALF)  # [BM, DP]
+        x *= 1 / LIFT
     else:
         x = tl.load(source[:, None] + coordinate.to(tl.int64)[None, :] * q_d, mask=live, other=0.0).to(tl.float32)
     # Only the sign of the factor touches the queries: a power of two is all that may, exactly.
@@ -61,15 +64,27 @@ def query_kernel(q, rotation, out, out_scale, rows, group, num_kv_heads, factor,
     tl.store(out_scale + target, tl.maximum(scale * tl.abs(factor), 1e-30), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity"])
-def unpack_kernel(codes, centroids, out, tokens, capacity, num_kv_heads, c_b, c_h, c_n, c_d, PARTS: tl.constexpr,
-                  COLUMNS: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
-    """Levels over their scale of packed codes: ``out [batch * num_kv_heads, capacity, D]``, in parts order."""
+@triton.jit(do_not_specialize=["tokens", "capacity", "n_b", "n_h", "v_b", "v_h"])
+def unpack_kernel(codes, norms, value_norms, centroids, out, tokens, capacity, num_kv_heads, c_b, c_h, c_n, c_d, n_b, n_h, n_n,
+                  v_b, v_h, v_n, VALUES: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, DP: tl.constexpr,
+                  BN: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
+    """Packed vectors in the rotated basis: ``out [batch * num_kv_heads, capacity, D]``, in parts order.
+
+    A value whose norm is NaN or Inf must reach the rows that see it and no other, but a dense product would add 0 * NaN to
+    all. So it becomes zero, and its key, whose score is masked where it is hidden, becomes NaN. For keys, ``value_norms``
+    are the norms of the values, or None where those are dense; for values they are ``norms`` themselves.
+    """
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)  # [BN]
     batch_head = tl.program_id(0).to(tl.int64)
-    base = codes + batch_head // num_kv_heads * c_b + batch_head % num_kv_heads * c_h
     columns = tl.arange(0, DP)
-    inverse = 1.0 / level_scale(centroids)
+    scale = level_scale(centroids)
+    inverse = 1.0 / scale
+    batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
+    base = codes + batch * c_b + head * c_h
+    norm = load_norms(norms + batch * n_b + head * n_h, n_n, n, tokens, True) * scale  # [BN]
+    if value_norms is not None:
+        partner = load_norms(value_norms + batch * v_b + head * v_h, v_n, n, tokens, True)  # [BN]
+        norm = tl.where(tl.abs(partner) < float("inf"), norm, 0.0 if VALUES else float("nan"))
     DTYPE: tl.constexpr = out.dtype.element_ty
     table = ()
     if PRMT:
@@ -78,10 +93,10 @@ def unpack_kernel(codes, centroids, out, tokens, capacity, num_kv_heads, c_b, c_
     target = out + (batch_head * capacity + n[:, None]) * (COLUMNS * PARTS) + columns[None, :]
     live = (n[:, None] < tokens) & (columns[None, :] < COLUMNS)
     for j in tl.static_range(PARTS):
-        tl.store(target + j * COLUMNS, parts[j], mask=live)
+        tl.store(target + j * COLUMNS, (parts[j].to(tl.float32) * norm[:, None]).to(DTYPE), mask=live)
 
 
-@triton.jit(do_not_specialize=["rows", "kv_len", "offset", "split_len"])
+@triton.jit(do_not_specialize=["rows", "kv_len", "offset", "split_len", "kn_b", "kn_h", "vn_b", "vn_h"])
 def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, rows, kv_len, offset, split_len, group,
                      num_kv_heads, k_b, k_h, k_n, k_d, kn_b, kn_h, kn_n, v_b, v_h, v_n, v_d, vn_b, vn_h, vn_n,
                      D: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr,
@@ -89,7 +104,7 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
                      PRMT: tl.constexpr):  # fmt: skip
     """Attend BM packed query rows of one key/value head to one split of its keys.
 
-    Keys and values are packed codes with norms; or unpacked levels, over their scale, with norms; or dense without norms.
+    Keys and values are packed codes with norms, or dense without norms.
     Writes float32 ``out [splits, batch * num_kv_heads, rows, D]``, normalised, in the values' basis and parts order, and
     ``lse [splits, batch * num_kv_heads, rows]`` in log2.
     """
@@ -167,10 +182,10 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
     tl.store(lse + target, log, mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=["rows", "splits", "o_b", "o_h", "l_b", "l_h"])
 def merge_kernel(partial, partial_lse, rotation, out, lse, rows, splits, group, num_kv_heads, o_b, o_h, o_n, o_d, l_b, l_h,
                  l_n, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
-                 AT_ONCE: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 UNROLL: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Merge the splits by their log-sum-exp, rotate back and unpack the rows to ``out [B, H_q, N_q, D]``, ``lse`` natural."""
     row = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
     batch_head = tl.program_id(0).to(tl.int64)
@@ -183,20 +198,19 @@ def merge_kernel(partial, partial_lse, rotation, out, lse, rows, splits, group, 
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, DP], tl.float32)
-    for first in range(0, splits, AT_ONCE):
-        split = first + tl.arange(0, AT_ONCE)  # [S]
-        at = split[:, None] * step + target[None, :]
-        there = (split[:, None] < splits) & (row[None, :] < rows)
-        log = tl.load(partial_lse + at, mask=there, other=float("-inf"))  # [S, BM]
-        x = tl.load(partial + at[:, :, None] * D + index[None, None, :], mask=there[:, :, None] & (index < D)[None, None, :],
-                    other=0.0)  # [S, BM, DP]  # fmt: skip
-        new_top = tl.maximum(top, tl.max(log, 0))  # [BM]
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        keep = tl.exp2(top - anchor)
-        weight = tl.exp2(log - anchor[None, :])  # [S, BM]
-        total = total * keep + tl.sum(weight, 0)
-        acc = acc * keep[:, None] + tl.sum(x * weight[:, :, None], 0)
-        top = new_top
+    for first in range(0, splits, UNROLL):
+        for j in tl.static_range(UNROLL):  # loads of several splits in flight
+            at = (first + j) * step + target
+            there = row < tl.where(first + j < splits, rows, 0)
+            log = tl.load(partial_lse + at, mask=there, other=float("-inf"))
+            x = tl.load(partial + at[:, None] * D + index[None, :], mask=there[:, None] & (index < D)[None, :], other=0.0)
+            new_top = tl.maximum(top, log)
+            anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
+            keep = tl.exp2(top - anchor)
+            weight = tl.exp2(log - anchor)
+            total = total * keep + weight
+            acc = acc * keep[:, None] + x * weight[:, None]
+            top = new_top
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     row64 = row.to(tl.int64)
@@ -207,10 +221,11 @@ def merge_kernel(partial, partial_lse, rotation, out, lse, rows, splits, group, 
             outer = first + tl.arange(0, CHUNK)
             mask = (index[:, None] < D) & (outer[None, :] < D)
             matrix = tl.load(rotation + coordinate[:, None] * D + outer[None, :], mask=mask, other=0.0)  # [DP, CHUNK]
-            x = tl.dot(acc, matrix, input_precision=PRECISION).to(out.dtype.element_ty)  # [BM, CHUNK]
+            x = rotate(acc, matrix, tl.zeros([BM, CHUNK], tl.float32), HALF) * (1 / LIFT)  # [BM, CHUNK]
             mask = (row[:, None] < rows) & (outer[None, :] < D)
-            tl.store(destination[:, None] + outer.to(tl.int64)[None, :] * o_d, x, mask=mask)
+            tl.store(destination[:, None] + outer.to(tl.int64)[None, :] * o_d, x.to(out.dtype.element_ty), mask=mask)
     else:
-        tl.store(destination[:, None] + index.to(tl.int64)[None, :] * o_d, acc.to(out.dtype.element_ty), mask=live)
+        coordinate = _coordinate(index, D, PARTS).to(tl.int64)
+        tl.store(destination[:, None] + coordinate[None, :] * o_d, acc.to(out.dtype.element_ty), mask=live)
     log = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
     tl.store(lse + batch * l_b + _row_offset(row64, group, l_h, l_n, head), log, mask=row < rows)

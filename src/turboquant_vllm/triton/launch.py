@@ -37,7 +37,6 @@ class Config:
     num_warps: int
     num_stages: int
     swap: bool = False
-    max_registers: int | None = None
 
 
 def choose_config(rows: int, head_dim: int, itemsize: int) -> Config:
@@ -47,7 +46,7 @@ def choose_config(rows: int, head_dim: int, itemsize: int) -> Config:
         return Config(16, 32, 4, 1)
     if rows <= _FEW_ROWS:
         if rows <= 16:
-            return Config(8 if rows <= 8 else 16, 16 if wide else 32, 1, 3, swap=True, max_registers=None if wide else 128)
+            return Config(8 if rows <= 8 else 16, 16 if wide else 32, 1, 3, swap=True)
         return Config(32 if rows <= 32 else 64, 32, 2 if rows <= 32 else 4, 2 if wide else 3)
     return Config(64, 64, 4, 2) if wide else Config(128, 64, 8, 3)
 
@@ -91,82 +90,120 @@ def attention(
 
     Arguments must have passed :func:`turboquant_vllm.checks.check_attention`.
     """
-    batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, kv_len = k.shape[1], k.shape[2]
-    group = num_heads // num_kv_heads
-    rows, heads = q_len * group, batch * num_kv_heads
-    out = torch.empty((batch, num_heads, q_len, head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, num_heads, q_len), dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if out.numel() == 0:
         return out, lse
 
     packed = k_norms is not None or v_norms is not None
+    unpack = packed and q.shape[1] // k.shape[1] * q.shape[2] > _FEW_ROWS
+    # Slices are as long as one sequence's scratch allows, and sequences share a scratch that has room for more: how long
+    # a slice is must not depend on the batch.
+    room = _SCRATCH_BYTES // (2 * k.shape[1] * q.shape[3] * q.dtype.itemsize)
+    slice_len = min(max(room, 1), max(k.shape[2], 1))
+    together = max(1, room // slice_len) if unpack else q.shape[0]
+    for first in range(0, q.shape[0], together):
+        some = slice(first, first + together)
+        norms = [None if n is None else n[some] for n in (k_norms, v_norms)]
+        _attention(
+            q[some], k[some], norms[0], v[some], norms[1], centroids, rotation, sm_scale, is_causal, out[some], lse[some],
+            slice_len if unpack else None,
+        )  # fmt: skip
+    return out, lse
+
+
+def _attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    k_norms: torch.Tensor | None,
+    v: torch.Tensor,
+    v_norms: torch.Tensor | None,
+    centroids: torch.Tensor | None,
+    rotation: torch.Tensor | None,
+    sm_scale: float,
+    is_causal: bool,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    slice_len: int | None,
+) -> None:
+    """Fill ``out`` and ``lse``; with ``slice_len``, unpack that many keys at a time into a scratch."""
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    group = num_heads // num_kv_heads
+    rows, heads = q_len * group, batch * num_kv_heads
     config = choose_config(rows, head_dim, q.dtype.itemsize)
-    unpack = packed and rows > _FEW_ROWS
-    widest = 4 if config.swap or unpack else 2
+    widest = 4 if config.swap or slice_len else 2
     k, k_parts = _elements(k, k_norms is not None, widest)
     v, v_parts = _elements(v, v_norms is not None, widest)
-    split_len = split_length(rows, kv_len)
-    if unpack:
-        split_len = min(split_len, max(1, _SCRATCH_BYTES // (2 * heads * head_dim * q.dtype.itemsize)))
+    split_len = slice_len or split_length(rows, kv_len)
     splits = max(1, triton.cdiv(kv_len, split_len))
     prmt = uses_prmt(q.device.type) and q.dtype != torch.float32
+    # A float32 sum over D would cost float32 queries more accuracy than everything else: PyTorch rotates them in float64.
+    exact = q.dtype == torch.float32
+    wide_rotation = rotation.double() if exact and rotation is not None else None
+    if wide_rotation is not None and k_norms is not None:
+        q = (q.double() @ wide_rotation.T).float()
+    rotated = torch.empty_like(out) if exact and v_norms is not None else out
     queries = torch.empty((heads, rows, head_dim), dtype=q.dtype, device=q.device)
     query_scale = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
     partial = torch.empty((splits, heads, rows, head_dim), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((splits, heads, rows), dtype=torch.float32, device=q.device)
 
-    block = 16 if rows <= 64 else 64
+    many, wide = rows > 64, head_dim > 128
+    block = 64 if many else 16
     rotate = {
         "D": head_dim,
         "DP": max(16, triton.next_power_of_2(head_dim)),
         "BM": block,
-        "CHUNK": min(64, max(16, triton.next_power_of_2(head_dim))),
-        "PRECISION": "tf32x3" if prmt else "ieee",
-        "num_warps": 4 if rows <= 64 else 8,
+        "CHUNK": min(64 if many and not wide else 32, max(16, triton.next_power_of_2(head_dim))),
+        "HALF": prmt,
+        "num_warps": 8 if many or wide else 4,
     }
     row_tiles = (heads, triton.cdiv(rows, block))
 
     def attend(k: torch.Tensor, v: torch.Tensor, first: int, count: int, k_parts: int, v_parts: int) -> None:
         """Attend to keys ``first .. first + count``, which k and v hold alone, into the splits from ``first`` on."""
         slot = first // split_len
-        norms = [None if n is None else n[:, :, first : first + count] for n in (k_norms, v_norms)]
+        norms = (None, None) if slice_len else (k_norms, v_norms)
         grid = (heads, triton.cdiv(rows, config.block_m), max(1, triton.cdiv(count, split_len)))
         attention_kernel[grid](
             queries, query_scale, k, norms[0], v, norms[1], centroids, partial[slot:], partial_lse[slot:], rows, count,
             kv_len - q_len - first, split_len, group, num_kv_heads, *k.stride(), *_norm_strides(norms[0]), *v.stride(),
             *_norm_strides(norms[1]), D=head_dim, K_PARTS=k_parts, V_PARTS=v_parts, K_DP=_padded(head_dim, k_parts),
             V_DP=_padded(head_dim, v_parts), CAUSAL=is_causal, SWAP=config.swap, BM=config.block_m, BN=config.block_n,
-            STAGES=config.num_stages, PRMT=prmt, num_warps=config.num_warps, maxnreg=config.max_registers,
+            STAGES=config.num_stages, PRMT=prmt, num_warps=config.num_warps,
         )  # fmt: skip
 
     with device_guard(q.device):
         query_kernel[row_tiles](
             q, rotation, queries, query_scale, rows, group, num_kv_heads, sm_scale * _LOG2_E, *q.stride(),
-            PARTS=k_parts, ROTATE=k_norms is not None, **rotate,
+            PARTS=k_parts, ROTATE=k_norms is not None and not exact, **rotate,
         )  # fmt: skip
-        if unpack:
+        if slice_len:
             scratch = torch.empty((2, heads, split_len, head_dim), dtype=q.dtype, device=q.device)
             for first in range(0, kv_len, split_len):
                 count = min(split_len, kv_len - first)
                 operands = []
-                for x, parts, norms, levels in ((k, k_parts, k_norms, scratch[0]), (v, v_parts, v_norms, scratch[1])):
-                    part = x[:, :, first : first + count]
+                some = slice(first, first + count)
+                for which, x, parts, norms in ((0, k, k_parts, k_norms), (1, v, v_parts, v_norms)):
+                    part, dense = x[:, :, some], scratch[which]
                     if norms is not None:
+                        factors, value_norms = norms[:, :, some], None if v_norms is None else v_norms[:, :, some]
                         unpack_kernel[(heads, triton.cdiv(count, 32))](
-                            part, centroids, levels, count, split_len, num_kv_heads, *part.stride(),
-                            PARTS=parts, COLUMNS=head_dim // parts, DP=_padded(head_dim, parts), BN=32, PRMT=prmt,
+                            part, factors, value_norms, centroids, dense, count, split_len, num_kv_heads, *part.stride(),
+                            *factors.stride(), *_norm_strides(value_norms), VALUES=which == 1, PARTS=parts, COLUMNS=head_dim // parts, DP=_padded(head_dim, parts), BN=32, PRMT=prmt,
                         )  # fmt: skip
-                        part = levels.view(batch, num_kv_heads, split_len, head_dim)
+                        part = dense.view(batch, num_kv_heads, split_len, head_dim)
                     operands.append(part)
                 attend(operands[0], operands[1], first, count, 1, 1)
         else:
             attend(k, v, 0, kv_len, k_parts, v_parts)
         merge_kernel[row_tiles](
-            partial, partial_lse, rotation, out, lse, rows, splits, group, num_kv_heads, *out.stride(), *lse.stride(),
-            PARTS=v_parts, ROTATE=v_norms is not None, AT_ONCE=4 if splits > 1 else 1, **rotate,
+            partial, partial_lse, rotation, rotated, lse, rows, splits, group, num_kv_heads, *rotated.stride(), *lse.stride(),
+            PARTS=v_parts, ROTATE=v_norms is not None and not exact, UNROLL=1 if many else 4, **rotate,
         )  # fmt: skip
-    return out, lse
+    if wide_rotation is not None and v_norms is not None:
+        out.copy_(rotated.double() @ wide_rotation)
 
 
 def _elements(x: torch.Tensor, packed: bool, widest: int) -> tuple[torch.Tensor, int]:

@@ -117,8 +117,8 @@ def attend(start, stop, q, row_scale, last, top, total, value_scale, acc, n_end,
                       MASKED, DTYPE, PRMT)  # fmt: skip
         if v_norms is not None:
             norms = load_norms(v_norms, v_norms_stride, n64, n_end, MASKED)  # [BN]
-            # NaN is left out here and reaches the output through the weight.
-            largest = tl.max(tl.where(norms == norms, tl.abs(norms), 0.0), 0)
+            # NaN and Inf are left out here: they reach only the rows that see them, through the weight.
+            largest = tl.max(tl.where(tl.abs(norms) < float("inf"), tl.abs(norms), 0.0), 0)
             new_scale = tl.maximum(value_scale, largest)
             shrink = 1.0 / new_scale
             keep *= value_scale * shrink
