@@ -178,7 +178,7 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
     live = (per_row(row, SWAP) < rows) & (per_row(v_columns, not SWAP) < V_COLUMNS)
     for j in tl.static_range(V_PARTS):
         tl.store(out + out_offsets + j * V_COLUMNS, acc[j] * per_row(factor, SWAP), mask=live)
-    log = tl.where(empty, float("-inf"), top * row_scale + tl.log2(tl.where(empty, 1.0, total)))
+    log = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
     tl.store(lse + target, log, mask=row < rows)
 
 

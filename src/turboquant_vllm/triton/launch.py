@@ -180,22 +180,14 @@ def _attention(
             PARTS=k_parts, ROTATE=k_norms is not None and not exact, **rotate,
         )  # fmt: skip
         if slice_len:
-            scratch = torch.empty((2, heads, split_len, head_dim), dtype=q.dtype, device=q.device)
+            scratch = torch.empty((2, batch, num_kv_heads, split_len, head_dim), dtype=q.dtype, device=q.device)
             for first in range(0, kv_len, split_len):
                 count = min(split_len, kv_len - first)
-                operands = []
-                some = slice(first, first + count)
-                for which, x, parts, norms in ((0, k, k_parts, k_norms), (1, v, v_parts, v_norms)):
-                    part, dense = x[:, :, some], scratch[which]
-                    if norms is not None:
-                        factors, value_norms = norms[:, :, some], None if v_norms is None else v_norms[:, :, some]
-                        unpack_kernel[(heads, triton.cdiv(count, 32))](
-                            part, factors, value_norms, centroids, dense, count, split_len, num_kv_heads, *part.stride(),
-                            *factors.stride(), *_norm_strides(value_norms), VALUES=which == 1, PARTS=parts, COLUMNS=head_dim // parts, DP=_padded(head_dim, parts), BN=32, PRMT=prmt,
-                        )  # fmt: skip
-                        part = dense.view(batch, num_kv_heads, split_len, head_dim)
-                    operands.append(part)
-                attend(operands[0], operands[1], first, count, 1, 1)
+                some = (slice(None), slice(None), slice(first, first + count))
+                factors = [None if n is None else n[some] for n in (k_norms, v_norms)]
+                keys = _unpack(k[some], factors[0], factors[1], centroids, scratch[0], k_parts, False, prmt)
+                values = _unpack(v[some], factors[1], factors[1], centroids, scratch[1], v_parts, True, prmt)
+                attend(keys, values, first, count, 1, 1)
         else:
             attend(k, v, 0, kv_len, k_parts, v_parts)
         merge_kernel[row_tiles](
@@ -204,6 +196,29 @@ def _attention(
         )  # fmt: skip
     if wide_rotation is not None and v_norms is not None:
         out.copy_(rotated.double() @ wide_rotation)
+
+
+def _unpack(
+    codes: torch.Tensor,
+    norms: torch.Tensor | None,
+    value_norms: torch.Tensor | None,
+    centroids: torch.Tensor | None,
+    scratch: torch.Tensor,
+    parts: int,
+    values: bool,
+    prmt: bool,
+) -> torch.Tensor:
+    """Packed vectors, n a head, in ``scratch [B, H_kv, at least n, D]``; dense ones, which have no norms, as they are."""
+    if norms is None:
+        return codes
+    batch, num_kv_heads, capacity, head_dim = scratch.shape
+    count = codes.shape[2]
+    unpack_kernel[(batch * num_kv_heads, triton.cdiv(count, 32))](
+        codes, norms, value_norms, centroids, scratch, count, capacity, num_kv_heads, *codes.stride(), *norms.stride(),
+        *_norm_strides(value_norms), VALUES=values, PARTS=parts, COLUMNS=head_dim // parts, DP=_padded(head_dim, parts),
+        BN=32, PRMT=prmt,
+    )  # fmt: skip
+    return scratch
 
 
 def _elements(x: torch.Tensor, packed: bool, widest: int) -> tuple[torch.Tensor, int]:

@@ -80,9 +80,10 @@ def attend(start, stop, q, row_scale, last, top, total, value_scale, acc, n_end,
            STAGES: tl.constexpr, PRMT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Take keys ``start .. stop`` into the running softmax of BM query rows: the loop of every attention kernel.
 
-    Scores are kept in units of ``row_scale`` (float32 ``[BM]``, in log2), which makes the queries fit half precision at
-    no cost: it multiplies inside the exponent. Values are kept in units of ``value_scale``, the largest value norm so
-    far, which makes the weights fit. ``last`` is the last key that each row sees; only MASKED steps look at it.
+    Scores are in units of ``row_scale`` (float32 ``[BM]``, in log2), which makes the queries fit half precision at no
+    cost: it multiplies inside the exponent. ``top`` is the largest so far, in log2. Values are in units of ``value_scale``,
+    the largest value norm so far, which makes the weights fit. ``last`` is the last key that each row sees; only MASKED
+    steps look at it.
 
     SWAP turns every tile over: keys, then coordinates, take the long side of the matrix instruction, and query rows the
     short side of 8. That halves the work where a group has few heads. Shapes below are those without SWAP; ``q`` comes
@@ -105,11 +106,11 @@ def attend(start, stop, q, row_scale, last, top, total, value_scale, acc, n_end,
         if MASKED:
             visible = per_row(n, not SWAP) <= per_row(last, SWAP)
             score = tl.where(visible, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, KEYS))  # [BM]
+        new_top = tl.maximum(top, tl.max(score, KEYS) * row_scale)  # [BM]
         # A row that has seen nothing yet subtracts zero, not -inf.
-        anchor = tl.where(new_top == float("-inf"), 0.0, new_top) * row_scale
+        anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
         p = exp2(score * per_row(row_scale, SWAP) - per_row(anchor, SWAP), PRMT)  # [BM, BN]
-        keep = exp2(top * row_scale - anchor, PRMT)
+        keep = exp2(top - anchor, PRMT)
         total = total * keep + tl.sum(p, KEYS)
         top = new_top
 
