@@ -8,12 +8,12 @@ from typing import Literal, overload
 import torch
 
 from turboquant_vllm import ops, reference
-from turboquant_vllm.checks import AttentionShape, check_attention, check_sm_scale
+from turboquant_vllm.checks import AttentionShape, check_attention, check_sm_scale, why_not_decode
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 
 __all__ = ["BACKENDS", "choose_backend", "tq4_attention"]
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("cuda", "triton", "reference")
 
 
 @overload
@@ -65,8 +65,8 @@ def tq4_attention(
         sm_scale: factor on the scores; None means ``1 / sqrt(D)``.
         is_causal: query i sees keys ``0 .. N_kv - N_q + i`` (aligned to the bottom right).
         return_lse: also return the log-sum-exp.
-        backend: "auto" (the best that can run, see ``turboquant info``), "triton" or "reference"; a named backend
-            that cannot run raises and never falls back.
+        backend: "auto" (the best that can run, see ``turboquant info``), "cuda", "triton" or "reference"; a named
+            backend that cannot run raises and never falls back.
 
     Returns:
         ``[B, H_q, N_q, D]`` in q's dtype; with ``return_lse`` also float32 ``[B, H_q, N_q]``, natural logarithm.
@@ -96,7 +96,7 @@ def tq4_attention(
         packed=(True, packed_values),
     )
     scale = check_sm_scale(sm_scale, shape.head_dim)
-    name, reason = choose_backend(q, shape, backend)
+    name, reason = choose_backend(q, shape, backend, (k.codes, values))
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     run = _RUN[name]
@@ -104,21 +104,37 @@ def tq4_attention(
     return (out, lse) if return_lse else out
 
 
-def choose_backend(q: torch.Tensor, shape: AttentionShape, backend: str = "auto") -> tuple[str, str]:
+def choose_backend(
+    q: torch.Tensor, shape: AttentionShape, backend: str = "auto", operands: tuple[torch.Tensor, ...] = ()
+) -> tuple[str, str]:
     """The backend that serves a call, and why it cannot (an empty string where it can).
+
+    Args:
+        q: the queries.
+        shape: sizes of the call.
+        backend: "auto" or a name from :data:`BACKENDS`.
+        operands: keys and values, packed or dense; packed and well aligned where not given.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
     """
     if backend == "auto":
-        return next((name, "") for name in BACKENDS if not why_not(name, q.device, q.dtype, shape))
+        return next((name, "") for name in BACKENDS if not why_not(name, q.device, q.dtype, shape, operands))
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    return backend, why_not(backend, q.device, q.dtype, shape)
+    return backend, why_not(backend, q.device, q.dtype, shape, operands)
 
 
-def why_not(backend: str, device: torch.device, dtype: torch.dtype, shape: AttentionShape) -> str:
-    """Why ``backend`` cannot serve such a call; empty where it can."""
+def why_not(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: AttentionShape,
+    operands: tuple[torch.Tensor, ...] = (),
+) -> str:
+    """Why ``backend`` cannot serve such a call; empty where it can. Arguments as in :func:`choose_backend`."""
+    if backend == "cuda":
+        return ops.why_not_cuda(device) or why_not_decode(dtype, shape.head_dim, shape.q_len * shape.group, operands)
     if backend == "triton":
         if not ops.has_triton():
             return "the triton package is not installed"
@@ -127,8 +143,16 @@ def why_not(backend: str, device: torch.device, dtype: torch.dtype, shape: Atten
     return ""
 
 
+def _cuda(*args: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.turboquant.cuda_decode(*args)
+
+
 def _triton(*args: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.ops.turboquant.triton_attention(*args)
 
 
-_RUN: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"triton": _triton, "reference": reference.attention}
+_RUN: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
+    "cuda": _cuda,
+    "triton": _triton,
+    "reference": reference.attention,
+}

@@ -23,10 +23,12 @@ __all__ = [
     "check_rotation",
     "check_shape",
     "check_sm_scale",
+    "why_not_decode",
 ]
 
 MAX_HEAD_DIM = 256
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DECODE_HEAD_DIMS, DECODE_MAX_ROWS = (64, 128, 256), 32  # of the native kernels
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,30 @@ def check_attention(
         if tensor is not None:
             check_device(name, tensor, q.device, "q")
     return AttentionShape(batch, num_heads, num_kv_heads, q_len, kv_len, head_dim), k_norms, v_norms
+
+
+def why_not_decode(dtype: torch.dtype, head_dim: int, rows: int, operands: Sequence[torch.Tensor] = ()) -> str:
+    """Why the native CUDA kernels cannot serve a call on a device that runs them; empty where they can.
+
+    Args:
+        dtype: of the queries.
+        head_dim: coordinates of a vector.
+        rows: query rows (tokens x heads of the group) per key/value head.
+        operands: keys and values ``[B, H_kv, N_kv, ...]``; their addresses are not looked at.
+    """
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernels take queries in fp16 or bf16, got {dtype}"
+    if head_dim not in DECODE_HEAD_DIMS:
+        return f"the CUDA kernels take head_dim 64, 128 or 256, got {head_dim}"
+    if rows > DECODE_MAX_ROWS:
+        return f"the CUDA kernels take up to {DECODE_MAX_ROWS} query rows per key/value head, got {rows}"
+    for x in operands:
+        if x.dtype != torch.uint8:
+            return f"the CUDA kernels take packed keys and values, got {x.dtype}"
+        begins = x.storage_offset() % 16 == 0
+        if not begins or x.stride(-1) != 1 or any(x.stride(i) % 16 and x.shape[i] > 1 for i in range(3)):
+            return f"the CUDA kernels take codes whose rows begin on 16-byte boundaries, got strides {tuple(x.stride())}"
+    return ""
 
 
 def norms_name(name: str) -> str:

@@ -6,6 +6,7 @@ with ``torch.compile`` and importing this package load neither Triton nor a comp
     turboquant::compress            vectors -> codes, norms             Triton on a GPU, else the reference
     turboquant::decompress          codes, norms -> vectors             Triton on a GPU, else the reference
     turboquant::triton_attention    attention, packed or dense K and V  Triton
+    turboquant::cuda_decode         attention of few rows, packed K, V  CUDA C++, compiled at first use
 """
 
 from __future__ import annotations
@@ -21,19 +22,20 @@ from torch.library import Library
 
 from turboquant_vllm import reference
 
-__all__ = ["has_triton", "triton_runs_on"]
+__all__ = ["has_triton", "triton_runs_on", "why_not_cuda"]
 
 _LIBRARY = Library("turboquant", "DEF")
 
 
-def _find_triton() -> bool:
+def _find(module: str) -> bool:
     try:
-        return importlib.util.find_spec("triton") is not None
+        return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # an import hook forbids it, or a stub without a spec stands in for it
         return False
 
 
-_HAS_TRITON = _find_triton()  # a constant, not a cached function: torch.compile warns about those
+_HAS_TRITON = _find("triton")  # a constant, not a cached function: torch.compile warns about those
+_HAS_CUDA_CORE = _find("cuda.core")
 
 
 def has_triton() -> bool:
@@ -44,6 +46,18 @@ def has_triton() -> bool:
 def triton_runs_on(device: torch.device) -> bool:
     """Whether Triton kernels run on tensors of ``device``."""
     return device.type in ("cuda", "xpu") and has_triton()
+
+
+@torch.compiler.assume_constant_result
+def why_not_cuda(device: torch.device) -> str:
+    """Why the native CUDA kernels do not run on tensors of ``device``; empty where they do. Compiles nothing."""
+    if device.type != "cuda" or torch.version.hip:
+        return f"the CUDA kernels do not run on {device.type} tensors here"
+    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+        return f"the CUDA kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
+    if not _HAS_CUDA_CORE:
+        return "cuda-core is not installed: pip install turboquant-vllm[cuda]"
+    return ""
 
 
 @cache
@@ -105,6 +119,10 @@ def _triton_attention(*args: Any) -> Any:
     return _kernel("turboquant_vllm.triton.launch:attention")(*args)
 
 
+def _cuda_decode(*args: Any) -> Any:
+    return _kernel("turboquant_vllm.cuda.decode:decode")(*args)
+
+
 def _attention_fake(q: torch.Tensor, *args: Any) -> Any:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
@@ -121,10 +139,11 @@ _define(
     _decompress,
     _decompress_fake,
 )
-_define(
-    "triton_attention",
-    "(Tensor q, Tensor k, Tensor? k_norms, Tensor v, Tensor? v_norms, Tensor? centroids, Tensor? rotation, "
-    "float sm_scale, bool is_causal) -> (Tensor, Tensor)",
-    _triton_attention,
-    _attention_fake,
-)
+for _name, _run in (("triton_attention", _triton_attention), ("cuda_decode", _cuda_decode)):
+    _define(
+        _name,
+        "(Tensor q, Tensor k, Tensor? k_norms, Tensor v, Tensor? v_norms, Tensor? centroids, Tensor? rotation, "
+        "float sm_scale, bool is_causal) -> (Tensor, Tensor)",
+        _run,
+        _attention_fake,
+    )

@@ -102,12 +102,16 @@ def attention(
     room = _SCRATCH_BYTES // (2 * k.shape[1] * q.shape[3] * q.dtype.itemsize)
     slice_len = min(max(room, 1), max(k.shape[2], 1))
     together = max(1, room // slice_len) if unpack else q.shape[0]
+    if together >= q.shape[0]:
+        tensors = (q, k, k_norms, v, v_norms, centroids, rotation)
+        _attention(*tensors, sm_scale, is_causal, out, lse, slice_len if unpack else None)
+        return out, lse
     for first in range(0, q.shape[0], together):
         some = slice(first, first + together)
         norms = [None if n is None else n[some] for n in (k_norms, v_norms)]
         _attention(
             q[some], k[some], norms[0], v[some], norms[1], centroids, rotation, sm_scale, is_causal, out[some], lse[some],
-            slice_len if unpack else None,
+            slice_len,
         )  # fmt: skip
     return out, lse
 
@@ -132,7 +136,7 @@ def _attention(
     group = num_heads // num_kv_heads
     rows, heads = q_len * group, batch * num_kv_heads
     config = choose_config(rows, head_dim, q.dtype.itemsize)
-    widest = 4 if config.swap or slice_len else 2
+    widest = 4 if config.swap or slice_len or q.dtype == torch.float32 else 2
     k, k_parts = _elements(k, k_norms is not None, widest)
     v, v_parts = _elements(v, v_norms is not None, widest)
     split_len = slice_len or split_length(rows, kv_len)

@@ -64,11 +64,15 @@ def per_row(x, SWAP: tl.constexpr):
 @triton.jit
 def product(a, b, acc, SWAP: tl.constexpr):
     """``acc + a @ b``, computed as its transpose ``acc + b.T @ a.T`` (and so given and returned) where SWAP."""
-    precision: tl.constexpr = "ieee" if a.dtype == tl.float32 else "tf32"
     if SWAP:
-        return tl.dot(tl.trans(b), a, acc, input_precision=precision)
+        left, right = tl.trans(b), a
     else:
-        return tl.dot(a, b, acc, input_precision=precision)
+        left, right = a, b
+    if a.dtype == tl.float32:
+        # A sum of short sums rounds less than one long sum.
+        return acc + tl.dot(left, right, input_precision="ieee")
+    else:
+        return tl.dot(left, right, acc)
 
 
 @triton.jit

@@ -1,0 +1,162 @@
+"""Time of the native decode against PyTorch's best dense attention: `python benchmarks/decode.py [--out FOLDER]`.
+
+Scope "kernel": the first kernel alone against the eager dense call. Scope "call": the whole operator in a CUDA graph against
+the dense call in a CUDA graph. Same dtype and cold L2 on both sides. Each case is checked against float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common import (
+    BYTES_PER_TOKEN,
+    RESULTS,
+    best_dense_ms,
+    environment,
+    graphed,
+    median_ms,
+    read_bandwidth,
+    write_results,
+)
+from turboquant_vllm import TQ4Codec, reference
+from turboquant_vllm.cuda.decode import prepare
+
+DTYPE = torch.float16
+TOLERANCE = 4 * 2.0**-10
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    batch: int
+    num_heads: int
+    num_kv_heads: int
+    kv_len: int
+    q_len: int = 1
+    head_dim: int = 128
+
+    @property
+    def bytes(self) -> int:
+        """Codes and norms of the cache."""
+        return self.batch * self.num_kv_heads * self.kv_len * BYTES_PER_TOKEN[self.head_dim]
+
+
+CASES = [
+    Case("a", 16, 32, 8, 32768),
+    Case("b", 1, 32, 8, 131072),
+    Case("c", 8, 32, 32, 8192),
+    Case("d", 32, 32, 8, 4096),
+    Case("e", 16, 64, 8, 32768),
+    Case("f", 1, 32, 8, 8192),
+    Case("g", 64, 32, 8, 1024),
+    Case("h", 16, 128, 8, 32768),
+    Case("i", 16, 32, 8, 32768, q_len=4),
+    Case("d64", 16, 32, 8, 32768 * 136 // 72, head_dim=64),
+    Case("d256", 16, 32, 8, 32768 * 136 // 264, head_dim=256),
+]
+
+
+def arguments(case: Case) -> tuple[Any, ...]:
+    """Random arguments of the operator."""
+    rows = (case.batch, case.num_kv_heads, case.kv_len)
+    codec = TQ4Codec(case.head_dim, device="cuda")
+
+    def codes() -> torch.Tensor:
+        return torch.randint(256, (*rows, case.head_dim // 2), dtype=torch.uint8, device="cuda")
+
+    def norms() -> torch.Tensor:
+        return torch.randn(rows, device="cuda").mul_(0.3).exp_().mul_(case.head_dim**0.5)
+
+    q = torch.randn(case.batch, case.num_heads, case.q_len, case.head_dim, device="cuda").to(DTYPE)
+    scale, is_causal = case.head_dim**-0.5, case.q_len > 1
+    return q, codes(), norms(), codes(), norms(), codec.centroids, codec.rotation, scale, is_causal
+
+
+def check(args: tuple[Any, ...]) -> float:
+    """Largest error over the first and the last sequence; raises where it is too large."""
+    q, k, k_norms, v, v_norms, *rest = args
+    out, lse = torch.ops.turboquant.cuda_decode(*args)
+    worst = 0.0
+    for i in {0, q.shape[0] - 1}:
+        one = [x[i : i + 1] for x in (q.double(), k, k_norms, v, v_norms)]
+        want, want_lse = reference.attention(*one, *rest, block=2048)
+        error = (out[i : i + 1] - want).abs().max().item()
+        limit = TOLERANCE * want.abs().max().item()
+        if not error <= limit or not torch.allclose(lse[i : i + 1].double(), want_lse, atol=0.01):
+            raise RuntimeError(f"wrong result for sequence {i}: error {error:.3e}, limit {limit:.3e}")
+        worst = max(worst, error)
+    return worst
+
+
+def measure(case: Case, bandwidth: float, rep: int) -> list[dict[str, Any]]:
+    """Both rows of one case."""
+    args = arguments(case)
+    error = check(args)
+    out, lse = torch.empty_like(args[0]), torch.empty(args[0].shape[:-1], device="cuda")
+    attend, _ = prepare(*args, out=out, lse=lse)
+    run: dict[str, Callable[[], object]] = {
+        "kernel": attend,
+        "call": graphed(lambda: torch.ops.turboquant.cuda_decode(*args)),
+    }
+    ours = {scope: median_ms(function, rep) for scope, function in run.items()}
+    q = args[0]
+    # The dense side attends to every key: the same bytes, and its causal mask is aligned to the other corner.
+    shape = (case.batch, case.num_kv_heads, case.kv_len, case.head_dim)
+    k, v = (torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(2))
+    rows = []
+    for scope in ("kernel", "call"):
+        dense, backend, _ = best_dense_ms(q, k, v, False, rep=rep, graph=scope == "call")
+        speed = case.bytes / ours[scope] / 1e6
+        rows.append(
+            {
+                "id": case.id,
+                "scope": scope,
+                "shape": [case.batch, case.num_heads, case.num_kv_heads, case.q_len, case.kv_len, case.head_dim],
+                "dtype": str(DTYPE).removeprefix("torch."),
+                "ours_ms": round(ours[scope], 5),
+                "best_fp16_ms": round(dense, 5),
+                "best_backend": backend,
+                "ratio": round(dense / ours[scope], 3),
+                "gb_per_s": round(speed, 1),
+                "read_bandwidth_share": round(speed / bandwidth, 4),
+                "floor_ms": round(case.bytes / bandwidth / 1e6, 5),
+                "max_abs_err": error,
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
+    parser.add_argument("--cases", default=",".join(case.id for case in CASES), help="ids, separated by commas")
+    parser.add_argument("--rep", type=int, default=60, help="milliseconds of each measurement")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth = read_bandwidth()
+    torch.cuda.empty_cache()
+    print(f"read bandwidth {bandwidth:.0f} GB/s")
+    print("id    scope   ours_ms  dense_ms  backend    ratio  share  error")
+    rows: list[dict[str, Any]] = []
+    for case in CASES:
+        if case.id not in options.cases.split(","):
+            continue
+        for row in measure(case, bandwidth, options.rep):
+            rows.append(row)
+            print(
+                f"{row['id']:5} {row['scope']:6} {row['ours_ms']:8.4f} {row['best_fp16_ms']:9.4f}  {row['best_backend']:9} "
+                f"{row['ratio']:6.2f} {row['read_bandwidth_share']:6.3f}  {row['max_abs_err']:.1e}",
+                flush=True,
+            )
+        torch.cuda.empty_cache()
+    write_results(options.out / "decode-h200.json", environment(read_bandwidth_gb_per_s=round(bandwidth, 1)), rows)
+
+
+if __name__ == "__main__":
+    main()

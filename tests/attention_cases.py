@@ -1,0 +1,239 @@
+"""Random attention calls, their float64 results, and the accuracy gate: for every backend's tests.
+
+A backend under test is a function ``run(q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal) -> (out, lse)``
+with the arguments and results of :func:`turboquant_vllm.reference.attention`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from turboquant_vllm import lloyd_max, reference
+from turboquant_vllm.rotation import haar, randomized_hadamard
+
+Run = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+# The largest error of an element, relative to the largest magnitude in the result. In half precision: one unit in the
+# last place for each of the four things that are rounded once (queries, levels, weights, result). In float32 the only
+# matter is the length of sums, whose rounding errors grow like the square root of some hundreds of terms.
+TOLERANCE = {torch.float32: 32 * 2.0**-23, torch.float16: 4 * 2.0**-10, torch.bfloat16: 4 * 2.0**-7}
+
+# What the gate allows beside twice PyTorch's error, in units in the last place of the result's magnitude. One in half
+# precision: PyTorch may be exact there by luck. In float32 the two rotations count, sums of head_dim products each, which
+# PyTorch is not asked for.
+GATE_FLOOR = {torch.float32: 8.0, torch.float16: 1.0, torch.bfloat16: 1.0}
+
+LAYOUTS = ("contiguous", "transposed", "sliced", "odd", "strided", "expanded")
+
+
+@dataclass(frozen=True)
+class Case:
+    """The arguments of one attention call."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    k_norms: torch.Tensor | None
+    v: torch.Tensor
+    v_norms: torch.Tensor | None
+    centroids: torch.Tensor
+    rotation: torch.Tensor
+    sm_scale: float
+    is_causal: bool
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    def replace(self, **changes: Any) -> Case:
+        return dataclasses.replace(self, **changes)
+
+    def batch_entry(self, index: int) -> Case:
+        """One sequence of the batch, alone."""
+        tensors = {name: getattr(self, name) for name in ("q", "k", "k_norms", "v", "v_norms")}
+        return self.replace(**{name: None if x is None else x[index : index + 1] for name, x in tensors.items()})
+
+    def visible(self) -> torch.Tensor:
+        """Which key each query sees, bool ``[N_q, N_kv]``."""
+        q_len, kv_len = self.q.shape[2], self.k.shape[2]
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=self.q.device)
+        return mask.tril(kv_len - q_len) if self.is_causal else mask
+
+
+def random_case(
+    generator: torch.Generator,
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    batch: int = 1,
+    num_kv_heads: int = 2,
+    group: int = 2,
+    q_len: int = 1,
+    kv_len: int = 33,
+    head_dim: int = 64,
+    packed: tuple[bool, bool] = (True, True),
+    is_causal: bool = False,
+    sm_scale: float | None = None,
+    layout: str = "contiguous",
+) -> Case:
+    """A call whose scores are about normal with variance 1 or 2, with every byte value among the codes."""
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def keys_or_values(packed: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = (batch, num_kv_heads, kv_len)
+        if not packed:
+            return place(normal(*rows, head_dim).to(dtype)), None
+        codes = torch.randint(256, (*rows, head_dim // 2), generator=generator, dtype=torch.uint8)
+        return place(codes), place(math.sqrt(head_dim) * torch.exp(0.3 * normal(*rows)))
+
+    def place(x: torch.Tensor) -> torch.Tensor:
+        return lay_out(x.to(device), layout)
+
+    q = place(normal(batch, num_kv_heads * group, q_len, head_dim).to(dtype))
+    k, k_norms = keys_or_values(packed[0])
+    v, v_norms = keys_or_values(packed[1])
+    centroids, rotation = levels_and_rotation(head_dim, device)
+    scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
+    return Case(q, k, k_norms, v, v_norms, centroids, rotation, scale, is_causal)
+
+
+def levels_and_rotation(head_dim: int, device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    centroids = torch.tensor(lloyd_max(head_dim).centroids, dtype=torch.float32, device=device)
+    rotation = haar(head_dim) if head_dim & (head_dim - 1) else randomized_hadamard(head_dim)
+    return centroids, rotation.to(device)
+
+
+def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+    """The values of ``x [B, H, N, ...]`` in other strides, in a buffer whose other bytes are poison.
+
+    "sliced" keeps rows aligned; "odd" begins them at an odd element; "strided" takes every second element; "expanded"
+    repeats the first head, with stride 0.
+    """
+    if layout == "contiguous":
+        return x.contiguous()
+    if layout == "transposed":
+        return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "expanded":
+        return x[:, :1].expand_as(x)
+    batch, heads, tokens, *rest = x.shape
+    if layout == "strided":
+        view = _poison((batch, heads, 2 * tokens, *(2 * n for n in rest)), x)[:, :, ::2]
+        view = view[..., ::2] if rest else view
+    elif layout == "sliced":
+        view = _poison((batch + 1, heads + 2, tokens + 70, *(n + 32 for n in rest)), x)[1:, 1:-1, 3 : 3 + tokens]
+        view = view[..., 16:-16] if rest else view
+    elif layout == "odd":
+        view = _poison((batch, heads, tokens + 70, *(n + 3 for n in rest)), x)[:, :, 1 : 1 + tokens]
+        view = view[..., 1:-2] if rest else view
+    else:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    return view.copy_(x)
+
+
+def _poison(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    if like.dtype == torch.uint8:
+        return torch.randint(256, shape, dtype=torch.uint8, device=like.device)
+    return torch.full(shape, float("nan"), dtype=like.dtype, device=like.device)
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, torch.empty hands out memory full of NaN: what a kernel forgets to write shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.empty(1).isnan().all(), "torch.utils.deterministic.fill_uninitialized_memory is off"
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def expected(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
+    """The result in float64."""
+    return reference.attention(case.q.double(), *case.arguments[1:])
+
+
+def pytorch_attention(case: Case) -> torch.Tensor:
+    """PyTorch's own attention in the queries' dtype, given the decompressed keys and values rounded to that dtype."""
+    dtype, head_dim = case.q.dtype, case.q.shape[-1]
+
+    def dense(x: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:
+        if norms is not None:
+            x = reference.decompress(x, norms, case.centroids, case.rotation, torch.float64).to(dtype)
+        return x.repeat_interleave(case.group, 1)
+
+    # Zeros up to a multiple of eight keep PyTorch on the kernel that it uses for common head dimensions.
+    tensors = [case.q, dense(case.k, case.k_norms), dense(case.v, case.v_norms)]
+    q, k, v = (torch.nn.functional.pad(x, (0, -head_dim % 8)) for x in tensors)
+    mask = case.visible() if case.is_causal else None
+    exact = dtype == torch.float32
+    assert not torch.backends.cuda.matmul.allow_tf32
+    with sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext():
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=case.sm_scale)
+    return out[..., :head_dim]
+
+
+def check(run: Run, case: Case, *, gate: bool = True, slack: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a case and compare it with float64: as close as PyTorch is, or, without ``gate``, within :data:`TOLERANCE`.
+
+    The gate: both the largest and the root-mean-square error are at most twice those of PyTorch in the same dtype.
+    ``slack`` adds to the tolerance.
+
+    Returns:
+        What ``run`` returned.
+    """
+    out, lse = run(*case.arguments)
+    want, want_lse = expected(case)
+    assert out.shape == case.q.shape
+    assert out.dtype == case.q.dtype
+    assert lse.shape == case.q.shape[:-1]
+    assert lse.dtype == torch.float32
+    seen = want_lse != float("-inf")
+    assert (out[~seen] == 0).all(), "a query that sees no key must give zeros"
+    assert (lse[~seen] == float("-inf")).all(), "a query that sees no key must have the log-sum-exp -inf"
+    if not seen.any():
+        return out, lse
+    compare(lse[seen], want_lse[seen], case.q.dtype, at_least=1.0, what="lse")
+    if gate:
+        check_gate(out[seen], want[seen], pytorch_attention(case)[seen])
+    else:
+        compare(out[seen], want[seen], case.q.dtype, slack=slack)
+    return out, lse
+
+
+def compare(
+    out: torch.Tensor,
+    want: torch.Tensor,
+    dtype: torch.dtype,
+    *,
+    at_least: float = 0.0,
+    slack: float = 0.0,
+    what: str = "out",
+) -> None:
+    """Every element of ``out`` is within ``dtype``'s tolerance of ``want``, relative to want's largest magnitude."""
+    largest = max(want.abs().max().item(), at_least)
+    # A result below the normal range is spaced by its smallest subnormal.
+    limit = (TOLERANCE[dtype] + slack) * largest + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    error = (out.double() - want).abs().max().item()
+    assert error <= limit, f"{what}: error {error:.3e} above {limit:.3e}, largest magnitude {largest:.3e}"  # NaN fails too
+
+
+def check_gate(out: torch.Tensor, want: torch.Tensor, pytorch: torch.Tensor) -> None:
+    """The error of ``out`` is at most twice that of ``pytorch``; all of one shape, ``want`` in float64."""
+    floor = GATE_FLOOR[out.dtype] * torch.finfo(out.dtype).eps
+    ours, theirs = out.double() - want, pytorch.double() - want
+    for name, size in (("largest", lambda x: x.abs().max().item()), ("RMS", lambda x: x.square().mean().sqrt().item())):
+        limit = 2 * size(theirs) + floor * size(want)
+        assert size(ours) <= limit, f"{name} error {size(ours):.3e} above {limit:.3e}, PyTorch's {size(theirs):.3e}"

@@ -1,0 +1,165 @@
+"""The native decode on a GPU: accuracy, the contract, what it refuses, graphs, torch.compile, and invariance of its bits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attention_cases import check, compare, expected, poisoned_memory, random_case
+from attention_contract import AttentionContract, check_causal_sizes
+from turboquant_vllm import TQ4Codec, tq4_attention
+from turboquant_vllm.attention import why_not
+from turboquant_vllm.checks import AttentionShape, why_not_decode
+
+pytestmark = pytest.mark.gpu
+
+HALF, BF16 = torch.float16, torch.bfloat16
+LENGTHS = (1, 15, 16, 17, 255, 513, 1021, 2000)
+
+
+@pytest.fixture(autouse=True)
+def needs_nvidia():
+    reason = why_not("cuda", torch.device("cuda"), HALF, AttentionShape(1, 8, 2, 1, 100, 128))
+    if reason:
+        pytest.skip(reason)
+
+
+@pytest.fixture
+def device():
+    return "cuda"
+
+
+def decode(*args):
+    from turboquant_vllm.cuda.decode import decode
+
+    with poisoned_memory():
+        return decode(*args)
+
+
+@pytest.fixture
+def run():
+    return decode
+
+
+def decode_where_it_can(*args):
+    """The native kernels, or the Triton kernels for a call that they refuse."""
+    q, k, _, v = args[:4]
+    if why_not_decode(q.dtype, q.shape[-1], q.shape[2] * q.shape[1] // k.shape[1], (k, v)):
+        pytest.skip("the native kernels refuse this call")
+    return decode(*args)
+
+
+class TestContract(AttentionContract):
+    @pytest.fixture(params=[HALF, BF16], ids=["fp16", "bf16"])
+    def dtype(self, request):
+        return request.param
+
+    @pytest.fixture
+    def run(self):
+        return decode_where_it_can
+
+
+@pytest.mark.parametrize("group", [1, 4, 5, 7, 8, 16])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=["fp16", "bf16"])
+def test_accuracy(run, generator, dtype, head_dim, group):
+    for q_len in range(1, min(8, 32 // group) + 1):
+        for kv_len in (LENGTHS[q_len % 8], LENGTHS[(q_len + 4) % 8]):
+            case = random_case(
+                generator, dtype=dtype, device="cuda", batch=2, group=group, q_len=q_len, kv_len=kv_len, head_dim=head_dim,
+                is_causal=bool(q_len % 2),
+            )  # fmt: skip
+            check(run, case)
+            check(run, case.replace(is_causal=not case.is_causal))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_long_context(run, generator, head_dim):
+    check(run, random_case(generator, dtype=HALF, device="cuda", group=4, kv_len=33001, head_dim=head_dim, num_kv_heads=1))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded"])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_strides(run, generator, head_dim, layout):
+    case = random_case(
+        generator, dtype=BF16, device="cuda", batch=2, group=4, q_len=3, kv_len=613, head_dim=head_dim, layout=layout,
+        is_causal=True,
+    )  # fmt: skip
+    check(run, case)
+
+
+def test_norms_in_any_layout(run, generator):
+    case = random_case(generator, dtype=HALF, device="cuda", batch=2, group=4, kv_len=613, layout="strided")
+    check(run, case.replace(k=case.k.contiguous(), v=case.v.contiguous()))
+
+
+def test_causal_sizes(run, generator):
+    check_causal_sizes(run, generator, HALF, "cuda", list(range(1, 17)))
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("group", [4, 16])
+def test_batch_changes_no_bits(run, generator, head_dim, group):
+    sizes = {"batch": 70, "num_kv_heads": 4, "group": group, "kv_len": 1100, "head_dim": head_dim}
+    case = random_case(generator, dtype=HALF, device="cuda", **sizes)
+    out, lse = run(*case.arguments)
+    for _ in range(5):
+        again, lse_again = run(*case.arguments)
+        assert torch.equal(out, again)
+        assert torch.equal(lse, lse_again)
+    for i in (0, 33, 69):
+        alone, lse_alone = run(*case.batch_entry(i).arguments)
+        assert torch.equal(alone, out[i : i + 1])
+        assert torch.equal(lse_alone, lse[i : i + 1])
+
+
+@pytest.mark.parametrize("q_len", [1, 5])
+def test_graph_replays_with_other_contents(generator, q_len):
+    sizes = {"dtype": HALF, "device": "cuda", "batch": 2, "group": 4, "q_len": q_len, "kv_len": 1299, "is_causal": True}
+    case, other = random_case(generator, **sizes), random_case(generator, **sizes)
+    run = torch.ops.turboquant.cuda_decode
+    run(*case.arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run(*case.arguments)
+    for contents in (case, other):
+        for name in ("q", "k", "k_norms", "v", "v_norms"):
+            getattr(case, name).copy_(getattr(contents, name))
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        want, want_lse = expected(contents)
+        compare(out, want, HALF)
+        compare(lse, want_lse, HALF, at_least=1.0, what="lse")
+
+
+def test_operator_is_registered_right(generator):
+    case = random_case(generator, dtype=HALF, device="cuda")
+    torch.library.opcheck(torch.ops.turboquant.cuda_decode.default, case.arguments)
+
+
+def _call(head_dim: int = 128, dtype: torch.dtype = HALF, q_len: int = 1):
+    codec = TQ4Codec(head_dim, device="cuda")
+    q = torch.randn(1, 8, q_len, head_dim, device="cuda", dtype=dtype)
+    k, v = (codec.compress(torch.randn(1, 2, 300, head_dim, device="cuda")) for _ in range(2))
+    return q, k, v, codec
+
+
+def test_compiles_into_one_graph():
+    q, k, v, codec = _call()
+    torch._dynamo.reset()
+    step = torch.compile(lambda q: tq4_attention(q * 2, k, v, codec), fullgraph=True)
+    want = tq4_attention(q * 2, k, v, codec, backend="cuda")
+    assert torch.equal(step(q), want)
+
+
+def test_auto_takes_it_where_it_can():
+    q, k, v, codec = _call()
+    assert torch.equal(tq4_attention(q, k, v, codec), tq4_attention(q, k, v, codec, backend="cuda"))
+    for changed in (_call(96), _call(dtype=torch.float32), _call(q_len=9)):
+        tq4_attention(*changed)
+        with pytest.raises(RuntimeError, match="backend='cuda' cannot run: the CUDA kernels take"):
+            tq4_attention(*changed, backend="cuda")
+    with pytest.raises(RuntimeError, match="packed"):
+        tq4_attention(q, k, torch.randn(1, 2, 300, 128, device="cuda", dtype=HALF), codec, backend="cuda")

@@ -1,0 +1,191 @@
+"""Every kernel compiles for every architecture, and within its shared memory; no GPU is needed.
+
+Calls run as usual, on CPU tensors, but instead of launching a kernel they let Triton compile it, by its own
+``warmup``, for a pretended device. So the very configurations, argument types and specialisations of real launches are
+compiled. Triton itself accepts more shared memory than a device has.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import subprocess
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from attention_cases import random_case
+from turboquant_vllm import TQ4Codec
+
+triton = pytest.importorskip("triton")
+pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
+
+HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
+
+# Backend, architecture, threads of a warp; shared memory of a block in KiB.
+TARGETS = {
+    "sm_80": ("cuda", 80, 32, 163),
+    "sm_90": ("cuda", 90, 32, 227),
+    "sm_100": ("cuda", 100, 32, 227),
+    "sm_120": ("cuda", 120, 32, 99),
+    "gfx942": ("hip", "gfx942", 64, 64),
+}
+
+CALLS = {
+    "decode": {"dtype": HALF, "head_dim": 128, "group": 4},
+    "decode-64": {"dtype": BF16, "head_dim": 64, "group": 7},
+    "decode-96": {"dtype": HALF, "head_dim": 96, "group": 4},
+    "decode-256": {"dtype": BF16, "head_dim": 256, "group": 8},
+    "decode-sixteen-rows": {"dtype": BF16, "head_dim": 128, "group": 16},
+    "decode-packed-keys": {"dtype": HALF, "head_dim": 128, "group": 4, "packed": (True, False)},
+    "some-rows": {"dtype": BF16, "head_dim": 128, "group": 4, "q_len": 17},
+    "many-rows": {"dtype": HALF, "head_dim": 128, "group": 4, "q_len": 70},
+    "many-rows-256": {"dtype": BF16, "head_dim": 256, "group": 4, "q_len": 70},
+    "many-rows-packed-keys": {"dtype": BF16, "head_dim": 128, "group": 4, "q_len": 70, "packed": (True, False)},
+    "many-rows-dense": {"dtype": BF16, "head_dim": 64, "group": 4, "q_len": 70, "packed": (False, False)},
+    "float32": {"dtype": FULL, "head_dim": 128, "group": 4, "q_len": 3},
+}
+# Architectures with little shared memory get the calls that take most of it.
+FITS = {
+    "sm_80": ["decode", "many-rows"],
+    "sm_90": ["some-rows", "many-rows", "many-rows-packed-keys", "many-rows-dense", "float32"],
+    "sm_100": ["decode", "many-rows"],
+    "sm_120": ["decode", "some-rows", "many-rows", "many-rows-256"],
+    "gfx942": ["decode", "some-rows", "many-rows", "many-rows-256", "float32"],
+}
+
+
+class _Device:
+    """What Triton asks its driver for before it compiles."""
+
+    def __init__(self, target: Any, number: int) -> None:
+        self.target, self.number = target, number
+
+    def get_current_device(self) -> int:
+        return self.number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+
+class _Kernel:
+    """Stands in a module for a kernel: compiles where it should be launched, and keeps what came out."""
+
+    def __init__(self, function: Any, compiled: list[tuple[str, Any]]) -> None:
+        self.function, self.compiled = function, compiled
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile(*args: Any, **kwargs: Any) -> None:
+            kernel = self.function.warmup(*args, grid=grid, **kwargs)
+            self.compiled.append((self.function.__name__, kernel))
+
+        return compile
+
+
+@pytest.fixture
+def target(request):
+    return request.param
+
+
+@pytest.fixture
+def compiled(target, monkeypatch):
+    """A list that fills with (name, compiled kernel) while Triton functions of this package are called."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    from turboquant_vllm.triton import compress, launch
+
+    backend, arch, warp, shared = TARGETS[target]
+    kernels: list[tuple[str, Any]] = []
+    for module in (launch, compress):
+        for name, value in list(vars(module).items()):
+            if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction):
+                monkeypatch.setattr(module, name, _Kernel(value, kernels))
+        monkeypatch.setattr(module, "device_guard", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(module, "uses_prmt", lambda device_type: backend == "cuda")
+    # Plans of compress and decompress depend on the device.
+    properties = SimpleNamespace(shared_memory_per_block_optin=shared << 10, multi_processor_count=64)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    plan = compress._plan
+    monkeypatch.setattr(compress, "_plan", lambda *args: plan(*args[:-1], torch.device("cuda")))
+    # Triton keeps kernels by device number: away from those of real devices.
+    driver.set_active(_Device(GPUTarget(backend, arch, warp), 1000 + list(TARGETS).index(target)))
+    yield kernels
+    driver.set_active(None)
+
+
+def check_shared_memory(target: str, compiled: list[tuple[str, Any]]) -> None:
+    limit = TARGETS[target][3] << 10
+    too_large = {f"{name}: {kernel.metadata.shared} B" for name, kernel in compiled if kernel.metadata.shared > limit}
+    assert not too_large, f"more than {target}'s {limit} B of shared memory: {sorted(too_large)}"
+
+
+@pytest.mark.parametrize(
+    ("target", "name"), [(target, name) for target, names in FITS.items() for name in names], indirect=["target"]
+)
+def test_attention_fits(generator, target, compiled, name):
+    from turboquant_vllm.triton import launch
+
+    case = random_case(generator, is_causal=True, kv_len=300, **CALLS[name])
+    launch.attention(*case.arguments)
+    assert {"query_kernel", "attention_kernel", "merge_kernel"} <= {kernel for kernel, _ in compiled}
+    check_shared_memory(target, compiled)
+    if name == "decode":
+        attention = next(kernel for function, kernel in compiled if function == "attention_kernel")
+        assert ("inline_asm" in attention.asm["ttir"]) == target.startswith("sm_")
+        if target.startswith("sm_"):
+            assert attention.asm["ptx"].count("prmt.b32") > 40
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("decode")])
+def test_decode_keeps_its_loop_in_registers(generator, target, compiled, tmp_path, name):
+    from turboquant_vllm.triton import launch
+
+    case = random_case(generator, kv_len=300, **CALLS[name])
+    launch.attention(*case.arguments)
+    check_shared_memory(target, compiled)
+    kernel = next(kernel for function, kernel in compiled if function == "attention_kernel")
+    cubin = tmp_path / "attention.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    loops = _loops(_cuobjdump("-sass", cubin))
+    assert len(loops) >= 2, "expected the loops over whole and over masked tiles"
+    for loop in loops:
+        spills = [instruction for instruction in loop if re.search(r"\b(?:STL|LDL)\b", instruction)]
+        # A few between hundreds of instructions cost nothing.
+        assert len(spills) <= len(loop) // 100, f"{len(spills)} of a loop's {len(loop)} instructions spill registers"
+
+
+def _loops(sass: str) -> list[list[str]]:
+    """The instructions between each backward branch and where it leads."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);", sass)]
+    loops = []
+    for at, text in code:
+        branch = re.search(r"\bBRA\b.*\b0x([0-9a-f]+)", text)
+        if branch and int(branch[1], 16) < at:
+            loops.append([body for place, body in code if int(branch[1], 16) <= place <= at])
+    return loops
+
+
+def _cuobjdump(option: str, cubin: Any) -> str:
+    command = [triton.knobs.nvidia.cuobjdump.path, option, str(cubin)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120", "gfx942"], indirect=True)
+@pytest.mark.parametrize(("dtype", "head_dim", "rotation"), [(HALF, 128, "hadamard"), (BF16, 256, "haar"), (FULL, 96, "haar")])
+def test_compress_and_decompress_fit(generator, target, compiled, dtype, head_dim, rotation):
+    from turboquant_vllm.triton.compress import compress, decompress
+
+    codec = TQ4Codec(head_dim, rotation=rotation)
+    signs = rotation == "hadamard"
+    x = torch.randn(1, 2, 64, head_dim, generator=generator).to(dtype)
+    codes, norms = compress(x, codec.rotation, codec.boundaries, signs)
+    decompress(codes, norms, codec.centroids, codec.rotation, signs, dtype)
+    assert [function for function, _ in compiled] == ["compress_kernel", "decompress_kernel"]
+    check_shared_memory(target, compiled)

@@ -1,0 +1,168 @@
+"""The Triton kernels on a CPU, in Triton's interpreter: float32 and float16 (the interpreter rounds bfloat16 wrongly)."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from packaging.version import Version
+
+from attention_cases import LAYOUTS, check, check_gate, expected, lay_out, pytorch_attention, random_case
+from attention_contract import AttentionContract, check_causal_sizes
+from compression_checks import check_compress, check_decompress, special_vectors
+from triton_interpreter import Interpreter
+from turboquant_vllm import TQ4Codec
+
+VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
+pytestmark = [
+    pytest.mark.triton_interpreter,
+    pytest.mark.skipif(
+        VERSIONS["triton"] < Version("3.7") and VERSIONS["numpy"] >= Version("2.4"),
+        reason="the interpreter of Triton 3.6 needs numpy < 2.4",
+    ),
+]
+
+HALF, FULL = torch.float16, torch.float32
+PACKED, PACKED_KEYS, PACKED_VALUES, DENSE = (True, True), (True, False), (False, True), (False, False)
+both_dtypes = pytest.mark.parametrize("dtype", [HALF, FULL], ids=["fp16", "fp32"])
+
+
+@pytest.fixture(scope="session")
+def interpreter():
+    child = Interpreter()
+    yield child
+    child.close()
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+@pytest.fixture
+def run(interpreter):
+    return lambda *args: interpreter.call("triton.launch:attention", *args)
+
+
+@both_dtypes
+class TestContract(AttentionContract):
+    pass
+
+
+@both_dtypes
+def test_causal_sizes(run, generator, dtype):
+    check_causal_sizes(run, generator, dtype, "cpu", [1, 2, 7, 16, 17, 33])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group", "q_len", "kv_len", "packed", "is_causal"),
+    [
+        (HALF, 16, 4, 1, 33, PACKED, False),
+        (HALF, 20, 5, 3, 33, PACKED, True),
+        (FULL, 20, 1, 17, 5, PACKED, True),
+        (HALF, 32, 1, 70, 300, PACKED_KEYS, True),
+        (HALF, 80, 7, 1, 300, PACKED, False),
+        (FULL, 80, 5, 3, 33, PACKED_KEYS, True),
+        (HALF, 96, 8, 3, 33, PACKED_VALUES, True),
+        (HALF, 96, 16, 17, 33, PACKED, True),  # more than 256 rows
+        (HALF, 128, 16, 1, 300, PACKED, False),
+        (HALF, 128, 4, 17, 33, PACKED, True),
+        (HALF, 128, 4, 70, 33, PACKED_KEYS, True),
+        (HALF, 192, 7, 3, 33, PACKED, True),
+        (HALF, 192, 4, 70, 33, DENSE, False),
+        (HALF, 256, 8, 1, 33, PACKED, False),
+        (HALF, 256, 4, 17, 33, PACKED, True),
+        (FULL, 256, 1, 3, 33, PACKED, True),
+    ],
+)
+def test_shapes(run, generator, dtype, head_dim, group, q_len, kv_len, packed, is_causal):
+    sizes = {"head_dim": head_dim, "group": group, "q_len": q_len, "kv_len": kv_len, "num_kv_heads": 1}
+    check(run, random_case(generator, dtype=dtype, packed=packed, is_causal=is_causal, **sizes))
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_any_call(run, data):
+    sizes = {
+        "batch": data.draw(st.integers(1, 2)),
+        "num_kv_heads": data.draw(st.integers(1, 2)),
+        "group": data.draw(st.integers(1, 5)),
+        "q_len": data.draw(st.integers(0, 6)),
+        "kv_len": data.draw(st.integers(0, 40)),
+        "head_dim": 2 * data.draw(st.integers(8, 35)),
+        "packed": data.draw(st.sampled_from([PACKED, PACKED_KEYS, PACKED_VALUES, DENSE])),
+        "is_causal": data.draw(st.booleans()),
+        "layout": data.draw(st.sampled_from(LAYOUTS)),
+        "dtype": data.draw(st.sampled_from([HALF, FULL])),
+    }
+    # Against a table of tolerances: PyTorch's luck on a handful of numbers is no measure.
+    check(run, random_case(torch.Generator().manual_seed(data.draw(st.integers(0, 2**31))), **sizes), gate=False)
+
+
+@pytest.mark.parametrize("packed", [PACKED, PACKED_KEYS, PACKED_VALUES])
+@pytest.mark.parametrize("slice_len", [48, 100])
+def test_slices_of_the_scratch(interpreter, generator, packed, slice_len):
+    scratch = slice_len * 2 * 2 * 64 * 2  # K and V, heads, head_dim, bytes
+    patch = {"triton.launch:_SCRATCH_BYTES": scratch}
+    case = random_case(generator, dtype=HALF, q_len=140, kv_len=150, packed=packed, is_causal=True)
+    check(lambda *args: interpreter.call("triton.launch:attention", *args, patch=patch), case)
+
+
+def test_batch_changes_no_bits_where_the_scratch_is_short(interpreter, generator):
+    patch = {"triton.launch:_SCRATCH_BYTES": 150 * 2 * 64 * 2}
+    case = random_case(generator, dtype=HALF, num_kv_heads=1, batch=2, q_len=140, kv_len=150, is_causal=True)
+    out, _ = interpreter.call("triton.launch:attention", *case.arguments, patch=patch)
+    for i in range(2):
+        alone, _ = interpreter.call("triton.launch:attention", *case.batch_entry(i).arguments, patch=patch)
+        assert torch.equal(alone, out[i : i + 1])
+
+
+@pytest.mark.parametrize("sm_scale", [None, 0.3])
+@pytest.mark.parametrize("packed", [PACKED, PACKED_KEYS, DENSE], ids=["packed", "packed-keys", "dense"])
+def test_public_functions(interpreter, generator, packed, sm_scale):
+    case = random_case(generator, dtype=HALF, q_len=3, packed=packed, is_causal=True, sm_scale=sm_scale)
+    levels = (case.centroids, case.rotation)
+    if packed == PACKED:
+        path = "triton.flash_attention_tq4_kv:triton_flash_attention_tq4_kv"
+        args = (case.q, case.k, case.k_norms.unsqueeze(-1), case.v, case.v_norms.unsqueeze(-1), *levels)
+    elif packed == PACKED_KEYS:
+        path = "triton.flash_attention_tq4:triton_flash_attention_tq4"
+        args = (case.q, case.k, case.k_norms.unsqueeze(-1), *levels, case.v)
+    else:
+        path = "triton.flash_attention:triton_flash_attention"
+        args = (case.q, case.k, case.v)
+    out = interpreter.call(path, *args, sm_scale, True)
+    check_gate(out, expected(case)[0], pytorch_attention(case))
+
+
+CODECS = [(16, "haar"), (20, "haar"), (64, "hadamard"), (96, "haar"), (128, "hadamard"), (256, "hadamard")]
+
+
+@both_dtypes
+@pytest.mark.parametrize(("head_dim", "rotation"), CODECS)
+def test_compress(interpreter, generator, dtype, head_dim, rotation):
+    def compress(*args):
+        return interpreter.call("triton.compress:compress", *args)
+
+    codec = TQ4Codec(head_dim, rotation=rotation)
+    x = torch.randn(2, 2, 35, head_dim, generator=generator).to(dtype)
+    for layout in ("transposed", "odd"):
+        check_compress(compress, lay_out(x, layout), codec)
+    check_compress(compress, special_vectors(head_dim, dtype, generator), codec)
+    codes, norms = compress(x[:, :, :0], codec.rotation, codec.boundaries, False)
+    assert codes.shape == (2, 2, 0, head_dim // 2)
+    assert norms.shape == (2, 2, 0)
+
+
+@both_dtypes
+@pytest.mark.parametrize(("head_dim", "rotation"), CODECS)
+def test_decompress(interpreter, generator, dtype, head_dim, rotation):
+    def decompress(*args):
+        return interpreter.call("triton.compress:decompress", *args)
+
+    codec = TQ4Codec(head_dim, rotation=rotation)
+    for layout in ("contiguous", "transposed", "odd", "strided"):
+        check_decompress(decompress, codec, dtype, generator, 35, layout)

@@ -1,0 +1,64 @@
+"""Triton's interpreter in a child process: it must be chosen before triton is imported, and then holds for the process.
+
+Arguments and results travel through shared memory, so a tensor keeps its strides, its place in its buffer, and whatever
+stands around it there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import multiprocessing
+import os
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import torch
+import torch.multiprocessing
+
+from attention_cases import poisoned_memory
+
+
+class Interpreter:
+    """Calls functions of ``turboquant_vllm`` in a child process whose Triton kernels are interpreted."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._child = ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_start)
+
+    def call(self, path: str, *args: Any, patch: dict[str, Any] | None = None) -> Any:
+        """``module:function`` of turboquant_vllm on ``args``; ``patch`` sets ``module:name`` to a value meanwhile."""
+        return self._child.submit(_call, path, args, patch or {}).result()
+
+    def close(self) -> None:
+        self._child.shutdown()
+
+
+def _start() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+def _call(path: str, args: tuple[Any, ...], patch: dict[str, Any]) -> Any:
+    function = _find(path)
+    assert importlib.import_module("turboquant_vllm.triton.launch").INTERPRETED
+    with poisoned_memory(), contextlib.ExitStack() as stack:
+        for target, value in patch.items():
+            stack.enter_context(_patched(target, value))
+        return function(*args)
+
+
+def _find(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(f"turboquant_vllm.{module}"), name)
+
+
+@contextlib.contextmanager
+def _patched(path: str, value: Any) -> Iterator[None]:
+    before, (module, name) = _find(path), path.split(":")
+    setattr(importlib.import_module(f"turboquant_vllm.{module}"), name, value)
+    try:
+        yield
+    finally:
+        setattr(importlib.import_module(f"turboquant_vllm.{module}"), name, before)
