@@ -43,11 +43,15 @@ def check_compress(run: Callable[..., Any], x: torch.Tensor, codec: TQ4Codec) ->
     assert norms.dtype == torch.float32
     finite = x.isfinite().all(-1)
     assert not norms[~finite].isfinite().any()
-    torch.testing.assert_close(norms[finite], want_norms[finite], rtol=_NORM, atol=0)
+    # Below the normal range of float32 a rotated coordinate is a sum of products rounded to multiples of 2^-149.
+    grid = codec.head_dim * 2.0**-150
+    torch.testing.assert_close(norms[finite], want_norms[finite], rtol=_NORM, atol=grid)
     length = x.double().norm(dim=-1, keepdim=True)
-    y = x.double() @ codec.rotation.double().T / torch.where(length > 0, length, 1.0)
+    length = torch.where(length > 0, length, 1.0)
+    y = x.double() @ codec.rotation.double().T / length
     got = reference.unpack_codes(codes)
-    lower, upper = (torch.bucketize(y + shift, codec.boundaries.double()) for shift in (-_BOUNDARY, _BOUNDARY))
+    slack = _BOUNDARY + grid / length
+    lower, upper = (torch.bucketize(shifted, codec.boundaries.double()) for shifted in (y - slack, y + slack))
     wrong = ((got < lower) | (got > upper)) & finite.unsqueeze(-1)
     assert not wrong.any(), f"{int(wrong.sum())} codes of {wrong.numel()} differ, first at {wrong.nonzero()[0].tolist()}"
     return codes, norms

@@ -159,3 +159,30 @@ def test_dense_calls_need_neither_levels_nor_rotation() -> None:
     assert norms == [None, None]
     with pytest.raises(ValueError, match=r"k must have shape \[2, num_kv_heads, kv_len, 64\], got \[2, 2, 9, 32\]"):
         checks.check_attention(q(), k[..., :32], None, k, None, None, None, packed=(False, False))
+
+
+HALF = torch.float16
+CODES = torch.zeros(2, 8, 100, 64, dtype=torch.uint8)
+ONE_HEAD = torch.zeros(1, 1, 100, 64 + 4, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ((HALF, 128, 32, (CODES, CODES)), ""),
+        ((torch.bfloat16, 64, 1), ""),
+        ((HALF, 128, 4, (CODES[:, 1:, 5:], CODES.transpose(1, 2).contiguous().transpose(1, 2))), ""),
+        ((HALF, 128, 4, (CODES[1:, :1], ONE_HEAD.as_strided((1, 1, 100, 64), (1, 3, 64, 1)))), ""),
+        ((torch.float32, 128, 1), "fp16 or bf16, got torch.float32"),
+        ((HALF, 80, 1), "head_dim 64, 128 or 256, got 80"),
+        ((HALF, 128, 33), "up to 32 query rows per key/value head, got 33"),
+        ((HALF, 128, 1, (CODES, CODES.half())), "packed keys and values, got torch.float16"),
+        ((HALF, 128, 1, (CODES[..., ::2], CODES)), "begin on 16-byte boundaries, got strides"),
+        ((HALF, 128, 1, (CODES, ONE_HEAD[..., :64])), "begin on 16-byte boundaries, got strides"),
+        ((HALF, 128, 1, (ONE_HEAD.view(-1)[4 : 4 + 6400].view(1, 1, 100, 64),)), "begin on 16-byte boundaries"),
+    ],
+)
+def test_what_the_native_kernels_serve(arguments: tuple[Any, ...], reason: str) -> None:
+    said = checks.why_not_decode(*arguments)
+    assert reason in said
+    assert bool(said) == bool(reason)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import pytest
 import torch
 import torch.multiprocessing
 
@@ -25,7 +25,11 @@ class Interpreter:
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
-        self._child = ProcessPoolExecutor(max_workers=1, mp_context=context, initializer=_start)
+        self._child = ProcessPoolExecutor(max_workers=1, mp_context=context)
+        with pytest.MonkeyPatch.context() as patch:
+            # The child inherits it before its first import.
+            patch.setenv("TRITON_INTERPRET", "1")
+            self._child.submit(torch.set_num_threads, 1).result()
 
     def call(self, path: str, *args: Any, patch: dict[str, Any] | None = None) -> Any:
         """``module:function`` of turboquant_vllm on ``args``; ``patch`` sets ``module:name`` to a value meanwhile."""
@@ -33,11 +37,6 @@ class Interpreter:
 
     def close(self) -> None:
         self._child.shutdown()
-
-
-def _start() -> None:
-    os.environ["TRITON_INTERPRET"] = "1"
-    torch.set_num_threads(1)
 
 
 def _call(path: str, args: tuple[Any, ...], patch: dict[str, Any]) -> Any:

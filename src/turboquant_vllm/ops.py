@@ -48,12 +48,12 @@ def triton_runs_on(device: torch.device) -> bool:
     return device.type in ("cuda", "xpu") and has_triton()
 
 
-@torch.compiler.assume_constant_result
 def why_not_cuda(device: torch.device) -> str:
     """Why the native CUDA kernels do not run on tensors of ``device``; empty where they do. Compiles nothing."""
     if device.type != "cuda" or torch.version.hip:
         return f"the CUDA kernels do not run on {device.type} tensors here"
-    if (capability := torch.cuda.get_device_capability(device)) < (8, 0):
+    properties = torch.cuda.get_device_properties(device)  # torch.compile knows this one as a constant
+    if (capability := (properties.major, properties.minor)) < (8, 0):
         return f"the CUDA kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
     if not _HAS_CUDA_CORE:
         return "cuda-core is not installed: pip install turboquant-vllm[cuda]"

@@ -39,16 +39,21 @@ class Config:
     swap: bool = False
 
 
-def choose_config(rows: int, head_dim: int, itemsize: int) -> Config:
-    """The configuration for ``rows`` packed query rows of ``head_dim`` coordinates of ``itemsize`` bytes."""
+def choose_config(rows: int, head_dim: int, itemsize: int, packed: bool, nvidia: bool) -> Config:
+    """The configuration for ``rows`` packed query rows of ``head_dim`` coordinates of ``itemsize`` bytes.
+
+    ``packed`` says that keys and values both are. Tiles fit 99 KiB of shared memory on NVIDIA's GPUs, 64 KiB elsewhere.
+    """
     wide = head_dim > 128
     if itemsize == 4:  # float32 products run without tensor cores: small tiles, for correctness rather than speed
         return Config(16, 32, 4, 1)
+    if rows <= 16 and packed:
+        return Config(8 if rows <= 8 else 16, 16 if wide else 32, 1, 3, swap=True)
+    if rows <= 16:
+        return Config(16, 16 if wide else 32, 1, 3 if nvidia else 2)
     if rows <= _FEW_ROWS:
-        if rows <= 16:
-            return Config(8 if rows <= 8 else 16, 16 if wide else 32, 1, 3, swap=True)
         return Config(32 if rows <= 32 else 64, 32, 2 if rows <= 32 else 4, 2 if wide else 3)
-    return Config(64, 64, 4, 2) if wide else Config(128, 64, 8, 3)
+    return Config(64, 32, 4, 2) if wide else Config(128, 64, 8, 3 if nvidia else 2)
 
 
 def split_length(rows: int, kv_len: int) -> int:
@@ -135,13 +140,15 @@ def _attention(
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
     group = num_heads // num_kv_heads
     rows, heads = q_len * group, batch * num_kv_heads
-    config = choose_config(rows, head_dim, q.dtype.itemsize)
+    both = k_norms is not None and v_norms is not None
+    nvidia = uses_prmt(q.device.type)
+    config = choose_config(rows, head_dim, q.dtype.itemsize, both, nvidia)
     widest = 4 if config.swap or slice_len or q.dtype == torch.float32 else 2
     k, k_parts = _elements(k, k_norms is not None, widest)
     v, v_parts = _elements(v, v_norms is not None, widest)
     split_len = slice_len or split_length(rows, kv_len)
     splits = max(1, triton.cdiv(kv_len, split_len))
-    prmt = uses_prmt(q.device.type) and q.dtype != torch.float32
+    prmt = nvidia and q.dtype != torch.float32
     # A float32 sum over D would cost float32 queries more accuracy than everything else: PyTorch rotates them in float64.
     exact = q.dtype == torch.float32
     wide_rotation = rotation.double() if exact and rotation is not None else None
