@@ -99,7 +99,7 @@ def measure(case: Case, bandwidth: float, rep: int) -> list[dict[str, Any]]:
     args = arguments(case)
     error = check(args)
     out, lse = torch.empty_like(args[0]), torch.empty(args[0].shape[:-1], device="cuda")
-    attend, _ = prepare(*args, out=out, lse=lse)
+    attend, _ = prepare(*(*args, out, lse))
     run: dict[str, Callable[[], object]] = {
         "kernel": attend,
         "call": graphed(lambda: torch.ops.turboquant.cuda_decode(*args)),
