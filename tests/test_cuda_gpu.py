@@ -29,11 +29,11 @@ def device():
     return "cuda"
 
 
-def decode(*args):
+def decode(*args, **options):
     from turboquant_vllm.cuda.decode import decode
 
     with poisoned_memory():
-        return decode(*args)
+        return decode(*args, **options)
 
 
 @pytest.fixture
@@ -102,15 +102,38 @@ def test_causal_sizes(run, generator):
 def test_batch_changes_no_bits(run, generator, head_dim, group):
     sizes = {"batch": 70, "num_kv_heads": 4, "group": group, "kv_len": 1100, "head_dim": head_dim}
     case = random_case(generator, dtype=HALF, device="cuda", **sizes)
-    out, lse = run(*case.arguments)
+    out, lse = run(*case.arguments, split_len=512)
     for _ in range(5):
-        again, lse_again = run(*case.arguments)
+        again, lse_again = run(*case.arguments, split_len=512)
         assert torch.equal(out, again)
         assert torch.equal(lse, lse_again)
     for i in (0, 33, 69):
-        alone, lse_alone = run(*case.batch_entry(i).arguments)
+        alone, lse_alone = run(*case.batch_entry(i).arguments, split_len=512)
         assert torch.equal(alone, out[i : i + 1])
         assert torch.equal(lse_alone, lse[i : i + 1])
+
+
+@pytest.mark.parametrize(("batch", "kv_len"), [(64, 1000), (32, 2100), (5, 300), (200, 333)])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("group", [4, 7, 12])
+def test_warps_divided_in_every_way(run, generator, head_dim, group, batch, kv_len):
+    sizes = {"batch": batch, "num_kv_heads": 8, "group": group, "kv_len": kv_len, "head_dim": head_dim}
+    case = random_case(generator, dtype=HALF, device="cuda", **sizes)
+    out, lse = run(*case.arguments)
+    for i in (0, batch // 2, batch - 1):
+        want, want_lse = expected(case.batch_entry(i))
+        compare(out[i : i + 1], want, HALF)
+        compare(lse[i : i + 1], want_lse, HALF, at_least=1.0, what="lse")
+    again, lse_again = run(*case.arguments)
+    assert torch.equal(out, again)
+    assert torch.equal(lse, lse_again)
+
+
+@pytest.mark.parametrize("split_len", [0, 8, 24, -16])
+def test_split_length_that_does_not_fit(run, generator, split_len):
+    case = random_case(generator, dtype=HALF, device="cuda")
+    with pytest.raises(ValueError, match="split_len must be a multiple of 16"):
+        run(*case.arguments, split_len=split_len)
 
 
 @pytest.mark.parametrize("q_len", [1, 5])

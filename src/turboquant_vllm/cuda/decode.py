@@ -17,14 +17,16 @@ import torch
 from turboquant_vllm.checks import why_not_decode
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 
-__all__ = ["Variant", "choose_variant", "decode", "prepare", "split_length"]
+__all__ = ["Variant", "choose_split", "choose_variant", "decode", "prepare"]
 
 SOURCE = Path(__file__).with_name("decode.cu")
-DECODE_PARAMS = "P" * 9 + "q" * 16 + "i" * 11 + "f"
-COMBINE_PARAMS = "P" * 5 + "i" * 6
+DECODE_PARAMS = "P" * 9 + "q" * 20 + "i" * 12 + "f"
+COMBINE_PARAMS = "P" * 5 + "i" * 7
 
 _TABLE_BYTES = 65536
-_SPLITS, _SPLIT_STEP, _MIN_SPLIT = 128, 256, 512
+_MAX_SPLITS, _SPLIT_STEP = 128, 256
+# Microseconds: a key at head_dim 128 on one multiprocessor, the fixed part of a unit, and one more split to join.
+_TOKEN_US, _UNIT_US, _SPLIT_US = 0.0041, 3.0, 0.1
 _LOG2_E = 1 / math.log(2)
 
 
@@ -50,21 +52,26 @@ class Variant:
         }
 
     @property
+    def max_gangs(self) -> int:
+        """Into how many gangs the warps of a block may be divided, each with its own part of the keys."""
+        return self.warps // 4 if self.row_tiles <= 2 and self.warps >= 8 else 1
+
+    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block of the first kernel: table, rings, merge area, query, state."""
         columns = (self.row_tiles + 1) // 2
         ring = self.warps * self.stages * (16 * self.head_dim + 128)
         merge = self.warps * 16 * self.head_dim
-        query = columns * (16 * self.head_dim + 32)
+        query = self.max_gangs * columns * (16 * self.head_dim + 32)
         return _TABLE_BYTES + ring + merge + query + self.warps * self.row_tiles * 32
 
 
 @cache
 def choose_variant(head_dim: int, rows: int, shared_limit: int) -> Variant:
     """The variant for ``rows`` rows per key/value head, within ``shared_limit`` bytes of shared memory per block."""
-    most = 8 if head_dim == 64 else 4  # the sums of more rows do not fit the registers: more passes
+    most = 4 if head_dim == 256 else 8  # the sums of more rows do not fit the registers
     row_tiles = next(n for n in (1, 2, 4, 8) if n == most or 4 * n >= rows)
-    in_registers = row_tiles <= 2
+    in_registers = row_tiles <= 2 or (row_tiles == 4 and head_dim == 128)
     many_warps = 16 if head_dim <= 128 and row_tiles * head_dim <= 256 else 8
     candidates = (
         Variant(head_dim, row_tiles, warps, stages, in_registers)
@@ -75,11 +82,27 @@ def choose_variant(head_dim: int, rows: int, shared_limit: int) -> Variant:
     return next(variant for variant in candidates if variant.shared_bytes <= shared_limit)
 
 
-def split_length(kv_len: int, num_kv_heads: int) -> int:
-    """Keys per split: a function of one sequence's sizes alone, so that a batch changes no bits."""
-    splits = -(-_SPLITS // num_kv_heads)
-    length = -(-kv_len // splits)
-    return max(_MIN_SPLIT, -(-length // _SPLIT_STEP) * _SPLIT_STEP)
+@cache
+def choose_split(passes: int, kv_len: int, multiprocessors: int, variant: Variant) -> tuple[int, int]:
+    """Keys per split and warps per gang that should take the least time.
+
+    Args:
+        passes: (sequence, key/value head, chunk of rows) triples.
+        kv_len: keys of a sequence.
+        multiprocessors: of the device; each runs one block.
+        variant: what is compiled.
+    """
+    token = _TOKEN_US * variant.head_dim / 128 * {1: 1.0, 2: 1.15}.get(variant.row_tiles, variant.row_tiles / 2)
+    best = (math.inf, kv_len, variant.warps)
+    for gangs in (1, 2, 4):
+        for splits in range(1, _MAX_SPLITS + 1):
+            length = -(-kv_len // (splits * _SPLIT_STEP)) * _SPLIT_STEP
+            if gangs > variant.max_gangs or -(-kv_len // length) != splits:
+                continue
+            rounds = -(-passes * splits // (multiprocessors * gangs))
+            time = rounds * (min(length, kv_len) * gangs * token + _UNIT_US) + _SPLIT_US * splits
+            best = min(best, (time, length, variant.warps // gangs))
+    return best[1:]
 
 
 @cache
@@ -106,6 +129,8 @@ def decode(
     rotation: torch.Tensor,
     sm_scale: float,
     is_causal: bool,
+    *,
+    split_len: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over packed keys and values; arguments that :func:`turboquant_vllm.checks.check_attention` accepted.
 
@@ -117,6 +142,11 @@ def decode(
         rotation: float32 ``[D, D]``.
         sm_scale: factor on the scores.
         is_causal: query i sees keys ``0 .. N_kv - N_q + i``.
+        split_len: keys per split, a multiple of 16 that makes at most 128 splits; None lets :func:`choose_split` decide
+            from the sizes of the call.
+
+    The same call gives the same bits on the same model of GPU. A sequence in a batch gives the bits it gives alone where
+    split_len is given; without it, where the same split is chosen for both.
 
     Returns:
         out ``[B, H_q, N_q, D]`` in q's dtype and lse float32 ``[B, H_q, N_q]``; zeros and -inf for a query that sees no key.
@@ -131,7 +161,9 @@ def decode(
         return out, lse
     if k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
-    attend, combine = prepare(q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, out, lse)
+    attend, combine = prepare(
+        q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, out, lse, split_len=split_len
+    )
     attend()
     combine()
     return out, lse
@@ -149,6 +181,8 @@ def prepare(
     is_causal: bool,
     out: torch.Tensor,
     lse: torch.Tensor,
+    *,
+    split_len: int | None = None,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """The two launches of a call that is not empty: attention to the parts of the keys, and their joining into out and lse.
 
@@ -167,35 +201,41 @@ def prepare(
     variant = choose_variant(head_dim, rows, shared_limit)
     first, second = _kernels(index, variant)
 
-    split = split_length(kv_len, num_kv_heads)
-    splits = -(-kv_len // split)
     chunks = -(-rows // (4 * variant.row_tiles))
+    split, gang_warps = choose_split(heads * chunks, kv_len, multiprocessors, variant)
+    if split_len is not None:
+        split, gang_warps = split_len, variant.warps
+        if split < 16 or split % 16 or split * _MAX_SPLITS < kv_len:
+            raise ValueError(f"split_len must be a multiple of 16 and at least kv_len / {_MAX_SPLITS}, got {split_len}")
+    splits = -(-kv_len // split)
     units = heads * chunks * splits
     parts = torch.empty((heads, splits, rows, head_dim), dtype=torch.float32, device=q.device)
     parts_lse = torch.empty((heads, splits, rows), dtype=torch.float32, device=q.device)
     centroids, rotation = centroids.contiguous(), rotation.contiguous()
     bf16 = int(q.dtype == torch.bfloat16)
+    step = 16 * gang_warps
     attend_args = (
         q.data_ptr(), k.data_ptr(), k_norms.data_ptr(), v.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
         rotation.data_ptr(), parts.data_ptr(), parts_lse.data_ptr(), *q.stride(), *k.stride()[:3], *k_norms.stride(),
-        *v.stride()[:3], *v_norms.stride(), units, splits, split, kv_len, num_kv_heads, group, rows, chunks,
-        kv_len - q_len, int(is_causal), bf16, sm_scale * _LOG2_E,
+        *v.stride()[:3], *v_norms.stride(), step * k.stride(2), step * v.stride(2), 4 * step * k_norms.stride(2),
+        4 * step * v_norms.stride(2), units, splits, split, kv_len, num_kv_heads, group, rows, chunks, kv_len - q_len,
+        int(is_causal), bf16, gang_warps, sm_scale * _LOG2_E,
     )  # fmt: skip
-    # Few rows in all: one block each, so that they are joined at once.
-    rows_each = 1 if heads * rows <= 2 * multiprocessors else 4
+    at_once = min(2 if head_dim == 256 else 4, -(-heads * rows // multiprocessors))
     combine_args = (
-        parts.data_ptr(), parts_lse.data_ptr(), rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), splits, group, rows,
-        q_len, rows_each, bf16,
+        parts.data_ptr(), parts_lse.data_ptr(), rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), heads, splits, group,
+        rows, q_len, at_once, bf16,
     )  # fmt: skip
     keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, parts_lse, out, lse)
 
     def attend() -> None:
         _ = keep
-        grid = (min(units, multiprocessors), 1, 1)
+        grid = (min(-(-units * gang_warps // variant.warps), multiprocessors), 1, 1)
         launch(first, grid, (32 * variant.warps, 1, 1), variant.shared_bytes, None, attend_args)
 
     def combine() -> None:
         _ = keep
-        launch(second, (-(-rows // rows_each), heads, 1), (4 * head_dim, 1, 1), 0, None, combine_args, pdl=True)
+        grid = (min(-(-heads * rows // at_once), multiprocessors), 1, 1)
+        launch(second, grid, (4 * head_dim, 1, 1), 0, None, combine_args, pdl=True)
 
     return attend, combine
