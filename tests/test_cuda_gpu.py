@@ -93,6 +93,15 @@ def test_norms_in_any_layout(run, generator):
     check(run, case.replace(k=case.k.contiguous(), v=case.v.contiguous()))
 
 
+def test_codes_that_begin_anywhere(run, generator):
+    case = random_case(generator, dtype=HALF, device="cuda", batch=2, group=4, kv_len=77)
+
+    def moved(codes):
+        return torch.cat([codes.new_zeros(3), codes.flatten()])[3:].view(codes.shape)
+
+    check(run, case.replace(k=moved(case.k), v=moved(case.v)))
+
+
 def test_causal_sizes(run, generator):
     check_causal_sizes(run, generator, HALF, "cuda", list(range(1, 17)))
 

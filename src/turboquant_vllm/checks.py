@@ -187,7 +187,7 @@ def why_not_decode(dtype: torch.dtype, head_dim: int, rows: int, operands: Seque
         dtype: of the queries.
         head_dim: coordinates of a vector.
         rows: query rows (tokens x heads of the group) per key/value head.
-        operands: keys and values ``[B, H_kv, N_kv, ...]``; their addresses are not looked at.
+        operands: keys and values ``[B, H_kv, N_kv, ...]``; their addresses are not looked at, as torch.compile knows none.
     """
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernels take queries in fp16 or bf16, got {dtype}"
@@ -198,9 +198,8 @@ def why_not_decode(dtype: torch.dtype, head_dim: int, rows: int, operands: Seque
     for x in operands:
         if x.dtype != torch.uint8:
             return f"the CUDA kernels take packed keys and values, got {x.dtype}"
-        begins = x.storage_offset() % 16 == 0
-        if not begins or x.stride(-1) != 1 or any(x.stride(i) % 16 and x.shape[i] > 1 for i in range(3)):
-            return f"the CUDA kernels take codes whose rows begin on 16-byte boundaries, got strides {tuple(x.stride())}"
+        if x.stride(-1) != 1 or any(x.stride(i) % 16 and x.shape[i] > 1 for i in range(3)):
+            return f"the CUDA kernels take codes in whole rows, 16-byte multiples apart, got strides {tuple(x.stride())}"
     return ""
 
 

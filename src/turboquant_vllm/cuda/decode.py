@@ -119,6 +119,11 @@ def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel]:
     return first, second
 
 
+def _aligned(codes: torch.Tensor) -> torch.Tensor:
+    """Codes that begin on a 16-byte boundary: as they are, or a copy."""
+    return codes.clone(memory_format=torch.contiguous_format) if codes.data_ptr() % 16 else codes
+
+
 def decode(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -136,7 +141,8 @@ def decode(
 
     Args:
         q: fp16 or bf16 ``[B, H_q, N_q, D]``, D 64, 128 or 256, ``N_q * H_q / H_kv`` at most 32.
-        k, v: uint8 ``[B, H_kv, N_kv, D // 2]``, rows contiguous and on 16-byte boundaries.
+        k, v: uint8 ``[B, H_kv, N_kv, D // 2]``, rows contiguous and 16-byte multiples apart; copied if they do
+            not begin on a 16-byte boundary.
         k_norms, v_norms: float32 ``[B, H_kv, N_kv]``, any strides.
         centroids: float32 ``[16]``.
         rotation: float32 ``[D, D]``.
@@ -194,8 +200,7 @@ def prepare(
     rows, heads = q_len * group, batch * num_kv_heads
     if reason := why_not_decode(q.dtype, head_dim, rows, (k, v)):
         raise ValueError(reason)
-    if (k.data_ptr() | v.data_ptr()) % 16:
-        raise ValueError("codes must begin on a 16-byte boundary")
+    k, v = _aligned(k), _aligned(v)
     index = q.get_device()
     multiprocessors, shared_limit = _limits(index)
     variant = choose_variant(head_dim, rows, shared_limit)
