@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from turboquant_vllm.cuda import runtime
-from turboquant_vllm.cuda.decode import SOURCE, choose_split, choose_variant
+from turboquant_vllm.cuda.decode import Division, choose_variant, source
 
 pytest.importorskip("cuda.core")
 
@@ -21,9 +21,9 @@ def test_compiles_without_spills(arch, head_dim):
     for rows in (4, 8, 16, 32):
         variant = choose_variant(head_dim, rows, SHARED[arch])
         assert variant.shared_bytes <= SHARED[arch], variant
-        compiled = runtime.compile_cubin(SOURCE.read_text(), arch=arch, name="decode.cu", defines=variant.defines)
+        compiled = runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=variant.defines)
         usage = runtime.resource_usage(compiled)
-        for kernel, threads in (("tq4_decode", 32 * variant.warps), ("tq4_combine", 4 * head_dim)):
+        for kernel, threads in (("tq4_decode", 32 * variant.warps), ("tq4_combine", 256 if head_dim == 64 else 512)):
             used = usage[kernel]
             assert used.spill_stores == used.spill_loads == used.stack_frame == 0, (kernel, variant, used)
             assert used.registers * threads <= REGISTERS, (kernel, variant, used)
@@ -42,14 +42,19 @@ def test_variants_are_the_compiled_ones(arch, head_dim):
         assert head_dim == 256 or 4 * variant.row_tiles >= rows
 
 
-@pytest.mark.parametrize("passes", [1, 7, 8, 128, 256, 512, 3000])
-def test_splits(passes):
-    for kv_len in (1, 255, 256, 257, 4096, 32768, 131072, 1_000_000):
-        for rows in (4, 8, 16, 32):
-            for shared in SHARED.values():
-                variant = choose_variant(128, rows, shared)
-                length, gang_warps = choose_split(passes, kv_len, 132, variant)
-                assert length % 256 == 0
-                assert 1 <= -(-kv_len // length) <= 128  # what the second kernel has room for
-                assert variant.warps % gang_warps == 0
-                assert variant.warps // gang_warps <= variant.max_gangs
+@pytest.mark.parametrize("passes", [1, 7, 8, 128, 512, 925, 3000, 70_000])
+@pytest.mark.parametrize("rows", [4, 8, 16, 32])
+def test_ranges(passes, rows):
+    for shared in set(SHARED.values()):
+        variant = choose_variant(128, rows, shared)
+        for kv_len in (1, 16, 17, 1000, 32768, 1_000_000):
+            for split_len in (None, 16, 512, 1 << 20):
+                plan = Division.choose(passes, kv_len, 132, variant, split_len)
+                tiles = -(-kv_len // 16)
+                pieces = passes * (-(-kv_len // split_len) if split_len else tiles)
+                assert 1 <= plan.blocks <= pieces
+                assert 1 <= plan.warps <= variant.warps
+                for block in {0, 1, plan.blocks // 2, plan.blocks - 1}:
+                    first, end = (pieces * (block + i) // plan.blocks for i in (0, 1))
+                    first_pass, last_pass = first * passes // pieces, (end - 1) * passes // pieces
+                    assert last_pass - first_pass < variant.passes

@@ -122,10 +122,10 @@ def test_batch_changes_no_bits(run, generator, head_dim, group):
         assert torch.equal(lse_alone, lse[i : i + 1])
 
 
-@pytest.mark.parametrize(("batch", "kv_len"), [(64, 1000), (32, 2100), (5, 300), (200, 333)])
+@pytest.mark.parametrize(("batch", "kv_len"), [(64, 1000), (32, 2100), (5, 300), (200, 333), (300, 5)])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("group", [4, 7, 12])
-def test_warps_divided_in_every_way(run, generator, head_dim, group, batch, kv_len):
+def test_many_sequences(run, generator, head_dim, group, batch, kv_len):
     sizes = {"batch": batch, "num_kv_heads": 8, "group": group, "kv_len": kv_len, "head_dim": head_dim}
     case = random_case(generator, dtype=HALF, device="cuda", **sizes)
     out, lse = run(*case.arguments)
@@ -138,10 +138,24 @@ def test_warps_divided_in_every_way(run, generator, head_dim, group, batch, kv_l
     assert torch.equal(lse, lse_again)
 
 
+@pytest.mark.parametrize("split_len", [None, 48])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=["fp16", "bf16"])
+def test_rotation_folded_into_the_weights(run, generator, dtype, head_dim, split_len):
+    case = random_case(generator, dtype=dtype, device="cuda", batch=2, group=4, q_len=2, kv_len=333, head_dim=head_dim)
+    rotation = case.rotation.double()
+    rotated = case.replace(q=(case.q.double() @ rotation.T).to(dtype))
+    plain = rotated.replace(q=rotated.q.double() @ rotation)  # what the rotated queries stand for
+    want, want_lse = expected(plain)
+    out, lse = run(*rotated.arguments, pre_rotated=True, rotated_output=True, split_len=split_len)
+    compare(out, want.double() @ rotation.T, dtype)
+    compare(lse, want_lse, dtype, at_least=1.0, what="lse")
+
+
 @pytest.mark.parametrize("split_len", [0, 8, 24, -16])
 def test_split_length_that_does_not_fit(run, generator, split_len):
     case = random_case(generator, dtype=HALF, device="cuda")
-    with pytest.raises(ValueError, match="split_len must be a multiple of 16"):
+    with pytest.raises(ValueError, match="split_len must be a positive multiple of 16"):
         run(*case.arguments, split_len=split_len)
 
 

@@ -17,53 +17,56 @@ import torch
 from turboquant_vllm.checks import why_not_decode
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 
-__all__ = ["Variant", "choose_split", "choose_variant", "decode", "prepare"]
+__all__ = ["Division", "Variant", "choose_variant", "decode", "prepare", "source"]
 
-SOURCE = Path(__file__).with_name("decode.cu")
-DECODE_PARAMS = "P" * 9 + "q" * 20 + "i" * 12 + "f"
-COMBINE_PARAMS = "P" * 5 + "i" * 7
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "decode.cu", "combine.cu"))
+WORK = "i" * 5
+DECODE_PARAMS = "P" * 9 + "q" * 16 + WORK + "i" * 10 + "f"
+COMBINE_PARAMS = "P" * 5 + WORK + "i" * 8
 
 _TABLE_BYTES = 65536
-_MAX_SPLITS, _SPLIT_STEP = 128, 256
-# Microseconds: a key at head_dim 128 on one multiprocessor, the fixed part of a unit, and one more split to join.
-_TOKEN_US, _UNIT_US, _SPLIT_US = 0.0041, 3.0, 0.1
+_LEAST_TILES = 4  # a warp's fewest, where there are enough for all
 _LOG2_E = 1 / math.log(2)
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Compile-time choices: tiles of four rows in one pass, warps of a block, tiles of 16 tokens in each warp's ring."""
+    """Compile-time choices of ``decode.cu``.
+
+    Attributes:
+        head_dim: coordinates of a vector.
+        row_tiles: tiles of four query rows in one pass over the keys.
+        warps: of a block.
+        stages: tiles of 16 tokens in each warp's ring.
+        passes: that one block's range may touch.
+        query_in_registers: or read from shared memory again for each tile.
+    """
 
     head_dim: int
     row_tiles: int
     warps: int
     stages: int
+    passes: int
     query_in_registers: bool
 
     @property
     def defines(self) -> dict[str, int]:
-        """Macros of ``decode.cu``."""
+        """Macros that the sources ask for."""
         return {
             "HEAD_DIM": self.head_dim,
             "NT": self.row_tiles,
             "WARPS": self.warps,
             "STAGES": self.stages,
+            "PASSES": self.passes,
             "Q_IN_REGISTERS": int(self.query_in_registers),
         }
 
     @property
-    def max_gangs(self) -> int:
-        """Into how many gangs the warps of a block may be divided, each with its own part of the keys."""
-        return self.warps // 4 if self.row_tiles <= 2 and self.warps >= 8 else 1
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block of the first kernel: table, rings, merge area, query, state."""
-        columns = (self.row_tiles + 1) // 2
+        """Dynamic shared memory of a block of the first kernel: table, rings, query."""
         ring = self.warps * self.stages * (16 * self.head_dim + 128)
-        merge = self.warps * 16 * self.head_dim
-        query = self.max_gangs * columns * (16 * self.head_dim + 32)
-        return _TABLE_BYTES + ring + merge + query + self.warps * self.row_tiles * 32
+        query = (self.row_tiles + 1) // 2 * 16 * self.head_dim + self.row_tiles * 16
+        return _TABLE_BYTES + ring + self.passes * query
 
 
 @cache
@@ -71,38 +74,39 @@ def choose_variant(head_dim: int, rows: int, shared_limit: int) -> Variant:
     """The variant for ``rows`` rows per key/value head, within ``shared_limit`` bytes of shared memory per block."""
     most = 4 if head_dim == 256 else 8  # the sums of more rows do not fit the registers
     row_tiles = next(n for n in (1, 2, 4, 8) if n == most or 4 * n >= rows)
-    in_registers = row_tiles <= 2 or (row_tiles == 4 and head_dim == 128)
-    many_warps = 16 if head_dim <= 128 and row_tiles * head_dim <= 256 else 8
+    sums = row_tiles * head_dim  # what a warp keeps in registers
+    many_warps = 16 if sums <= 256 else 12 if sums <= 512 else 8
+    in_registers = head_dim < 256 and row_tiles <= 2
     candidates = (
-        Variant(head_dim, row_tiles, warps, stages, in_registers)
-        for warps in (16, 8, 4, 2)
+        Variant(head_dim, row_tiles, warps, stages, passes, in_registers)
+        for warps in (16, 12, 8, 4, 2)
         if warps <= many_warps
-        for stages in range(max(3, 96 // warps * 64 // head_dim), 1, -1)
+        for passes in (8, 6, 3, 2)
+        for stages in range(max(3, 64 // warps * 64 // head_dim), 1, -1)
     )
     return next(variant for variant in candidates if variant.shared_bytes <= shared_limit)
 
 
-@cache
-def choose_split(passes: int, kv_len: int, multiprocessors: int, variant: Variant) -> tuple[int, int]:
-    """Keys per split and warps per gang that should take the least time.
+@dataclass(frozen=True)
+class Division:
+    """How a call's passes are divided: blocks and working warps of each; keys and number of splits where those are fixed."""
 
-    Args:
-        passes: (sequence, key/value head, chunk of rows) triples.
-        kv_len: keys of a sequence.
-        multiprocessors: of the device; each runs one block.
-        variant: what is compiled.
-    """
-    token = _TOKEN_US * variant.head_dim / 128 * {1: 1.0, 2: 1.15}.get(variant.row_tiles, variant.row_tiles / 2)
-    best = (math.inf, kv_len, variant.warps)
-    for gangs in (1, 2, 4):
-        for splits in range(1, _MAX_SPLITS + 1):
-            length = -(-kv_len // (splits * _SPLIT_STEP)) * _SPLIT_STEP
-            if gangs > variant.max_gangs or -(-kv_len // length) != splits:
-                continue
-            rounds = -(-passes * splits // (multiprocessors * gangs))
-            time = rounds * (min(length, kv_len) * gangs * token + _UNIT_US) + _SPLIT_US * splits
-            best = min(best, (time, length, variant.warps // gangs))
-    return best[1:]
+    blocks: int
+    warps: int
+    split_len: int
+    splits: int
+
+    @classmethod
+    @cache
+    def choose(cls, passes: int, kv_len: int, multiprocessors: int, variant: Variant, split_len: int | None) -> Division:
+        """Equal ranges, as many as warps run at once; or, with ``split_len``, ranges of whole splits."""
+        tiles = -(-kv_len // 16)
+        splits = 0 if split_len is None else -(-kv_len // split_len)
+        pieces = passes * (splits or tiles)
+        waves = -(-passes // ((variant.passes - 1) * multiprocessors))
+        blocks = min(waves * multiprocessors, pieces)
+        least = 1 if splits else _LEAST_TILES
+        return cls(blocks, min(variant.warps, -(-pieces // (blocks * least))), split_len or 0, splits)
 
 
 @cache
@@ -113,9 +117,15 @@ def _limits(index: int) -> tuple[int, int]:
 
 
 @cache
+def source() -> str:
+    """The text of both kernels."""
+    return "".join(f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in SOURCES)
+
+
+@cache
 def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel]:
-    first = load_kernel(SOURCE, "tq4_decode", device=index, params=DECODE_PARAMS, defines=variant.defines)
-    second = load_kernel(SOURCE, "tq4_combine", device=index, params=COMBINE_PARAMS, defines=variant.defines)
+    first = load_kernel(source(), "tq4_decode", device=index, params=DECODE_PARAMS, defines=variant.defines)
+    second = load_kernel(source(), "tq4_combine", device=index, params=COMBINE_PARAMS, defines=variant.defines)
     return first, second
 
 
@@ -135,6 +145,8 @@ def decode(
     sm_scale: float,
     is_causal: bool,
     *,
+    pre_rotated: bool = False,
+    rotated_output: bool = False,
     split_len: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over packed keys and values; arguments that :func:`turboquant_vllm.checks.check_attention` accepted.
@@ -148,17 +160,19 @@ def decode(
         rotation: float32 ``[D, D]``.
         sm_scale: factor on the scores.
         is_causal: query i sees keys ``0 .. N_kv - N_q + i``.
-        split_len: keys per split, a multiple of 16 that makes at most 128 splits; None lets :func:`choose_split` decide
-            from the sizes of the call.
+        pre_rotated: q is ``q @ rotation.T`` already, as where the rotation is folded into a projection's weights.
+        rotated_output: leave out the product with the rotation: the result is ``out @ rotation.T``.
+        split_len: keys per split, a multiple of 16; None divides all keys of the batch evenly over the warps of the GPU.
 
-    The same call gives the same bits on the same model of GPU. A sequence in a batch gives the bits it gives alone where
-    split_len is given; without it, where the same split is chosen for both.
+    The same call gives the same bits on the same model of GPU. With ``split_len``, a sequence in a batch gives the bits that
+    it gives alone; without, where sums are cut depends on the sizes of the whole batch.
 
     Returns:
         out ``[B, H_q, N_q, D]`` in q's dtype and lse float32 ``[B, H_q, N_q]``; zeros and -inf for a query that sees no key.
 
     Raises:
-        ValueError: a size or an alignment that the kernels do not serve; see :func:`turboquant_vllm.checks.why_not_decode`.
+        ValueError: a size or an alignment that the kernels do not serve, see :func:`turboquant_vllm.checks.why_not_decode`;
+            a split_len that is no positive multiple of 16.
         RuntimeError: compiling or launching failed.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -168,8 +182,9 @@ def decode(
     if k.shape[2] == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     attend, combine = prepare(
-        q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, out, lse, split_len=split_len
-    )
+        q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, out, lse,
+        pre_rotated=pre_rotated, rotated_output=rotated_output, split_len=split_len,
+    )  # fmt: skip
     attend()
     combine()
     return out, lse
@@ -188,6 +203,8 @@ def prepare(
     out: torch.Tensor,
     lse: torch.Tensor,
     *,
+    pre_rotated: bool = False,
+    rotated_output: bool = False,
     split_len: int | None = None,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """The two launches of a call that is not empty: attention to the parts of the keys, and their joining into out and lse.
@@ -206,41 +223,42 @@ def prepare(
     variant = choose_variant(head_dim, rows, shared_limit)
     first, second = _kernels(index, variant)
 
+    if split_len is not None and (split_len < 16 or split_len % 16):
+        raise ValueError(f"split_len must be a positive multiple of 16, got {split_len}")
     chunks = -(-rows // (4 * variant.row_tiles))
-    split, gang_warps = choose_split(heads * chunks, kv_len, multiprocessors, variant)
-    if split_len is not None:
-        split, gang_warps = split_len, variant.warps
-        if split < 16 or split % 16 or split * _MAX_SPLITS < kv_len:
-            raise ValueError(f"split_len must be a multiple of 16 and at least kv_len / {_MAX_SPLITS}, got {split_len}")
-    splits = -(-kv_len // split)
-    units = heads * chunks * splits
-    parts = torch.empty((heads, splits, rows, head_dim), dtype=torch.float32, device=q.device)
-    parts_lse = torch.empty((heads, splits, rows), dtype=torch.float32, device=q.device)
-    centroids, rotation = centroids.contiguous(), rotation.contiguous()
+    passes, tiles = heads * chunks, -(-kv_len // 16)
+    plan = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
+    workers = plan.blocks * plan.warps
+    slots = passes * plan.splits if plan.splits else passes + workers
+    work = (tiles, *divmod(passes * (plan.splits or tiles), workers), plan.split_len // 16, plan.splits)
+    parts = torch.empty((slots, 4 * variant.row_tiles, head_dim), dtype=torch.float32, device=q.device)
+    parts_lse = torch.empty((slots, 4 * variant.row_tiles), dtype=torch.float32, device=q.device)
+    centroids, rotation = centroids.contiguous(), _aligned(rotation.contiguous())
     bf16 = int(q.dtype == torch.bfloat16)
-    step = 16 * gang_warps
     attend_args = (
         q.data_ptr(), k.data_ptr(), k_norms.data_ptr(), v.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
         rotation.data_ptr(), parts.data_ptr(), parts_lse.data_ptr(), *q.stride(), *k.stride()[:3], *k_norms.stride(),
-        *v.stride()[:3], *v_norms.stride(), step * k.stride(2), step * v.stride(2), 4 * step * k_norms.stride(2),
-        4 * step * v_norms.stride(2), units, splits, split, kv_len, num_kv_heads, group, rows, chunks, kv_len - q_len,
-        int(is_causal), bf16, gang_warps, sm_scale * _LOG2_E,
+        *v.stride()[:3], *v_norms.stride(), *work, plan.warps, kv_len, num_kv_heads, group, rows, chunks, kv_len - q_len,
+        int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
     )  # fmt: skip
-    at_once = min(2 if head_dim == 256 else 4, -(-heads * rows // multiprocessors))
+    threads = 256 if head_dim == 64 else 512
+    # What a batch changes must change no order of additions where split_len promises that.
+    at_once = 1 if split_len is None else 4
+    while split_len is None and at_once < 4 * threads // head_dim and at_once * multiprocessors < heads * rows:
+        at_once *= 2
     combine_args = (
-        parts.data_ptr(), parts_lse.data_ptr(), rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), heads, splits, group,
-        rows, q_len, at_once, bf16,
+        parts.data_ptr(), parts_lse.data_ptr(), rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), *work, heads, group, rows,
+        chunks, q_len, at_once, bf16, int(rotated_output),
     )  # fmt: skip
     keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, parts_lse, out, lse)
 
     def attend() -> None:
         _ = keep
-        grid = (min(-(-units * gang_warps // variant.warps), multiprocessors), 1, 1)
-        launch(first, grid, (32 * variant.warps, 1, 1), variant.shared_bytes, None, attend_args)
+        launch(first, (plan.blocks, 1, 1), (32 * variant.warps, 1, 1), variant.shared_bytes, None, attend_args)
 
     def combine() -> None:
         _ = keep
-        grid = (min(-(-heads * rows // at_once), multiprocessors), 1, 1)
-        launch(second, grid, (4 * head_dim, 1, 1), 0, None, combine_args, pdl=True)
+        grid = (-(-heads * rows // at_once), 1, 1)
+        launch(second, grid, (threads, 1, 1), 0, None, combine_args, pdl=True)
 
     return attend, combine

@@ -1,0 +1,91 @@
+// Second kernel: joins the segments of every query row, rotates back and stores in the queries' dtype.
+//
+// A block takes `rows_at_once` (a power of two, at most SUMS) rows together: as threads of (column of 4 dimensions, row,
+// share of the segments) it sums, then each of its warps turns all rows into 8 columns of the result.
+#define COMBINE_THREADS (D == 64 ? 256 : 512)
+#define COLUMNS (D / 4)
+#define SUMS (COMBINE_THREADS / COLUMNS)
+
+struct CombineParams {
+  const float* parts; const float* parts_lse; const float* rotation; void* out; float* lse;
+  Work work;
+  int heads, group, rows, chunks, q_len, rows_at_once, is_bf16, rotated_output;
+};
+
+extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(const __grid_constant__ CombineParams p) {
+  __shared__ float4 sums[SUMS][COLUMNS];
+  __shared__ float2 states[SUMS];  // largest log-sum-exp and sum of each share
+  __shared__ __align__(16) float merged[16 * ROW_PITCH];
+  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, column = tid % COLUMNS, part = tid / COLUMNS;
+  const int at_once = p.rows_at_once, mine = part % at_once, shares = SUMS / at_once;
+  Turn turn;  // the rotation does not depend on the first kernel
+  if (D < 256) load_turn(turn, p.rotation, warp * 8, 0, true, p.rotated_output);
+  for (int i = tid; i < 16 * ROW_PITCH; i += COMBINE_THREADS) merged[i] = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+  const int first = blockIdx.x * at_once, count = min(at_once, p.heads * p.rows - first);
+  float4 sum = make_float4(0, 0, 0, 0);
+  float top = LOWEST, total = 0;
+  if (mine < count) {
+    const int row = (first + mine) % p.rows, pass = (first + mine) / p.rows * p.chunks + row / (4 * NT);
+    const int to = p.work.last_slot(pass);
+#pragma unroll 1
+    for (int slot = p.work.first_slot(pass) + part / at_once; slot <= to; slot += shares * 4) {
+      float4 x[4];
+      float lse[4], next = top;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const i64 at = (i64)min(slot + i * shares, to) * (4 * NT) + row % (4 * NT);
+        lse[i] = slot + i * shares <= to ? p.parts_lse[at] : -INFINITE;
+        x[i] = ((const float4*)p.parts)[at * COLUMNS + column];
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) next = fmaxf(next, lse[i]);
+      const float keep = ex2(top - next);
+      top = next, total *= keep, sum.x *= keep, sum.y *= keep, sum.z *= keep, sum.w *= keep;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float weight = ex2(lse[i] - top);
+        if (lse[i] == -INFINITE) continue;  // saw no key, or is not there
+        total += weight;
+        sum.x += weight * x[i].x, sum.y += weight * x[i].y, sum.z += weight * x[i].z, sum.w += weight * x[i].w;
+      }
+    }
+  }
+  sums[part][column] = sum;
+  if (column == 0) states[part] = make_float2(top, total);
+  __syncthreads();
+  for (int i = tid; i < count * D; i += COMBINE_THREADS) {
+    float top = LOWEST, total = 0, x = 0;
+#pragma unroll 2
+    for (int k = i / D; k < SUMS; k += at_once) top = fmaxf(top, states[k].x);
+#pragma unroll 2
+    for (int k = i / D; k < SUMS; k += at_once) {
+      const float weight = ex2(states[k].x - top);
+      total += weight * states[k].y;
+      x += weight * ((const float*)sums[k])[i % D];
+    }
+    merged[i / D * ROW_PITCH + i % D] = total == 0 ? 0 : x / total;
+    if (i % D) continue;
+    const int head = (first + i / D) / p.rows, row = (first + i / D) % p.rows;
+    const i64 query = (i64)head * p.group + row % p.group;  // heads of q: the group of each key/value head in turn
+    p.lse[query * p.q_len + row / p.group] = total == 0 ? -INFINITE : (top + lg2(total)) * 0.6931471805599453f;
+  }
+  __syncthreads();
+  for (int n0 = warp * 8; n0 < D; n0 += COMBINE_THREADS / 4) {
+    float y[4] = {0, 0, 0, 0}, largest[2];
+#pragma unroll 1
+    for (int k0 = 0; k0 < D; k0 += TURN) {
+      if (D == 256) load_turn(turn, p.rotation, n0, k0, true, p.rotated_output);
+      rotate_rows(y, largest, merged + k0, turn);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      if ((lane >> 2) + 8 * i >= count) continue;
+      const int at = first + (lane >> 2) + 8 * i, head = at / p.rows, row = at % p.rows;
+      ((u32*)p.out)[((((i64)head * p.group + row % p.group) * p.q_len + row / p.group) * D + n0) / 2 + (lane & 3)] =
+          half_pair(y[2 * i], y[2 * i + 1], p.is_bf16);
+    }
+  }
+}

@@ -1,0 +1,145 @@
+// What both kernels share: single instructions, sums over lanes, the rotation of 16 rows, and how work is divided.
+//
+// The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES and PASSES.
+typedef unsigned u32;
+typedef long long i64;
+
+#define D HEAD_DIM
+#define LOWEST (-3.402823466e38f)
+#define INFINITE __int_as_float(0x7f800000)
+
+__device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 s) {
+  u32 d; asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s)); return d;
+}
+__device__ __forceinline__ u32 lds(u32 a) { u32 d; asm volatile("ld.shared.b32 %0, [%1];" : "=r"(d) : "r"(a)); return d; }
+// The table never changes once it is filled, so the compiler may move these loads.
+__device__ __forceinline__ u32 lds_table(u32 a) { u32 d; asm("ld.shared.b32 %0, [%1];" : "=r"(d) : "r"(a)); return d; }
+__device__ __forceinline__ void lds2(u32* d, u32 a) {
+  asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(d[0]), "=r"(d[1]) : "r"(a));
+}
+__device__ __forceinline__ void lds4(u32* d, u32 a) {
+  asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a));
+}
+__device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float lg2(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ u32 half2_bits(float low, float high) {
+  u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d;
+}
+__device__ __forceinline__ void mma(float* c, u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void mma_tf32(float* c, const float* a, float b0, float b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b0)), "r"(__float_as_uint(b1)));
+}
+__device__ __forceinline__ void copy16(u32 to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" :: "r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy4(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ float load_half(const void* x, i64 i, int is_bf16) {
+  const unsigned short bits = ((const unsigned short*)x)[i];
+  if (is_bf16) return __uint_as_float((u32)bits << 16);
+  float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits)); return y;
+}
+__device__ __forceinline__ u32 half_pair(float low, float high, int is_bf16) {
+  if (!is_bf16) return half2_bits(low, high);
+  u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d;
+}
+// The power of two at or below |x|, kept where its inverse is normal too.
+__device__ __forceinline__ float power_below(float x) {
+  const int e = (__float_as_int(x) >> 23) & 255;
+  return __int_as_float(min(max(e, 1), 253) << 23);
+}
+__device__ __forceinline__ float inverse_power(float x) { return __int_as_float((254 << 23) - __float_as_int(x)); }
+__device__ __forceinline__ float warp_max(float x, int from, int to = 32) {
+  for (int d = from; d < to; d <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
+  return x;
+}
+__device__ __forceinline__ float warp_sum(float x, int from) {
+  for (int d = from; d < 32; d <<= 1) x += __shfl_xor_sync(~0u, x, d);
+  return x;
+}
+
+// A float32 matrix product on tf32 units: x y = (x_high + x_low)(y_high + y_low) without the smallest term, 21 bits each.
+// The units ignore the bits that `high` drops.
+__device__ __forceinline__ float high(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
+
+// Lane (r, c) of a warp holds dimensions 16 * i + 4 * c + 0..3 of what a product contracts over: of rows r and r + 8 of the
+// left side, of column r of the right side. Any order serves that both sides use.
+#define ROW_PITCH (D + 16)            // floats from one row of the left side to the next: no bank conflicts
+#define TURN (D == 256 ? 128 : D)     // dimensions contracted over at a time
+struct Turn { float at[TURN / 4]; };
+
+// Columns n0 .. n0 + 7 of the rotation's transpose, of the rotation itself (`back`), or of the identity, from dimension k0.
+__device__ __forceinline__ void load_turn(Turn& turn, const float* rotation, int n0, int k0, bool back, bool identity) {
+  const int n = n0 + (threadIdx.x >> 2) % 8, c = threadIdx.x & 3;
+#pragma unroll
+  for (int i = 0; i < TURN / 16; i++) {
+    const int k = k0 + 16 * i + 4 * c;
+    if (identity) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) turn.at[4 * i + j] = n == k + j;
+    } else if (back) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) turn.at[4 * i + j] = rotation[(k + j) * D + n];
+    } else {
+      const float4 x = *(const float4*)(rotation + n * D + k);
+      turn.at[4 * i] = x.x, turn.at[4 * i + 1] = x.y, turn.at[4 * i + 2] = x.z, turn.at[4 * i + 3] = x.w;
+    }
+  }
+}
+
+// Adds 16 rows times 8 columns to the C fragment y: lane (r, c) has columns 2 * c, 2 * c + 1 of row r, then of row r + 8.
+// `largest` follows this lane's largest magnitude of both rows.
+__device__ __forceinline__ void rotate_rows(float* y, float* largest, const float* rows, const Turn& turn) {
+  const int r = (threadIdx.x >> 2) % 8, c = threadIdx.x & 3;
+#pragma unroll
+  for (int i = 0; i < TURN / 16; i++) {
+    const float4 x0 = *(const float4*)(rows + r * ROW_PITCH + 16 * i + 4 * c);
+    const float4 x1 = *(const float4*)(rows + (r + 8) * ROW_PITCH + 16 * i + 4 * c);
+    largest[0] = fmaxf(fmaxf(fmaxf(largest[0], fabsf(x0.x)), fmaxf(fabsf(x0.y), fabsf(x0.z))), fabsf(x0.w));
+    largest[1] = fmaxf(fmaxf(fmaxf(largest[1], fabsf(x1.x)), fmaxf(fabsf(x1.y), fabsf(x1.z))), fabsf(x1.w));
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+      const float a[4] = {s ? x0.z : x0.x, s ? x1.z : x1.x, s ? x0.w : x0.y, s ? x1.w : x1.y};
+      const float low[4] = {a[0] - high(a[0]), a[1] - high(a[1]), a[2] - high(a[2]), a[3] - high(a[3])};
+      float b0 = turn.at[4 * i + 2 * s], b1 = turn.at[4 * i + 2 * s + 1];
+      asm volatile("" : "+f"(b0), "+f"(b1));  // taken apart here and no earlier, which would take twice the registers
+      mma_tf32(y, low, b0, b1);
+      mma_tf32(y, a, b0 - high(b0), b1 - high(b1));
+      mma_tf32(y, a, b0, b1);
+    }
+  }
+}
+
+// Work is a line of tiles of 16 keys: pass after pass (head by head, chunk of query rows by chunk), each `tiles` long. The
+// line is cut into ranges, one a worker (a warp of the first kernel): `share` tiles each, the first `more` one more. Where a
+// range enters another pass, a segment ends; the result of each segment has a slot of its own. With `split_tiles`, ranges
+// are made of whole splits, a pass holding `splits` of that many tiles, and every split is a segment: then what a segment
+// holds does not depend on the other passes.
+struct Work {
+  int tiles, share, more, split_tiles, splits;
+
+  __device__ __forceinline__ int begin(int worker) const {
+    const int piece = worker * share + min(worker, more);
+    return split_tiles ? piece / splits * tiles + piece % splits * split_tiles : piece;
+  }
+  __device__ __forceinline__ int worker_of(int tile) const {
+    const int rest = tile - more * (share + 1);
+    return rest < 0 ? tile / (share + 1) : more + rest / share;
+  }
+  __device__ __forceinline__ int slot(int worker, int pass, int tile) const {
+    return split_tiles ? pass * splits + tile / split_tiles : worker + pass;
+  }
+  __device__ __forceinline__ int first_slot(int pass) const {
+    return split_tiles ? pass * splits : worker_of(pass * tiles) + pass;
+  }
+  __device__ __forceinline__ int last_slot(int pass) const {
+    return split_tiles ? (pass + 1) * splits - 1 : worker_of((pass + 1) * tiles - 1) + pass;
+  }
+};
