@@ -16,6 +16,7 @@ __all__ = [
     "MAX_HEAD_DIM",
     "AttentionShape",
     "check_attention",
+    "check_count",
     "check_dtype",
     "check_head_dim",
     "check_levels",
@@ -54,6 +55,15 @@ def check_head_dim(head_dim: int, *, minimum: int = 2) -> None:
         raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
     if head_dim < minimum or head_dim % 2:
         raise ValueError(f"head_dim must be even and at least {minimum}, got {head_dim}")
+
+
+def check_count(name: str, value: object, minimum: int, maximum: int | None = None, *, multiple: int = 1) -> None:
+    """``value`` must be an int from ``minimum`` to ``maximum`` (None: any), and a multiple of ``multiple``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum or (maximum is not None and value > maximum) or value % multiple:
+        span = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise ValueError(f"{name} must be {span if multiple == 1 else f'a multiple of {multiple}, {span}'}, got {value}")
 
 
 def check_dtype(name: str, tensor: object, dtypes: Sequence[torch.dtype]) -> None:
