@@ -1,7 +1,8 @@
 """Random attention calls, their float64 results, and the accuracy gate: for every backend's tests.
 
 A backend under test is a function ``run(q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal) -> (out, lse)``
-with the arguments and results of :func:`turboquant_vllm.reference.attention`.
+with the arguments and results of :func:`turboquant_vllm.reference.attention`; where it is asked for masks, it takes
+``sliding_window, softcap, sinks`` too.
 """
 
 from __future__ import annotations
@@ -47,10 +48,15 @@ class Case:
     rotation: torch.Tensor
     sm_scale: float
     is_causal: bool
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
+        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        masked = any(mask is not None for mask in values[9:])
+        return tuple(values if masked else values[:9])
 
     @property
     def group(self) -> int:
@@ -68,7 +74,11 @@ class Case:
         """Which key each query sees, bool ``[N_q, N_kv]``."""
         q_len, kv_len = self.q.shape[2], self.k.shape[2]
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=self.q.device)
-        return mask.tril(kv_len - q_len) if self.is_causal else mask
+        if self.is_causal:
+            mask = mask.tril(kv_len - q_len)
+        if self.sliding_window is not None:
+            mask = mask.triu(kv_len - q_len - self.sliding_window + 1)
+        return mask
 
 
 def random_case(
@@ -180,9 +190,22 @@ def pytorch_attention(case: Case) -> torch.Tensor:
     mask = case.visible() if case.is_causal else None
     exact = dtype == torch.float32
     assert not torch.backends.cuda.matmul.allow_tf32
+    if case.softcap is not None or case.sinks is not None:
+        return _eager_attention(q, k, v, case)[..., :head_dim]
     with sdpa_kernel(SDPBackend.MATH) if exact else contextlib.nullcontext():
         out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=case.sm_scale)
     return out[..., :head_dim]
+
+
+def _eager_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, case: Case) -> torch.Tensor:
+    """What models that cap scores or have sinks do step by step: everything in q's dtype, the softmax in float32."""
+    score = q @ k.mT * case.sm_scale
+    if case.softcap is not None:
+        score = case.softcap * torch.tanh(score / case.softcap)
+    score = score.masked_fill(~case.visible(), float("-inf"))
+    sinks = torch.full_like(case.q[0, :, 0, 0], float("-inf")) if case.sinks is None else case.sinks.to(score.dtype)
+    score = torch.cat([score, sinks[None, :, None, None].expand(*score.shape[:-1], 1)], -1)
+    return torch.softmax(score, -1, dtype=torch.float32)[..., :-1].to(q.dtype) @ v
 
 
 def check(run: Run, case: Case, *, gate: bool = True, slack: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:

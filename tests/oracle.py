@@ -43,24 +43,42 @@ def decompress(codes: torch.Tensor, norms: torch.Tensor, centroids: torch.Tensor
     return torch.einsum("...,...j,ji->...i", norms.double(), levels, rotation.double())
 
 
-def visible(q_len: int, kv_len: int, is_causal: bool) -> torch.Tensor:
+def visible(q_len: int, kv_len: int, is_causal: bool, sliding_window: int | None = None) -> torch.Tensor:
     """Bool ``[q_len, kv_len]``: whether query i sees key j, aligned to the bottom right."""
     if not is_causal:
         return torch.ones(q_len, kv_len, dtype=torch.bool)
     query, key = torch.arange(q_len)[:, None], torch.arange(kv_len)[None, :]
-    return key <= kv_len - q_len + query
+    distance = kv_len - q_len + query - key
+    return (distance >= 0) & (distance < (kv_len + 1 if sliding_window is None else sliding_window))
 
 
 def attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, sm_scale: float, is_causal: bool
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    sm_scale: float,
+    is_causal: bool,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Softmax attention in float64: q ``[B, H_q, N_q, D]``, k and v ``[B, H_kv, N_kv, D]`` -> out, lse ``[B, H_q, N_q]``."""
+    """Softmax attention in float64: q ``[B, H_q, N_q, D]``, k and v ``[B, H_kv, N_kv, D]`` -> out, lse ``[B, H_q, N_q]``.
+
+    Sinks ``[H_q]`` are logits of one more key, whose value is zero.
+    """
     q, k, v = q.double(), k.double(), v.double()
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    sees = visible(q.shape[2], k.shape[2], is_causal)
-    scores = (q @ k.mT * sm_scale).masked_fill(~sees, float("-inf"))
-    lse = torch.logsumexp(scores, -1) if k.shape[2] else torch.full(q.shape[:-1], float("-inf"), dtype=torch.float64)
+    sees = visible(q.shape[2], k.shape[2], is_causal, sliding_window)
+    scores = q @ k.mT * sm_scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~sees, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([sinks.double()[:, None, None].expand(*scores.shape[:-1], 1), scores], -1)
+        sees = torch.nn.functional.pad(sees, (1, 0), value=True)
+        v = torch.nn.functional.pad(v, (0, 0, 1, 0))
+    lse = torch.logsumexp(scores, -1) if scores.shape[-1] else torch.full(q.shape[:-1], float("-inf"), dtype=torch.float64)
     # Not exp(scores - lse): far from zero, lse is known much less exactly than the weights are.
     weights = torch.softmax(scores, -1).masked_fill(~sees, 0.0)
     return weights @ v, lse

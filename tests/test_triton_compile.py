@@ -46,14 +46,16 @@ CALLS = {
     "many-rows-packed-keys": {"dtype": BF16, "head_dim": 128, "group": 4, "q_len": 70, "packed": (True, False)},
     "many-rows-dense": {"dtype": BF16, "head_dim": 64, "group": 4, "q_len": 70, "packed": (False, False)},
     "float32": {"dtype": FULL, "head_dim": 128, "group": 4, "q_len": 3},
+    "decode-masks": {"dtype": HALF, "head_dim": 128, "group": 4},
+    "many-rows-masks": {"dtype": BF16, "head_dim": 256, "group": 4, "q_len": 70},
 }
 # Architectures with little shared memory get the calls that take most of it.
 FITS = {
     "sm_80": ["decode", "many-rows"],
     "sm_90": ["some-rows", "many-rows-packed-keys", "many-rows-dense", "float32"],
     "sm_100": ["decode", "many-rows"],
-    "sm_120": ["decode", "some-rows", "many-rows", "many-rows-256"],
-    "gfx942": ["decode", "some-rows", "many-rows", "many-rows-256", "float32"],
+    "sm_120": ["decode", "some-rows", "many-rows", "many-rows-256", "decode-masks"],
+    "gfx942": ["decode", "some-rows", "many-rows", "many-rows-256", "float32", "many-rows-masks"],
 }
 
 
@@ -132,6 +134,8 @@ def test_attention_fits(generator, target, compiled, name):
     from turboquant_vllm.triton import launch
 
     case = random_case(generator, is_causal=True, kv_len=300, **CALLS[name])
+    if name.endswith("masks"):
+        case = case.replace(sliding_window=100, softcap=30.0, sinks=torch.zeros(case.q.shape[1]))
     launch.attention(*case.arguments)
     assert {"query_kernel", "attention_kernel", "merge_kernel"} <= {kernel for kernel, _ in compiled}
     check_shared_memory(target, compiled)
@@ -143,7 +147,7 @@ def test_attention_fits(generator, target, compiled, name):
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("decode")])
+@pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("decode") and not name.endswith("masks")])
 def test_decode_keeps_its_loop_in_registers(generator, target, compiled, tmp_path, name):
     from turboquant_vllm.triton import launch
 
@@ -206,14 +210,18 @@ def test_new_length_compiles_nothing_in_decode(generator, compiled, packed):
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-def test_new_length_compiles_nothing_in_prefill(generator, compiled):
+@pytest.mark.parametrize("window", [lambda q_len: None, lambda q_len: 1 + q_len // 3], ids=["whole", "window"])
+def test_new_length_compiles_nothing_in_prefill(generator, compiled, window):
     from turboquant_vllm.triton import launch
 
-    sizes = {"dtype": HALF, "head_dim": 64, "is_causal": True}
+    def attend(q_len: int) -> None:
+        case = random_case(generator, dtype=HALF, head_dim=64, is_causal=True, q_len=q_len, kv_len=q_len)
+        launch.attention(*case.replace(sliding_window=window(q_len)).arguments)
+
     for q_len in (3, 7, 15, 31, 99, 199):  # one of each size class
-        launch.attention(*random_case(generator, q_len=q_len, kv_len=q_len, **sizes).arguments)
+        attend(q_len)
     known = {id(kernel) for _, kernel in compiled}
     for q_len in range(1, 301):
-        launch.attention(*random_case(generator, q_len=q_len, kv_len=q_len, **sizes).arguments)
+        attend(q_len)
         new = [function for function, kernel in compiled if id(kernel) not in known]
         assert not new, f"compiled again for q_len {q_len}: {new}"

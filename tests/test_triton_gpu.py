@@ -10,6 +10,7 @@ import torch
 
 from attention_cases import check, compare, expected, poisoned_memory, random_case
 from attention_contract import AttentionContract, check_causal_sizes
+from mask_contract import MaskContract
 from turboquant_vllm import ops
 
 pytestmark = pytest.mark.gpu
@@ -80,6 +81,12 @@ class TestContract(AttentionContract):
     @pytest.fixture
     def dtype(self):
         return BF16
+
+
+class TestMasks(MaskContract):
+    @pytest.fixture
+    def dtype(self):
+        return HALF
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "group", "q_len", "packed", "is_causal"), DECODE, ids=_name)

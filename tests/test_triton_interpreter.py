@@ -13,6 +13,7 @@ from packaging.version import Version
 from attention_cases import LAYOUTS, check, check_gate, expected, lay_out, pytorch_attention, random_case
 from attention_contract import AttentionContract, check_causal_sizes
 from compression_checks import check_compress, check_decompress, special_vectors
+from mask_contract import MaskContract
 from triton_interpreter import Interpreter
 from turboquant_vllm import TQ4Codec
 
@@ -49,6 +50,11 @@ def run(interpreter):
 
 @both_dtypes
 class TestContract(AttentionContract):
+    pass
+
+
+@both_dtypes
+class TestMasks(MaskContract):
     pass
 
 

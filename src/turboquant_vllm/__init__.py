@@ -10,8 +10,18 @@ out = tq4_attention(q, k, v, codec, is_causal=True)     # [B, H_q, N_q, 128]
 from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.codebook import Codebook, lloyd_max
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.reference import merge_attention_states
 
 __version__ = "2.0.0.dev0"
 
-__all__ = ["Codebook", "TQ4Codec", "TQ4Tensor", "__version__", "lloyd_max", "merge_attention_states", "tq4_attention"]
+__all__ = [
+    "Codebook",
+    "PagedTQ4Cache",
+    "TQ4Codec",
+    "TQ4Tensor",
+    "__version__",
+    "lloyd_max",
+    "merge_attention_states",
+    "tq4_attention",
+]

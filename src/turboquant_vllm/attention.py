@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal, overload
+from collections.abc import Callable, Collection
+from typing import Any, Literal, overload
 
 import torch
 
 from turboquant_vllm import ops, reference
-from turboquant_vllm.checks import AttentionShape, check_attention, check_sm_scale, why_not_decode
+from turboquant_vllm.checks import AttentionShape, check_attention, check_masks, check_sm_scale, why_not_decode
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 
 __all__ = ["BACKENDS", "choose_backend", "tq4_attention"]
@@ -25,6 +25,9 @@ def tq4_attention(
     *,
     sm_scale: float | None = None,
     is_causal: bool = False,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: Literal[False] = False,
     backend: str = "auto",
 ) -> torch.Tensor: ...
@@ -39,6 +42,9 @@ def tq4_attention(
     *,
     sm_scale: float | None = None,
     is_causal: bool = False,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: Literal[True],
     backend: str = "auto",
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -52,6 +58,9 @@ def tq4_attention(
     *,
     sm_scale: float | None = None,
     is_causal: bool = False,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
@@ -64,13 +73,18 @@ def tq4_attention(
         codec: gives the rotation and the levels; on q's device.
         sm_scale: factor on the scores; None means ``1 / sqrt(D)``.
         is_causal: query i sees keys ``0 .. N_kv - N_q + i`` (aligned to the bottom right).
+        sliding_window: with is_causal, of those the last ``sliding_window`` alone, the query's own position among them.
+        softcap: scores, times sm_scale, become ``softcap * tanh(score / softcap)``.
+        sinks: float32 ``[H_q]``, for each head a logit that is added to the denominator of its softmax; neither scaled nor
+            capped.
         return_lse: also return the log-sum-exp.
         backend: "auto" (the best that can run, see ``turboquant info``), "cuda", "triton" or "reference"; a named
             backend that cannot run raises and never falls back.
 
     Returns:
         ``[B, H_q, N_q, D]`` in q's dtype; with ``return_lse`` also float32 ``[B, H_q, N_q]``, natural logarithm.
-        A query that sees no key gives zeros, and -inf as its log-sum-exp.
+        With sinks it is that of all logits, the sink among them: of parts to be merged, one alone may get the sinks.
+        A query that sees no key gives zeros, and its sink or -inf as its log-sum-exp.
 
     Raises:
         TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
@@ -96,16 +110,21 @@ def tq4_attention(
         packed=(True, packed_values),
     )
     scale = check_sm_scale(sm_scale, shape.head_dim)
-    name, reason = choose_backend(q, shape, backend, (k.codes, values))
+    masks = check_masks(is_causal, sliding_window, softcap, sinks, shape.num_heads, q.device)
+    name, reason = choose_backend(q, shape, backend, (k.codes, values), masks)
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     run = _RUN[name]
-    out, lse = run(q, k.codes, k_norms, values, v_norms, codec.centroids, codec.rotation, scale, is_causal)
+    out, lse = run(q, k.codes, k_norms, values, v_norms, codec.centroids, codec.rotation, scale, is_causal, **masks)
     return (out, lse) if return_lse else out
 
 
 def choose_backend(
-    q: torch.Tensor, shape: AttentionShape, backend: str = "auto", operands: tuple[torch.Tensor, ...] = ()
+    q: torch.Tensor,
+    shape: AttentionShape,
+    backend: str = "auto",
+    operands: tuple[torch.Tensor, ...] = (),
+    masks: Collection[str] = (),
 ) -> tuple[str, str]:
     """The backend that serves a call, and why it cannot (an empty string where it can).
 
@@ -114,15 +133,16 @@ def choose_backend(
         shape: sizes of the call.
         backend: "auto" or a name from :data:`BACKENDS`.
         operands: keys and values, packed or dense; packed and well aligned where not given.
+        masks: which of ``sliding_window``, ``softcap`` and ``sinks`` the call has.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
     """
     if backend == "auto":
-        return next((name, "") for name in BACKENDS if not why_not(name, q.device, q.dtype, shape, operands))
+        return next((name, "") for name in BACKENDS if not why_not(name, q.device, q.dtype, shape, operands, masks))
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    return backend, why_not(backend, q.device, q.dtype, shape, operands)
+    return backend, why_not(backend, q.device, q.dtype, shape, operands, masks)
 
 
 def why_not(
@@ -131,10 +151,11 @@ def why_not(
     dtype: torch.dtype,
     shape: AttentionShape,
     operands: tuple[torch.Tensor, ...] = (),
+    masks: Collection[str] = (),
 ) -> str:
     """Why ``backend`` cannot serve such a call; empty where it can. Arguments as in :func:`choose_backend`."""
     if backend == "cuda":
-        return ops.why_not_cuda(device) or why_not_decode(dtype, shape.head_dim, shape.q_len * shape.group, operands)
+        return ops.why_not_cuda(device) or why_not_decode(dtype, shape.head_dim, shape.q_len * shape.group, operands, masks)
     if backend == "triton":
         if not ops.has_triton():
             return "the triton package is not installed"
@@ -143,12 +164,12 @@ def why_not(
     return ""
 
 
-def _cuda(*args: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.turboquant.cuda_decode(*args)
+def _cuda(*args: Any, **masks: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.turboquant.cuda_decode(*args, **masks)
 
 
-def _triton(*args: torch.Tensor | float | None) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.turboquant.triton_attention(*args)
+def _triton(*args: Any, **masks: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ops.turboquant.triton_attention(*args, **masks)
 
 
 _RUN: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {

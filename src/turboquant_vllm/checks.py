@@ -7,8 +7,9 @@ ValueError. No check reads a tensor's contents, so none of them waits for a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,9 +17,11 @@ __all__ = [
     "MAX_HEAD_DIM",
     "AttentionShape",
     "check_attention",
+    "check_count",
     "check_dtype",
     "check_head_dim",
     "check_levels",
+    "check_masks",
     "check_packed",
     "check_rotation",
     "check_shape",
@@ -54,6 +57,15 @@ def check_head_dim(head_dim: int, *, minimum: int = 2) -> None:
         raise TypeError(f"head_dim must be an int, got {type(head_dim).__name__}")
     if head_dim < minimum or head_dim % 2:
         raise ValueError(f"head_dim must be even and at least {minimum}, got {head_dim}")
+
+
+def check_count(name: str, value: object, minimum: int, maximum: int | None = None, *, multiple: int = 1) -> None:
+    """``value`` must be an int from ``minimum`` to ``maximum`` (None: any), and a multiple of ``multiple``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < minimum or (maximum is not None and value > maximum) or value % multiple:
+        span = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise ValueError(f"{name} must be {span if multiple == 1 else f'a multiple of {multiple}, {span}'}, got {value}")
 
 
 def check_dtype(name: str, tensor: object, dtypes: Sequence[torch.dtype]) -> None:
@@ -121,6 +133,41 @@ def check_sm_scale(sm_scale: float | None, head_dim: int) -> float:
     return float(sm_scale)
 
 
+def check_masks(
+    is_causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    num_heads: int,
+    device: torch.device,
+    *,
+    causal_name: str = "is_causal",
+) -> dict[str, Any]:
+    """Those of ``sliding_window``, ``softcap`` and ``sinks`` that are given, by name, as the operators take them.
+
+    ``sliding_window`` must be a positive int, and needs causal attention; ``softcap`` a positive, finite number; ``sinks``
+    float32 ``[num_heads]`` on ``device``.
+    """
+    masks: dict[str, Any] = {}
+    if sliding_window is not None:
+        check_count("sliding_window", sliding_window, 1)
+        if not is_causal:
+            raise ValueError(f"sliding_window must come with {causal_name}=True, got {is_causal}")
+        masks["sliding_window"] = sliding_window
+    if softcap is not None:
+        if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+            raise TypeError(f"softcap must be a float or None, got {type(softcap).__name__}")
+        if not 0 < softcap < math.inf:
+            raise ValueError(f"softcap must be positive and finite, got {softcap}")
+        masks["softcap"] = float(softcap)
+    if sinks is not None:
+        check_dtype("sinks", sinks, (torch.float32,))
+        check_shape("sinks", sinks, (num_heads,))
+        check_device("sinks", sinks, device, "q")
+        masks["sinks"] = sinks
+    return masks
+
+
 def check_attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -180,7 +227,13 @@ def check_attention(
     return AttentionShape(batch, num_heads, num_kv_heads, q_len, kv_len, head_dim), k_norms, v_norms
 
 
-def why_not_decode(dtype: torch.dtype, head_dim: int, rows: int, operands: Sequence[torch.Tensor] = ()) -> str:
+def why_not_decode(
+    dtype: torch.dtype,
+    head_dim: int,
+    rows: int,
+    operands: Sequence[torch.Tensor] = (),
+    masks: Collection[str] = (),
+) -> str:
     """Why the native CUDA kernels cannot serve a call on a device that runs them; empty where they can.
 
     Args:
@@ -188,7 +241,10 @@ def why_not_decode(dtype: torch.dtype, head_dim: int, rows: int, operands: Seque
         head_dim: coordinates of a vector.
         rows: query rows (tokens x heads of the group) per key/value head.
         operands: keys and values ``[B, H_kv, N_kv, ...]``; their addresses are not looked at, as torch.compile knows none.
+        masks: names of what :func:`check_masks` found.
     """
+    if masks:
+        return f"the CUDA kernels have no {', '.join(masks)}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernels take queries in fp16 or bf16, got {dtype}"
     if head_dim not in DECODE_HEAD_DIMS:

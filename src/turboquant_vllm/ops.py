@@ -120,7 +120,10 @@ def _triton_attention(*args: Any) -> Any:
 
 
 def _cuda_decode(*args: Any) -> Any:
-    return _kernel("turboquant_vllm.cuda.decode:decode")(*args)
+    plain, masks = args[:9], args[9:]
+    if any(mask is not None for mask in masks):
+        raise ValueError("the CUDA kernels have no sliding_window, softcap or sinks")
+    return _kernel("turboquant_vllm.cuda.decode:decode")(*plain)
 
 
 def _attention_fake(q: torch.Tensor, *args: Any) -> Any:
@@ -143,7 +146,8 @@ for _name, _run in (("triton_attention", _triton_attention), ("cuda_decode", _cu
     _define(
         _name,
         "(Tensor q, Tensor k, Tensor? k_norms, Tensor v, Tensor? v_norms, Tensor? centroids, Tensor? rotation, "
-        "float sm_scale, bool is_causal) -> (Tensor, Tensor)",
+        "float sm_scale, bool is_causal, int? sliding_window=None, float? softcap=None, Tensor? sinks=None) "
+        "-> (Tensor, Tensor)",
         _run,
         _attention_fake,
     )

@@ -76,6 +76,9 @@ def attention(
     rotation: torch.Tensor | None,
     sm_scale: float,
     is_causal: bool,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     *,
     block: int = 512,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,12 +91,18 @@ def attention(
         centroids: float32 ``[16]``; rotation: float32 ``[D, D]``; None where nothing is packed.
         sm_scale: factor on the scores.
         is_causal: query i sees keys ``0 .. N_kv - N_q + i`` (aligned to the bottom right).
+        sliding_window: with is_causal, of those the last ``sliding_window`` alone; None means all.
+        softcap: scores, times sm_scale, become ``softcap * tanh(score / softcap)``; None leaves them.
+        sinks: float32 ``[H_q]``, for each head the logit of one more key whose value is zero, seen by every query; neither
+            scaled nor capped.
         block: keys per step; the memory used grows with ``N_q * block``.
 
     Returns:
-        out in q's dtype and shape, and lse ``[B, H_q, N_q]``, the natural logarithm of the sum of exponentials. A query
-        that sees no key has zeros and -inf. A NaN in the norm of a key or value that a query sees reaches its row, and so
-        does an Inf in a value's; an Inf in a key's is a score of +-Inf: NaN, or a weight of zero.
+        out in q's dtype and shape, and lse ``[B, H_q, N_q]``, the natural logarithm of the sum of exponentials, the sink's
+        among them. A query that sees no key has zeros, and its sink or -inf.
+
+        A NaN in the norm of a key or value that a query sees reaches its row, and so does an Inf in a value's; an Inf in a
+        key's is a score of +-Inf (+-softcap, where given): NaN, or a weight of zero.
     """
     compute = _compute_dtype(q)
     batch, num_heads, q_len, head_dim = q.shape
@@ -106,17 +115,30 @@ def attention(
         query = query @ rotation.to(compute).T
     query = query.reshape(batch, num_kv_heads, group * q_len, head_dim) * sm_scale  # rows: head of the group, position
     last = torch.arange(q_len, device=q.device).repeat(group) + (kv_len - q_len if is_causal else kv_len)
+    begin = 0
+    if sliding_window is not None:
+        assert is_causal
+        begin = max(0, kv_len - q_len + 1 - sliding_window)
 
     shape = (batch, num_kv_heads, group * q_len)
     top = torch.full(shape, float("-inf"), dtype=compute, device=q.device)
     total = torch.zeros(shape, dtype=compute, device=q.device)
     acc = torch.zeros((*shape, head_dim), dtype=compute, device=q.device)
-    for start in range(0, kv_len, block):
+    if sinks is not None:
+        top = sinks.to(compute).reshape(num_kv_heads, group).repeat_interleave(q_len, -1).expand(shape)
+        total = (top != float("-inf")).to(compute)
+    for start in range(begin, kv_len, block):
         stop = min(start + block, kv_len)
         keys, key_scale = _tile(k, k_norms, centroids, start, stop, compute)
         values, value_scale = _tile(v, v_norms, centroids, start, stop, compute)
-        visible = torch.arange(start, stop, device=q.device) <= last[:, None]
-        score = (query @ keys.transpose(-1, -2) * key_scale).masked_fill(~visible, float("-inf"))
+        key = torch.arange(start, stop, device=q.device)
+        visible = key <= last[:, None]
+        if sliding_window is not None:
+            visible &= key > last[:, None] - sliding_window
+        score = query @ keys.transpose(-1, -2) * key_scale
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        score = score.masked_fill(~visible, float("-inf"))
         new_top = torch.maximum(top, score.amax(-1))
         anchor = torch.where(new_top == float("-inf"), 0.0, new_top)  # a row that has seen nothing yet
         p = torch.exp(score - anchor.unsqueeze(-1))

@@ -96,9 +96,9 @@ def unpack_kernel(codes, norms, value_norms, centroids, out, tokens, capacity, n
         tl.store(target + j * COLUMNS, (parts[j].to(tl.float32) * norm[:, None]).to(DTYPE), mask=live)
 
 
-@triton.jit(do_not_specialize=["rows", "kv_len", "offset", "split_len", "kn_b", "kn_h", "vn_b", "vn_h"])
-def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, rows, kv_len, offset, split_len, group,
-                     num_kv_heads, k_b, k_h, k_n, k_d, kn_b, kn_h, kn_n, v_b, v_h, v_n, v_d, vn_b, vn_h, vn_n,
+@triton.jit(do_not_specialize=["rows", "kv_len", "offset", "split_len", "window", "kn_b", "kn_h", "vn_b", "vn_h"])
+def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, rows, kv_len, offset, split_len, window,
+                     softcap, group, num_kv_heads, k_b, k_h, k_n, k_d, kn_b, kn_h, kn_n, v_b, v_h, v_n, v_d, vn_b, vn_h, vn_n,
                      D: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr,
                      CAUSAL: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
                      PRMT: tl.constexpr):  # fmt: skip
@@ -106,8 +106,9 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
 
     Keys and values are packed codes with norms, or dense without norms.
     Writes float32 ``out [splits, batch * num_kv_heads, rows, D]``, normalised, in the values' basis and parts order, and
-    ``lse [splits, batch * num_kv_heads, rows]`` in log2.
+    ``lse [splits, batch * num_kv_heads, rows]`` in log2. ``softcap`` is in log2 too.
     """
+    WINDOW: tl.constexpr = window is not None
     DTYPE: tl.constexpr = q.dtype.element_ty
     tiles = tl.cdiv(rows, BM)
     # Causal work grows with the row: the longest tiles start first.
@@ -126,7 +127,14 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
         last = tl.minimum(last, offset + row // group)
         stop = tl.minimum(stop, offset + (tl.minimum(tile * BM + BM, rows) - 1) // group + 1)
         whole = tl.minimum(stop, offset + tile * BM // group + 1)
-    whole = start + tl.maximum(whole - start, 0) // BN * BN
+    first, head_stop = last, start
+    if WINDOW:  # tiles before the window are skipped; those that it cuts come first, masked
+        first = offset + row // group - window + 1
+        before = start
+        start += tl.maximum(offset + tile * BM // group - window + 1 - before, 0) // BN * BN
+        all_in = offset + (tl.minimum(tile * BM + BM, rows) - 1) // group - window + 1
+        head_stop = tl.minimum(before + tl.cdiv(tl.maximum(all_in - before, 0), BN) * BN, stop)
+    whole = head_stop + tl.maximum(whole - head_stop, 0) // BN * BN
 
     K_COLUMNS: tl.constexpr = D // K_PARTS
     V_COLUMNS: tl.constexpr = D // V_PARTS
@@ -159,14 +167,19 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
     acc = ()
     for _ in tl.static_range(V_PARTS):
         acc = acc + (tl.zeros([V_DP, BM] if SWAP else [BM, V_DP], tl.float32),)
+    if WINDOW:
+        top, total, value_scale, acc = attend(
+            start, head_stop, queries, row_scale, first, last, softcap, top, total, value_scale, acc, kv_len, k_base, k_n, k_d,
+            kn_base, kn_n, v_base, v_n, v_d, vn_base, vn_n, centroids, 1.0 / level_unit, table, K_COLUMNS, V_COLUMNS, K_DP,
+            V_DP, K_PARTS, V_PARTS, True, True, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
     top, total, value_scale, acc = attend(
-        start, whole, queries, row_scale, last, top, total, value_scale, acc, kv_len, k_base, k_n, k_d, kn_base, kn_n,
-        v_base, v_n, v_d, vn_base, vn_n, centroids, 1.0 / level_unit, table, K_COLUMNS, V_COLUMNS, K_DP, V_DP, K_PARTS,
-        V_PARTS, False, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
+        head_stop, whole, queries, row_scale, first, last, softcap, top, total, value_scale, acc, kv_len, k_base, k_n, k_d,
+        kn_base, kn_n, v_base, v_n, v_d, vn_base, vn_n, centroids, 1.0 / level_unit, table, K_COLUMNS, V_COLUMNS, K_DP, V_DP,
+        K_PARTS, V_PARTS, False, False, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
     top, total, value_scale, acc = attend(
-        whole, stop, queries, row_scale, last, top, total, value_scale, acc, kv_len, k_base, k_n, k_d, kn_base, kn_n,
-        v_base, v_n, v_d, vn_base, vn_n, centroids, 1.0 / level_unit, table, K_COLUMNS, V_COLUMNS, K_DP, V_DP, K_PARTS,
-        V_PARTS, True, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
+        whole, stop, queries, row_scale, first, last, softcap, top, total, value_scale, acc, kv_len, k_base, k_n, k_d,
+        kn_base, kn_n, v_base, v_n, v_d, vn_base, vn_n, centroids, 1.0 / level_unit, table, K_COLUMNS, V_COLUMNS, K_DP, V_DP,
+        K_PARTS, V_PARTS, WINDOW, True, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
 
     empty = total == 0.0
     factor = 1.0 / tl.where(empty, 1.0, total)
@@ -183,10 +196,13 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
 
 
 @triton.jit(do_not_specialize=["rows", "splits", "o_b", "o_h", "l_b", "l_h"])
-def merge_kernel(partial, partial_lse, rotation, out, lse, rows, splits, group, num_kv_heads, o_b, o_h, o_n, o_d, l_b, l_h,
-                 l_n, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
+def merge_kernel(partial, partial_lse, sinks, rotation, out, lse, rows, splits, group, num_kv_heads, o_b, o_h, o_n, o_d, l_b,
+                 l_h, l_n, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
                  UNROLL: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Merge the splits by their log-sum-exp, rotate back and unpack the rows to ``out [B, H_q, N_q, D]``, ``lse`` natural."""
+    """Merge the splits by their log-sum-exp, rotate back and unpack the rows to ``out [B, H_q, N_q, D]``, ``lse`` natural.
+
+    ``sinks [H_q]`` are one more logit for each head, natural, whose value is zero; or None.
+    """
     row = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
     batch_head = tl.program_id(0).to(tl.int64)
     batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
@@ -197,6 +213,9 @@ def merge_kernel(partial, partial_lse, rotation, out, lse, rows, splits, group, 
 
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
+    if sinks is not None:
+        top = tl.load(sinks + head * group + row % group) * 1.4426950408889634
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
     acc = tl.zeros([BM, DP], tl.float32)
     for first in range(0, splits, UNROLL):
         for j in tl.static_range(UNROLL):  # loads of several splits in flight

@@ -90,6 +90,9 @@ def attention(
     rotation: torch.Tensor | None,
     sm_scale: float,
     is_causal: bool,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over packed or dense keys and values; arguments and results as :func:`turboquant_vllm.reference.attention`.
 
@@ -100,6 +103,12 @@ def attention(
     if out.numel() == 0:
         return out, lse
 
+    if sliding_window is not None:
+        # Keys before every query's window do not exist. By 32 at a time, codes and norms keep their alignment.
+        begin = max(0, k.shape[2] - q.shape[2] + 1 - sliding_window) // 32 * 32
+        k, v = k[:, :, begin:], v[:, :, begin:]
+        k_norms, v_norms = (None if n is None else n[:, :, begin:] for n in (k_norms, v_norms))
+    masks = (sliding_window, softcap, sinks)
     packed = k_norms is not None or v_norms is not None
     unpack = packed and q.shape[1] // k.shape[1] * q.shape[2] > _FEW_ROWS
     # Slices are as long as one sequence's scratch allows, and sequences share a scratch that has room for more: how long
@@ -109,14 +118,14 @@ def attention(
     together = max(1, room // slice_len) if unpack else q.shape[0]
     if together >= q.shape[0]:
         tensors = (q, k, k_norms, v, v_norms, centroids, rotation)
-        _attention(*tensors, sm_scale, is_causal, out, lse, slice_len if unpack else None)
+        _attention(*tensors, sm_scale, is_causal, *masks, out, lse, slice_len if unpack else None)
         return out, lse
     for first in range(0, q.shape[0], together):
         some = slice(first, first + together)
         norms = [None if n is None else n[some] for n in (k_norms, v_norms)]
         _attention(
-            q[some], k[some], norms[0], v[some], norms[1], centroids, rotation, sm_scale, is_causal, out[some], lse[some],
-            slice_len,
+            q[some], k[some], norms[0], v[some], norms[1], centroids, rotation, sm_scale, is_causal, *masks, out[some],
+            lse[some], slice_len,
         )  # fmt: skip
     return out, lse
 
@@ -131,6 +140,9 @@ def _attention(
     rotation: torch.Tensor | None,
     sm_scale: float,
     is_causal: bool,
+    sliding_window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor,
     slice_len: int | None,
@@ -160,6 +172,9 @@ def _attention(
     partial = torch.empty((splits, heads, rows, head_dim), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((splits, heads, rows), dtype=torch.float32, device=q.device)
 
+    cap = None if softcap is None else softcap * _LOG2_E
+    sinks = None if sinks is None else sinks.contiguous()
+
     many, wide = rows > 64, head_dim > 128
     block = 64 if many else 16
     rotate = {
@@ -179,10 +194,10 @@ def _attention(
         grid = (heads, triton.cdiv(rows, config.block_m), max(1, triton.cdiv(count, split_len)))
         attention_kernel[grid](
             queries, query_scale, k, norms[0], v, norms[1], centroids, partial[slot:], partial_lse[slot:], rows, count,
-            kv_len - q_len - first, split_len, group, num_kv_heads, *k.stride(), *_norm_strides(norms[0]), *v.stride(),
-            *_norm_strides(norms[1]), D=head_dim, K_PARTS=k_parts, V_PARTS=v_parts, K_DP=_padded(head_dim, k_parts),
-            V_DP=_padded(head_dim, v_parts), CAUSAL=is_causal, SWAP=config.swap, BM=config.block_m, BN=config.block_n,
-            STAGES=config.num_stages, PRMT=prmt, num_warps=config.num_warps,
+            kv_len - q_len - first, split_len, sliding_window, cap, group, num_kv_heads, *k.stride(),
+            *_norm_strides(norms[0]), *v.stride(), *_norm_strides(norms[1]), D=head_dim, K_PARTS=k_parts, V_PARTS=v_parts,
+            K_DP=_padded(head_dim, k_parts), V_DP=_padded(head_dim, v_parts), CAUSAL=is_causal, SWAP=config.swap,
+            BM=config.block_m, BN=config.block_n, STAGES=config.num_stages, PRMT=prmt, num_warps=config.num_warps,
         )  # fmt: skip
 
     with device_guard(q.device):
@@ -202,8 +217,8 @@ def _attention(
         else:
             attend(k, v, 0, kv_len, k_parts, v_parts)
         merge_kernel[row_tiles](
-            partial, partial_lse, rotation, rotated, lse, rows, splits, group, num_kv_heads, *rotated.stride(), *lse.stride(),
-            PARTS=v_parts, ROTATE=v_norms is not None and not exact, UNROLL=1 if many else 4, **rotate,
+            partial, partial_lse, sinks, rotation, rotated, lse, rows, splits, group, num_kv_heads, *rotated.stride(),
+            *lse.stride(), PARTS=v_parts, ROTATE=v_norms is not None and not exact, UNROLL=1 if many else 4, **rotate,
         )  # fmt: skip
     if wide_rotation is not None and v_norms is not None:
         out.copy_(rotated.double() @ wide_rotation)

@@ -53,6 +53,18 @@ def exp2(x, PRMT: tl.constexpr):
 
 
 @triton.jit
+def soft_cap(x, cap, PRMT: tl.constexpr):
+    """``cap * tanh(x / cap)`` in float32; a power series near zero, where the quotient of exponentials cancels."""
+    y = x * (1.0 / cap)
+    size = tl.abs(y)
+    e = exp2(size * -2.8853900817779268, PRMT)
+    square = y * y
+    series = size * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+    t = tl.where(size < 0.25, series, (1 - e) / (1 + e))
+    return cap * tl.where(y < 0, -t, t)
+
+
+@triton.jit
 def per_row(x, SWAP: tl.constexpr):
     """A vector over query rows, ready to broadcast against a tile of rows and anything, in either orientation."""
     if SWAP:
@@ -76,18 +88,18 @@ def product(a, b, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def attend(start, stop, q, row_scale, last, top, total, value_scale, acc, n_end,
+def attend(start, stop, q, row_scale, first, last, softcap, top, total, value_scale, acc, n_end,
            k_base, k_stride_n, k_stride_d, k_norms, k_norms_stride, v_base, v_stride_n, v_stride_d, v_norms, v_norms_stride,
            centroids, inverse, table,
            K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr,
-           K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, MASKED: tl.constexpr, SWAP: tl.constexpr, BN: tl.constexpr,
-           STAGES: tl.constexpr, PRMT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+           K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, SWAP: tl.constexpr,
+           BN: tl.constexpr, STAGES: tl.constexpr, PRMT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Take keys ``start .. stop`` into the running softmax of BM query rows: the loop of every attention kernel.
 
     Scores are in units of ``row_scale`` (float32 ``[BM]``, in log2), which makes the queries fit half precision at no
     cost: it multiplies inside the exponent. ``top`` is the largest so far, in log2. Values are in units of ``value_scale``,
-    the largest value norm so far, which makes the weights fit. ``last`` is the last key that each row sees; only MASKED
-    steps look at it.
+    the largest value norm so far, which makes the weights fit. ``last`` is the last key that each row sees, and with
+    WINDOW ``first`` the first; only MASKED steps look at them. ``softcap`` is None, or caps the scores, in log2.
 
     SWAP turns every tile over: keys, then coordinates, take the long side of the matrix instruction, and query rows the
     short side of 8. That halves the work where a group has few heads. Shapes below are those without SWAP; ``q`` comes
@@ -95,6 +107,9 @@ def attend(start, stop, q, row_scale, last, top, total, value_scale, acc, n_end,
     """
     BM: tl.constexpr = row_scale.shape[0]
     KEYS: tl.constexpr = 0 if SWAP else 1  # the axis of keys in a tile of scores
+    unit = row_scale
+    if softcap is not None:
+        unit = tl.full([BM], 1.0, tl.float32)  # capped scores are in log2 already
     k_columns = tl.arange(0, K_DP).to(tl.int64)
     v_columns = tl.arange(0, V_DP).to(tl.int64)
     for n0 in tl.range(start, stop, BN, num_stages=STAGES):
@@ -107,13 +122,17 @@ def attend(start, stop, q, row_scale, last, top, total, value_scale, acc, n_end,
             score = product(q[j], tl.trans(k[j]), score, SWAP)
         if k_norms is not None:
             score *= per_row(load_norms(k_norms, k_norms_stride, n64, n_end, MASKED), not SWAP)
+        if softcap is not None:
+            score = soft_cap(score * per_row(row_scale, SWAP), softcap, PRMT)
         if MASKED:
             visible = per_row(n, not SWAP) <= per_row(last, SWAP)
+            if WINDOW:
+                visible = visible & (per_row(n, not SWAP) >= per_row(first, SWAP))
             score = tl.where(visible, score, float("-inf"))
-        new_top = tl.maximum(top, tl.max(score, KEYS) * row_scale)  # [BM]
+        new_top = tl.maximum(top, tl.max(score, KEYS) * unit)  # [BM]
         # A row that has seen nothing yet subtracts zero, not -inf.
         anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
-        p = exp2(score * per_row(row_scale, SWAP) - per_row(anchor, SWAP), PRMT)  # [BM, BN]
+        p = exp2(score * per_row(unit, SWAP) - per_row(anchor, SWAP), PRMT)  # [BM, BN]
         keep = exp2(top - anchor, PRMT)
         total = total * keep + tl.sum(p, KEYS)
         top = new_top

@@ -1,0 +1,138 @@
+"""PagedTQ4Cache: keys and values of many sequences as pages in a buffer that somebody else owns.
+
+    cache = PagedTQ4Cache(buffer, page_size=16, num_kv_heads=8, head_dim=128)   # buffer uint8 [num_pages, page_bytes]
+    cache.k_codes, cache.k_norms                                                # views into it, nothing is copied
+
+A page holds ``page_size`` tokens, and for each key/value head one contiguous chunk of ``page_size * (head_dim + 8)`` bytes:
+
+    K codes [page_size, head_dim / 2] | V codes [page_size, head_dim / 2] | K norms [page_size] | V norms [page_size]
+
+Norms are float32. Nothing is padded: 136 bytes per token and key/value head at head_dim 128. Since page sizes and head
+dimensions are multiples of 16, every row of codes begins on an 8-byte boundary and each of the four parts on a 16-byte one.
+
+Token t of a sequence is in page ``block_table[sequence, t // page_size]``, at place ``t % page_size``; its *slot* is
+``page * page_size + place``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turboquant_vllm.checks import check_count, check_dtype, check_shape
+
+__all__ = ["PagedTQ4Cache"]
+
+MIN_PAGE_SIZE, MAX_PAGE_SIZE = 16, 256
+_ALIGNMENT = 16
+_NORM_BYTES = 4
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PagedTQ4Cache:
+    """A view of a buffer as pages of compressed keys and values. The buffer stays its owner's; nothing is copied.
+
+    Args:
+        buffer: uint8 ``[num_pages, page_bytes(...)]``; bytes of a page contiguous, pages any multiple of 16 bytes apart,
+            the first on a 16-byte boundary. Its contents may be anything: unused slots are never read into a result.
+        page_size: tokens in a page, a multiple of 16 from 16 to 256.
+        num_kv_heads: key/value heads.
+        head_dim: coordinates of a vector, a multiple of 16 from 16 to 256.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
+    """
+
+    buffer: torch.Tensor
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __post_init__(self) -> None:
+        width = self.page_bytes(self.page_size, self.num_kv_heads, self.head_dim)
+        check_dtype("buffer", self.buffer, (torch.uint8,))
+        check_shape("buffer", self.buffer, ("num_pages", width))
+        pages, last = self.buffer.stride()
+        if last != 1:
+            raise ValueError(f"buffer must have the bytes of a page contiguous, got stride {last}")
+        if self.num_pages > 1 and (pages < width or pages % _ALIGNMENT):
+            raise ValueError(
+                f"buffer must have its pages a multiple of {_ALIGNMENT} bytes apart and at least {width}, got {pages}"
+            )
+        # While torch.compile traces, a tensor has no address.
+        address = 0 if torch.compiler.is_compiling() else self.buffer.data_ptr()
+        for what, place in (("address", address), ("storage offset", self.buffer.storage_offset())):
+            if place % _ALIGNMENT:
+                raise ValueError(f"buffer must begin on a {_ALIGNMENT}-byte boundary, got {what} {place % _ALIGNMENT} past one")
+
+    def __repr__(self) -> str:
+        return (
+            f"PagedTQ4Cache(num_pages={self.num_pages}, page_size={self.page_size}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, device={str(self.device)!r})"
+        )
+
+    @staticmethod
+    def page_bytes(page_size: int, num_kv_heads: int, head_dim: int) -> int:
+        """Bytes of one page: ``num_kv_heads * page_size * (head_dim + 8)``. Raises as the constructor does."""
+        check_count("page_size", page_size, MIN_PAGE_SIZE, MAX_PAGE_SIZE, multiple=16)
+        check_count("num_kv_heads", num_kv_heads, 1)
+        check_count("head_dim", head_dim, 16, 256, multiple=16)
+        return num_kv_heads * page_size * (head_dim + 2 * _NORM_BYTES)
+
+    @classmethod
+    def allocate(
+        cls, num_pages: int, *, page_size: int, num_kv_heads: int, head_dim: int, device: torch.device | str | None = None
+    ) -> PagedTQ4Cache:
+        """A cache in a new buffer of its own, whose contents are arbitrary."""
+        check_count("num_pages", num_pages, 0)
+        width = cls.page_bytes(page_size, num_kv_heads, head_dim)
+        buffer = torch.empty((num_pages, width), dtype=torch.uint8, device=device)
+        return cls(buffer, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in the buffer."""
+        return self.buffer.shape[0]
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the buffer has room for."""
+        return self.num_pages * self.page_size
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffer is."""
+        return self.buffer.device
+
+    @property
+    def k_codes(self) -> torch.Tensor:
+        """Codes of the keys, a uint8 view ``[num_pages, num_kv_heads, page_size, head_dim // 2]``."""
+        return self._codes(0)
+
+    @property
+    def v_codes(self) -> torch.Tensor:
+        """Codes of the values, a uint8 view ``[num_pages, num_kv_heads, page_size, head_dim // 2]``."""
+        return self._codes(1)
+
+    @property
+    def k_norms(self) -> torch.Tensor:
+        """Norms of the keys, a float32 view ``[num_pages, num_kv_heads, page_size]``."""
+        return self._norms(0)
+
+    @property
+    def v_norms(self) -> torch.Tensor:
+        """Norms of the values, a float32 view ``[num_pages, num_kv_heads, page_size]``."""
+        return self._norms(1)
+
+    def _codes(self, which: int) -> torch.Tensor:
+        length = self.page_size * self.head_dim // 2
+        return self._chunks().narrow(-1, which * length, length).unflatten(-1, (self.page_size, self.head_dim // 2))
+
+    def _norms(self, which: int) -> torch.Tensor:
+        length = self.page_size * _NORM_BYTES
+        return self._chunks().narrow(-1, self.page_size * self.head_dim + which * length, length).view(torch.float32)
+
+    def _chunks(self) -> torch.Tensor:
+        """``[num_pages, num_kv_heads, chunk bytes]``."""
+        return self.buffer.unflatten(-1, (self.num_kv_heads, -1))
