@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import eager_mask
 
 from turboquant_vllm import TQ4Codec
 
@@ -53,11 +54,11 @@ _LATENT = {
 }
 _GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": VOCABULARY}
 
-# Family: class of the configuration, its arguments, and the stock attention that handles all of them.
+# Family: class of the configuration, its arguments, and an attention of transformers that handles all of them.
 FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("LlamaConfig", _HEADS, "sdpa"),
     "mistral": ("MistralConfig", {**_HEADS, "sliding_window": WINDOW}, "sdpa"),
-    "qwen2": ("Qwen2Config", {**_COMMON, "hidden_size": 128, "use_sliding_window": True, **_MIXED}, "eager"),
+    "qwen2": ("Qwen2Config", {**_COMMON, "hidden_size": 128, "use_sliding_window": True, **_MIXED}, "sdpa"),
     "qwen3": ("Qwen3Config", _HEADS, "sdpa"),
     "qwen2_moe": (
         "Qwen2MoeConfig",
@@ -76,18 +77,50 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
 }  # fmt: skip
 
 
-def make_model(family: str, attention: str = "tq4", seed: int = 0) -> Any:
-    """A random model of ``family``; the same weights for the same seed, whatever its attention."""
+def oracle_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as its formula says, in the query's dtype, for an additive mask ``[B, 1, N_q, N_kv]``."""
+    group = query.shape[1] // key.shape[1]
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(group, 1))
+    scores = scores * (scaling or query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + attention_mask
+    if s_aux is not None:
+        sinks = s_aux[None, :, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks.to(scores.dtype)], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, value.repeat_interleave(group, 1)), None
+
+
+def make_model(family: str, attention: str = "tq4", dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """A random model of ``family``; the same weights for the same seed, whatever its attention ("oracle" is ours, above).
+
+    In float64, where rounding moves no coordinate over the boundary between two codes.
+    """
+    transformers.AttentionInterface.register("oracle", oracle_attention)
+    transformers.AttentionMaskInterface.register("oracle", eager_mask)
     kind, arguments, _ = FAMILIES[family]
     config = getattr(transformers, kind)(**copy.deepcopy(arguments))
     # Large enough for sharp attention and logits that differ, where the default would make all tokens alike.
     config.initializer_range = 0.2
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention, experts_implementation="eager").eval()
     for name, parameter in model.named_parameters():
         if "sinks" in name:
             torch.nn.init.normal_(parameter)
-    return model
+    return model.to(dtype)
 
 
 def stock_attention(family: str) -> str:

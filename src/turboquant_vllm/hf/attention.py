@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from turboquant_vllm import reference
 from turboquant_vllm.attention import tq4_attention
+from turboquant_vllm.checks import check_sm_scale
 from turboquant_vllm.hf.dense import dense_attention
 from turboquant_vllm.hf.tensors import CausalMask, PackedTensor
 
@@ -105,12 +107,17 @@ def _attend(
         window = None
     causal = is_causal and query.shape[2] > 1
     packed = isinstance(key, PackedTensor) and isinstance(value, PackedTensor)
-    if not packed or softcap is not None or window is not None or query.dtype == torch.float64:
+    if not packed or softcap is not None or window is not None:
         options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "sinks": sinks}
         return dense_attention(query, _dense(key), _dense(value), is_causal=is_causal, window=window, **options)
-    out, lse = tq4_attention(
-        query, key.packed, value.packed, key.codec, sm_scale=sm_scale, is_causal=causal, return_lse=True
-    )
+    if query.dtype == torch.float64:  # which no kernel takes
+        scale = check_sm_scale(sm_scale, query.shape[-1])
+        tables = (key.codec.centroids, key.codec.rotation)
+        out, lse = reference.attention(query, *key.packed, *value.packed, *tables, scale, causal)
+    else:
+        out, lse = tq4_attention(
+            query, key.packed, value.packed, key.codec, sm_scale=sm_scale, is_causal=causal, return_lse=True
+        )
     if sinks is None:
         return out
     # A logit without a value takes its share of the weights.

@@ -77,7 +77,7 @@ def _masked(
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=sm_scale, enable_gqa=group > 1)
     key, value = (x.repeat_interleave(group, 1) if group > 1 else x for x in (key, value))
-    scores = (query @ key.mT).float() * (query.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
+    scores = (query @ key.mT) * (query.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
