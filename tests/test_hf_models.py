@@ -148,7 +148,7 @@ def test_sampled_sequences_of_one_prompt(family, generator):
 def test_prompt_lookup_takes_wrong_guesses_back(family, generator):
     oracle, ours = both(family)
     ids = tokens(generator, 1, 5).repeat(1, 4)  # repetitions, so that there is something to look up
-    expected = generated(oracle, reference_cache(oracle), ids, prompt_lookup_num_tokens=3)
+    expected = generated(oracle, reference_cache(oracle), ids)
     actual = generated(ours, TurboQuantCache(ours.config), ids, prompt_lookup_num_tokens=3)
     assert_same_generation(actual, expected)
 
@@ -161,8 +161,11 @@ def test_a_conversation_goes_on_with_the_same_cache_and_starts_again_after_reset
     for model, cache in ((oracle, reference_cache(oracle)), (ours, TurboQuantCache(ours.config))):
         one = generated(model, cache, first, max_new_tokens=5)
         two = generated(model, cache, torch.cat([one.sequences, more], 1), max_new_tokens=5)
-        cache.reset()
-        assert cache.get_seq_length() == 0
+        if isinstance(cache, TurboQuantCache):
+            cache.reset()
+            assert cache.get_seq_length() == 0
+        else:  # transformers before 5.23 only writes zeros into a dense cache
+            cache = reference_cache(oracle)
         results.append((one, two, generated(model, cache, other, max_new_tokens=5)))
     for expected, actual in zip(*results, strict=True):
         assert_same_generation(actual, expected)

@@ -60,6 +60,15 @@ class TurboQuantCache(DynamicCache):  # type: ignore[misc]
                 window = layer.sliding_window
                 self.layers[index] = PackedSlidingLayer(index, window, seed=seed, exact_prefill=exact_prefill)
 
+    def reset(self) -> None:
+        """Forget everything; the next call may have another batch size."""
+        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and layer.get_seq_length():
+                # Releases before 5.23 fill a dense layer with zeros and leave it as long as it was.
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+
     @property
     def packed_layers(self) -> list[int]:
         """The layers that are kept in 4 bits."""

@@ -253,4 +253,5 @@ class PackedSlidingLayer(PackedLayer):
 
 
 def _to_remove(tokens_to_remove: int, length: int) -> int:
+    tokens_to_remove = int(tokens_to_remove)  # some releases pass a tensor
     return max(0, length - tokens_to_remove) if tokens_to_remove > 0 else min(-tokens_to_remove, length)
