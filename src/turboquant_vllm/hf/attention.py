@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -106,14 +105,14 @@ def _attend(
     if window is not None and key.shape[2] <= window:
         window = None
     causal = is_causal and query.shape[2] > 1
-    packed = isinstance(key, PackedTensor) and isinstance(value, PackedTensor)
-    if not packed or softcap is not None or window is not None:
+    packed = softcap is None and window is None
+    if not (packed and isinstance(key, PackedTensor) and isinstance(value, PackedTensor)):
         options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "sinks": sinks}
         return dense_attention(query, _dense(key), _dense(value), is_causal=is_causal, window=window, **options)
     if query.dtype == torch.float64:  # which no kernel takes
         scale = check_sm_scale(sm_scale, query.shape[-1])
-        tables = (key.codec.centroids, key.codec.rotation)
-        out, lse = reference.attention(query, *key.packed, *value.packed, *tables, scale, causal)
+        operands = (*key.packed, *value.packed, key.codec.centroids, key.codec.rotation)
+        out, lse = reference.attention(query, *operands, sm_scale=scale, is_causal=causal)
     else:
         out, lse = tq4_attention(
             query, key.packed, value.packed, key.codec, sm_scale=sm_scale, is_causal=causal, return_lse=True

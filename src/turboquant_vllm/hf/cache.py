@@ -13,7 +13,7 @@ from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 __all__ = ["TurboQuantCache"]
 
 
-class TurboQuantCache(DynamicCache):  # type: ignore[misc]
+class TurboQuantCache(DynamicCache):
     """A growing cache in 4 bits: ``model.generate(..., past_key_values=TurboQuantCache(model.config))``.
 
     It serves every attention implementation of transformers. With ``attn_implementation="tq4"`` (see

@@ -42,9 +42,7 @@ def dense_attention(
     everything = not is_causal or q_len == 1
     if window is None and softcap is None and sinks is None and (everything or q_len == kv_len):
         grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(
-            query, key, value, scale=sm_scale, is_causal=not everything, enable_gqa=grouped
-        )
+        return F.scaled_dot_product_attention(query, key, value, scale=sm_scale, is_causal=not everything, enable_gqa=grouped)
     if not is_causal:
         return _masked(query, key, value, None, **options)
     blocks = []

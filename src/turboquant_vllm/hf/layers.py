@@ -41,7 +41,7 @@ def check_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         raise RuntimeError("there are no gradients through a quantised cache: use torch.no_grad() or torch.inference_mode()")
 
 
-class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
+class PackedLayer(CacheLayerMixin):
     """A layer that keeps all tokens in 4 bits.
 
     Args:
@@ -101,7 +101,8 @@ class PackedLayer(CacheLayerMixin):  # type: ignore[misc]
     def _packed(self, count: int) -> tuple[PackedTensor, PackedTensor]:
         assert self.storage is not None
         keys, values = self.storage.last(count)
-        return tuple(PackedTensor(x, self.storage.codec, self.dtype) for x in (keys, values))  # type: ignore[return-value]
+        codec = self.storage.codec
+        return PackedTensor(keys, codec, self.dtype), PackedTensor(values, codec, self.dtype)
 
     def _come_home(self, states: torch.Tensor) -> None:
         """Bring storage that was loaded or offloaded to the device where the layer computes."""

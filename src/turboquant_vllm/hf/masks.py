@@ -19,6 +19,9 @@ from turboquant_vllm.hf.tensors import CausalMask
 
 __all__ = ["attention_mask"]
 
+# Functions that narrow a causal mask: what they make of it, and their argument.
+_OVERLAYS = {"sliding_window_overlay": ("sliding", "sliding_window"), "chunked_overlay": ("chunked", "chunk_size")}
+
 
 def attention_mask(
     batch_size: int,
@@ -44,18 +47,16 @@ def attention_mask(
         device = "cpu" if attention_mask is None else attention_mask.device
     device = torch.device(device)
     sizes = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
-    write = partial(
-        sdpa_mask, batch_size, **sizes, mask_function=mask_function, attention_mask=attention_mask, device=device
-    )
+    write = partial(sdpa_mask, batch_size, **sizes, mask_function=mask_function, attention_mask=attention_mask, device=device)
     if mask_function is bidirectional_mask_function:
-        return write(allow_is_causal_skip=False, **kwargs)  # type: ignore[no-any-return]
+        return write(**{**kwargs, "allow_is_causal_skip": False})
     write = partial(write, allow_is_causal_skip=False)
     kind, size = _kind(mask_function)
     if kind == "chunked":
         assert size is not None
         if kv_length + kv_offset > size:
             if q_length > 1:
-                return write()  # type: ignore[no-any-return]
+                return write()
             visible = write()[:, 0, 0]  # one query: which keys it sees is all there is to know
             return CausalMask((batch_size, 1, 1, kv_length), device, visible, None, write)
     window = size if kind == "sliding" else None
@@ -73,13 +74,13 @@ def _visible(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> to
 
 
 def _kind(function: Callable[..., Any]) -> tuple[str, int | None]:
-    """"causal", "sliding" with its window or "chunked" with its size."""
+    """The pattern of a mask: "causal", "sliding" with its window, or "chunked" with its size."""
     if function is causal_mask_function:
         return "causal", None
     if _made_by(function, "and_masks"):
         overlay, *others = getclosurevars(function).nonlocals["mask_functions"]
         if others == [causal_mask_function]:
-            for name, kind, size in (("sliding_window_overlay", "sliding", "sliding_window"), ("chunked_overlay", "chunked", "chunk_size")):
+            for name, (kind, size) in _OVERLAYS.items():
                 if _made_by(overlay, name):
                     return kind, int(getclosurevars(overlay).nonlocals[size])
     raise ValueError(

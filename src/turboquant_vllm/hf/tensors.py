@@ -8,7 +8,7 @@ PyTorch's own attention) gets the decompressed vectors without noticing. :class:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -30,11 +30,13 @@ class DeferredTensor(torch.Tensor):
         """The same tensor on another device, still without storage."""
         raise NotImplementedError
 
-    def __repr__(self, **_: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and kwargs.keys() <= {"device", "non_blocking"} and "device" in kwargs:
             return args[0].moved(torch.device(kwargs["device"]))
@@ -55,10 +57,10 @@ class PackedTensor(DeferredTensor):
 
     @staticmethod
     def __new__(cls, packed: TQ4Tensor, codec: TQ4Codec, dtype: torch.dtype) -> PackedTensor:
-        make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make = torch.Tensor._make_wrapper_subclass
         self = make(cls, packed.shape, dtype=dtype, device=packed.device)
         self.packed, self.codec = packed, codec
-        return self  # type: ignore[no-any-return]
+        return self
 
     def dense(self) -> torch.Tensor:
         return self.codec.decompress(self.packed, self.dtype)
@@ -100,24 +102,24 @@ class CausalMask(DeferredTensor):
     @staticmethod
     def __new__(
         cls,
-        shape: tuple[int, int, int, int],
+        shape: Sequence[int],
         device: torch.device,
         visible: torch.Tensor | None,
         window: int | None,
         write: Callable[[], torch.Tensor],
     ) -> CausalMask:
         """``write`` makes the elements, should they be needed."""
-        make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make = torch.Tensor._make_wrapper_subclass
         self = make(cls, shape, dtype=torch.bool, device=device)
         self.visible, self.window, self._write, self._parts = visible, window, write, None
-        return self  # type: ignore[no-any-return]
+        return self
 
     def dense(self) -> torch.Tensor:
         return self._write().to(self.device)
 
     def moved(self, device: torch.device) -> CausalMask:
         visible = None if self.visible is None else self.visible.to(device)
-        return CausalMask(tuple(self.shape), device, visible, self.window, self._write)  # type: ignore[arg-type]
+        return CausalMask(self.shape, device, visible, self.window, self._write)
 
     @property
     def parts(self) -> list[Part]:
