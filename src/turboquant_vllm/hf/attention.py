@@ -1,0 +1,157 @@
+"""The attention function "tq4" for transformers: packed keys and values are read as they are, dense ones as usual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from turboquant_vllm import reference
+from turboquant_vllm.attention import tq4_attention
+from turboquant_vllm.checks import check_sm_scale
+from turboquant_vllm.hf.dense import dense_attention
+from turboquant_vllm.hf.tensors import CausalMask, PackedTensor
+
+__all__ = ["ATTENTION_NAME", "attention_forward", "register"]
+
+ATTENTION_NAME = "tq4"
+
+
+def register() -> None:
+    """Make ``attn_implementation="tq4"`` known to transformers, together with its mask function. Twice does no harm."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from turboquant_vllm.hf.masks import attention_mask
+
+    AttentionInterface.register(ATTENTION_NAME, attention_forward)
+    AttentionMaskInterface.register(ATTENTION_NAME, attention_mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention with the signature of transformers' attention interface.
+
+    Args:
+        module: the attention layer; its ``is_causal`` counts where the argument is None.
+        query: ``[B, H_q, N_q, D]``.
+        key, value: ``[B, H_kv, N_kv, D]``, packed by a TurboQuantCache or dense.
+        attention_mask: a mask of :func:`turboquant_vllm.hf.masks.attention_mask`; or any of shape ``[B, 1 or H_q, N_q, N_kv]``,
+            bool or additive, which takes decompressed keys and values; None: causal, aligned to the bottom right, or
+            everything visible where the layer is not causal.
+        dropout: 0.
+        scaling: factor on the scores; None means ``1 / sqrt(D)``.
+        sliding_window: keys that a query sees at most; counts where the mask does not say.
+        softcap: scores become ``softcap * tanh(score / softcap)``.
+        s_aux: one logit per query head, ``[H_q]``, that takes part in the softmax and has no value.
+
+    Returns:
+        ``[B, N_q, H_q, D]`` in the query's dtype, and None for the weights, which are never formed. Queries that are padding
+        give zeros.
+
+    Raises:
+        ValueError: dropout, weights, or an argument that would change the result and is not handled.
+    """
+    if dropout:
+        raise ValueError(f"dropout: expected 0 (the cache is for inference), got {dropout}")
+    if kwargs.get("output_attentions"):
+        raise ValueError("output_attentions: expected False (the weights are never formed), got True")
+    for name in ("position_bias", "cache"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{name}: expected None, got {type(kwargs[name]).__name__}")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    options: dict[str, Any] = {"sm_scale": scaling, "softcap": softcap, "sinks": s_aux}
+
+    if attention_mask is None:
+        window = sliding_window if is_causal else None
+        output = _attend(query, key, value, is_causal=is_causal, window=window, **options)
+    elif not isinstance(attention_mask, CausalMask):
+        output = dense_attention(query, _dense(key), _dense(value), mask=attention_mask, **options)
+    elif attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
+        want, got = list(attention_mask.shape[2:]), [query.shape[2], key.shape[2]]
+        raise ValueError(f"attention_mask: expected {want} queries and keys, got {got}: the model changes them on the way")
+    elif attention_mask.visible is None:
+        output = _attend(query, key, value, is_causal=True, window=attention_mask.window, **options)
+    else:
+        output = _attend_padded(query, key, value, attention_mask, options)
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    sm_scale: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    is_causal: bool,
+    window: int | None,
+) -> torch.Tensor:
+    """Attention of queries that are the last of their sequences, ``[B, H_q, N_q, D]``."""
+    if window is not None and key.shape[2] <= window:
+        window = None
+    causal = is_causal and query.shape[2] > 1
+    packed = softcap is None and window is None
+    if not (packed and isinstance(key, PackedTensor) and isinstance(value, PackedTensor)):
+        options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "sinks": sinks}
+        return dense_attention(query, _dense(key), _dense(value), is_causal=is_causal, window=window, **options)
+    if query.dtype == torch.float64:  # which no kernel takes
+        scale = check_sm_scale(sm_scale, query.shape[-1])
+        operands = (*key.packed, *value.packed, key.codec.centroids, key.codec.rotation)
+        out, lse = reference.attention(query, *operands, sm_scale=scale, is_causal=causal)
+    else:
+        out, lse = tq4_attention(
+            query, key.packed, value.packed, key.codec, sm_scale=sm_scale, is_causal=causal, return_lse=True
+        )
+    if sinks is None:
+        return out
+    # A logit without a value takes its share of the weights.
+    share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
+    return (out * share.unsqueeze(-1)).to(out.dtype)
+
+
+def _attend_padded(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: CausalMask, options: dict[str, Any]
+) -> torch.Tensor:
+    """As :func:`_attend`, each run of sequences with the same padding by itself, without the padding."""
+    if mask.window is not None and any(isinstance(keys, torch.Tensor) for _, keys in mask.parts):
+        # The window counts padding between visible keys.
+        return dense_attention(query, _dense(key), _dense(value), mask=mask.dense(), **options)
+    output = torch.zeros_like(query)
+    earlier = key.shape[2] - query.shape[2]
+    for sequences, keys in mask.parts:
+        if isinstance(keys, slice):
+            queries: slice | torch.Tensor = slice(max(keys.start - earlier, 0), max(keys.stop - earlier, 0))
+        else:
+            queries = keys[keys >= earlier] - earlier
+        some = query[sequences, :, queries]
+        if some.numel():
+            part = (_part(x, sequences, keys) for x in (key, value))
+            output[sequences, :, queries] = _attend(some, *part, is_causal=True, window=mask.window, **options)
+    return output
+
+
+def _part(x: torch.Tensor, sequences: slice, keys: slice | torch.Tensor) -> torch.Tensor:
+    """Some keys of some sequences, packed where they are packed."""
+    if not isinstance(x, PackedTensor):
+        return x[sequences, :, keys]
+    codes, norms = (t[sequences, :, keys] for t in x.packed)
+    return PackedTensor(type(x.packed)(codes, norms), x.codec, x.dtype)
+
+
+def _dense(x: torch.Tensor) -> torch.Tensor:
+    return x.dense() if isinstance(x, PackedTensor) else x

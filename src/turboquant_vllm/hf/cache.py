@@ -1,0 +1,112 @@
+"""TurboQuantCache: a cache for transformers' ``generate`` that keeps keys and values in 4 bits per coordinate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
+
+__all__ = ["TurboQuantCache"]
+
+
+class TurboQuantCache(DynamicCache):
+    """A growing cache in 4 bits: ``model.generate(..., past_key_values=TurboQuantCache(model.config))``.
+
+    It serves every attention implementation of transformers. With ``attn_implementation="tq4"`` (see
+    :func:`turboquant_vllm.hf.register`) attention reads the codes; others get the vectors decompressed, layer by layer.
+
+    Layers with full, sliding-window or chunked attention are packed. Others (linear attention, indexed attention, layers that
+    share another's cache, all layers of models with multi-head latent attention) are transformers' own, and dense.
+
+    Args:
+        config: of the model, ``model.config``.
+        seed: of the rotations, a non-negative int.
+        skip_layers: layers to keep dense; negative numbers count from the end.
+        exact_prefill: the tokens of the first call see one another exactly, as their keys and values are at hand then; all
+            later calls see every token in 4 bits. With False the first call does, too, and cutting a prompt into
+            chunks changes nothing.
+        offloading, offload_only_non_sliding: as for ``DynamicCache``: keep all layers but the current one on the CPU.
+
+    Raises:
+        TypeError, ValueError: ``skip_layers`` or ``seed`` is out of range.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        *,
+        seed: int = 0,
+        skip_layers: Iterable[int] = (),
+        exact_prefill: bool = True,
+        offloading: bool = False,
+        offload_only_non_sliding: bool = False,
+    ) -> None:
+        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        check_seed(seed)
+        self.seed = seed
+        skipped = check_layers("skip_layers", skip_layers, len(self.layers))
+        if stays_dense(config):
+            return
+        for index, layer in enumerate(self.layers):
+            if index in skipped:
+                continue
+            if type(layer) is DynamicLayer:
+                self.layers[index] = PackedLayer(index, seed=seed, exact_prefill=exact_prefill)
+            elif type(layer) is DynamicSlidingWindowLayer:
+                window = layer.sliding_window
+                self.layers[index] = PackedSlidingLayer(index, window, seed=seed, exact_prefill=exact_prefill)
+
+    def reset(self) -> None:
+        """Forget everything; the next call may have another batch size."""
+        super().reset()
+        for layer in self.layers:
+            if isinstance(layer, DynamicLayer) and layer.get_seq_length():
+                # Releases before 5.23 fill a dense layer with zeros and leave it as long as it was.
+                layer.keys = layer.values = None
+                layer.is_initialized = False
+
+    @property
+    def packed_layers(self) -> list[int]:
+        """The layers that are kept in 4 bits."""
+        return [index for index, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the keys and values of all layers take, packed or dense."""
+        return sum(layer_bytes(layer) for layer in self.layers)
+
+
+def stays_dense(config: Any) -> bool:
+    """Whether a model's caches are not keys and values as attention reads them (multi-head latent attention)."""
+    return getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+
+
+def layer_bytes(layer: Any) -> int:
+    """Bytes of the keys and values of a layer, packed or dense."""
+    if isinstance(layer, PackedLayer):
+        return layer.nbytes
+    return sum(x.nbytes for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None)
+
+
+def check_seed(seed: object) -> None:
+    """``seed`` must be a non-negative int."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
+
+
+def check_layers(name: str, layers: Iterable[int], count: int) -> set[int]:
+    """Numbers of layers from 0 to ``count - 1``; negative ones count from the end."""
+    found = set()
+    for index in layers:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(f"{name} must hold ints, got {type(index).__name__}")
+        if not -count <= index < count:
+            raise ValueError(f"{name} must hold numbers from {-count} to {count - 1}, got {index}")
+        found.add(index % count)
+    return found

@@ -1,0 +1,258 @@
+"""The layers of a growing cache: what transformers asks of a layer, done on packed storage.
+
+For transformers 5.14 and later. ``crop`` takes a negative number of tokens to remove, or, as releases before 5.23 pass it,
+the positive length to keep.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin
+
+from turboquant_vllm.checks import MAX_HEAD_DIM
+from turboquant_vllm.hf.storage import PackedStorage, codec_for
+from turboquant_vllm.hf.tensors import PackedTensor
+
+__all__ = ["PackedLayer", "PackedSlidingLayer", "check_states"]
+
+MIN_HEAD_DIM = 16  # of a codec
+
+
+def check_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    """Whether the keys and values of layer ``index``, ``[B, H_kv, n, D]``, can be kept in 4 bits.
+
+    Raises:
+        ValueError: their shapes cannot.
+        RuntimeError: gradients are asked for, and there are none through a quantised cache.
+    """
+    advice = f"keep the layer dense: skip_layers=({index},)"
+    if keys.shape != values.shape:
+        raise ValueError(
+            f"layer {index}: expected keys and values of one shape, got {list(keys.shape)} and {list(values.shape)}; {advice}"
+        )
+    head_dim = keys.shape[-1]
+    if head_dim % 2 or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"layer {index}: expected an even head dimension from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}; {advice}"
+        )
+    if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
+        raise RuntimeError("there are no gradients through a quantised cache: use torch.no_grad() or torch.inference_mode()")
+
+
+class PackedLayer(CacheLayerMixin):
+    """A layer that keeps all tokens in 4 bits.
+
+    Args:
+        index: of the layer in the model, for messages.
+        seed: of the rotation.
+        exact_prefill: whether the first call's own tokens are seen exactly by that call.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+
+    def __init__(self, index: int, *, seed: int, exact_prefill: bool = True) -> None:
+        self.index, self.seed, self.exact_prefill = index, seed, exact_prefill
+        self.storage: PackedStorage | None = None
+        self.dtype: torch.dtype = torch.float32
+        self.device = torch.device("cpu")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.get_seq_length()} tokens, {self.nbytes} bytes)"
+
+    # What update keeps and returns
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make empty storage for states like these, ``[B, H_kv, n, D]``."""
+        check_states(self.index, key_states, value_states)
+        batch, num_heads, _, head_dim = key_states.shape
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.storage = PackedStorage(codec_for(head_dim, self.seed, self.device), batch, num_heads)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append ``[B, H_kv, n, D]`` states, and return the keys and values that their queries may see.
+
+        The first call returns the states as they came, which costs nothing; later calls return all tokens packed.
+        """
+        if self.storage is None:
+            self.lazy_initialization(key_states, value_states)
+        assert self.storage is not None
+        check_states(self.index, key_states, value_states)
+        self._come_home(key_states)
+        first = self.get_seq_length() == 0
+        self._append(key_states, value_states)
+        if first and self.exact_prefill:
+            return key_states, value_states
+        return self._packed(self._returned(key_states.shape[2]))
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        assert self.storage is not None
+        self.storage.append(key_states, value_states)
+
+    def _returned(self, count: int) -> int:
+        """How many tokens the queries of the last ``count`` may see."""
+        return self.get_seq_length()
+
+    def _packed(self, count: int) -> tuple[PackedTensor, PackedTensor]:
+        assert self.storage is not None
+        keys, values = self.storage.last(count)
+        codec = self.storage.codec
+        return PackedTensor(keys, codec, self.dtype), PackedTensor(values, codec, self.dtype)
+
+    def _come_home(self, states: torch.Tensor) -> None:
+        """Bring storage that was loaded or offloaded to the device where the layer computes."""
+        assert self.storage is not None
+        self.dtype, self.device = states.dtype, states.device
+        self.storage.move(self.device)
+
+    # What there is
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there is storage."""
+        return self.storage is not None
+
+    @property
+    def keys(self) -> PackedTensor | None:
+        """The keys that are kept, ``[B, H_kv, n, D]``, in 4 bits."""
+        return None if self.storage is None else self._packed(len(self.storage))[0]
+
+    @property
+    def values(self) -> PackedTensor | None:
+        """The values that are kept, ``[B, H_kv, n, D]``, in 4 bits."""
+        return None if self.storage is None else self._packed(len(self.storage))[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the storage, with its room for more tokens."""
+        return 0 if self.storage is None else self.storage.nbytes
+
+    def get_seq_length(self) -> int:
+        """Tokens seen."""
+        return 0 if self.storage is None else len(self.storage)
+
+    def get_max_length(self) -> int:
+        """-1: there is no limit."""
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys the next call of ``query_length`` tokens returns, and the position of the first."""
+        return self.get_seq_length() + query_length, 0
+
+    # What changes it
+
+    def reset(self) -> None:
+        """Forget everything; the next call may have another batch size."""
+        self.storage = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens, or all beyond the first ``tokens_to_remove`` if that is positive."""
+        if self.storage is not None:
+            self.storage.remove_last(_to_remove(tokens_to_remove, self.get_seq_length()))
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Replace sequence i by sequence ``beam_idx[i]``."""
+        if self.storage is not None:
+            self.storage.select(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences of an index, int64 ``[n]``, or of a mask, bool ``[B]``."""
+        if self.storage is not None:
+            indices = torch.as_tensor(indices)
+            self.storage.select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times, one behind the other."""
+        if self.storage is not None:
+            self.storage.select(torch.arange(self.storage.codes.shape[1]).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Move the storage to the CPU."""
+        if self.storage is not None:
+            self.storage.move(torch.device("cpu"))
+
+    def prefetch(self) -> None:
+        """Move the storage back to where the layer computes."""
+        if self.storage is not None:
+            self.storage.move(self.device)
+
+
+class PackedSlidingLayer(PackedLayer):
+    """A layer whose queries see the last ``window`` tokens, themselves included; it keeps one token less than that.
+
+    Args:
+        window: a sliding window, or the size of an attention chunk.
+        index, seed, exact_prefill: as for :class:`PackedLayer`.
+    """
+
+    is_sliding = True
+
+    def __init__(self, index: int, window: int, *, seed: int, exact_prefill: bool = True) -> None:
+        super().__init__(index, seed=seed, exact_prefill=exact_prefill)
+        self.window = window
+        self.length = 0
+        self.record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Keep tokens that left the window until the next ``crop``, so that it can bring them back."""
+        self.record_past = True
+
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        assert self.storage is not None
+        if not self.record_past:
+            self.storage.keep_last(self.window - 1)
+            # Of a long call only the end is kept, so only the end is compressed, if the call itself sees exact states.
+            if self.length == 0 and self.exact_prefill:
+                tokens = slice(-min(self.window - 1, key_states.shape[2]) or key_states.shape[2], None)
+                self.length += key_states.shape[2]
+                self.storage.append(key_states[:, :, tokens], value_states[:, :, tokens])
+                return
+        self.length += key_states.shape[2]
+        self.storage.append(key_states, value_states)
+
+    def _returned(self, count: int) -> int:
+        return min(self.length, self.window - 1 + count)
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        """The window."""
+        return self.window
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        kept = min(self.length, self.window - 1)
+        return kept + query_length, self.length - kept
+
+    def reset(self) -> None:
+        super().reset()
+        self.length = 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As :meth:`PackedLayer.crop`.
+
+        Raises:
+            RuntimeError: tokens left the window that are needed again; call ``activate_past_recording`` before.
+        """
+        if self.storage is None:
+            return
+        count = _to_remove(tokens_to_remove, self.length)
+        kept = min(self.length - count, self.window - 1)
+        if len(self.storage) - count < kept:
+            raise RuntimeError(
+                f"layer {self.index}: cannot remove {count} tokens, for those that the window of {self.window} would "
+                "show again are gone; call activate_past_recording() on the cache before"
+            )
+        self.storage.remove_last(count)
+        self.storage.keep_last(self.window - 1)
+        self.length -= count
+
+
+def _to_remove(tokens_to_remove: int, length: int) -> int:
+    tokens_to_remove = int(tokens_to_remove)  # some releases pass a tensor
+    return max(0, length - tokens_to_remove) if tokens_to_remove > 0 else min(-tokens_to_remove, length)

@@ -1,0 +1,120 @@
+"""Storage of one layer's packed keys and values: two buffers that grow in steps, and the part of them that is in use."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+
+__all__ = ["PackedStorage", "codec_for"]
+
+# Room beyond what is needed when buffers are made: few copies later, and at most a thirty-second of memory unused.
+_SPARE_TOKENS, _SPARE_SHARE = 256, 32
+# Up to this many new tokens, keys and values are compressed in one call on a copy of both.
+_FEW_TOKENS = 64
+
+
+@cache
+def codec_for(head_dim: int, seed: int, device: torch.device) -> TQ4Codec:
+    """The codec that all layers of that head dimension on that device share."""
+    with torch.inference_mode(False):
+        return TQ4Codec(head_dim, seed=seed, device=device)
+
+
+class PackedStorage:
+    """Keys and values in 4 bits: tokens ``start`` to ``stop`` of buffers with room for more.
+
+    Attributes:
+        codec: of keys and values.
+        codes: uint8 ``[2, B, H_kv, capacity, D // 2]``, keys before values.
+        norms: float32 ``[2, B, H_kv, capacity]``.
+        start, stop: the tokens in use.
+    """
+
+    def __init__(self, codec: TQ4Codec, batch: int, num_heads: int, capacity: int = 0) -> None:
+        self.codec = codec
+        self.start = self.stop = 0
+        self.codes, self.norms = self._allocate(batch, num_heads, capacity)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the buffers have room for."""
+        return self.norms.shape[3]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers, whether in use or not."""
+        return self.codes.nbytes + self.norms.nbytes
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Compress ``[B, H_kv, n, D]`` keys and values behind the last token."""
+        count = keys.shape[2]
+        if self.stop + count > self.capacity:
+            self._grow(count)
+        if count <= _FEW_TOKENS:
+            self._write(slice(None), self.codec.compress(torch.stack((keys, values))))
+        else:
+            self._write(0, self.codec.compress(keys))
+            self._write(1, self.codec.compress(values))
+        self.stop += count
+
+    def last(self, count: int) -> tuple[TQ4Tensor, TQ4Tensor]:
+        """Keys and values of the last ``count`` tokens; views, to be read before the next change."""
+        tokens = slice(self.stop - count, self.stop)
+        codes, norms = self.codes[:, :, :, tokens], self.norms[:, :, :, tokens]
+        return TQ4Tensor(codes[0], norms[0]), TQ4Tensor(codes[1], norms[1])
+
+    def keep_last(self, count: int) -> None:
+        """Forget all but the last ``count`` tokens."""
+        self.start = max(self.start, self.stop - count)
+
+    def remove_last(self, count: int) -> None:
+        """Forget the last ``count`` tokens, or all there are."""
+        self.stop = max(self.start, self.stop - count)
+
+    def select(self, sequences: torch.Tensor) -> None:
+        """Replace the batch by the sequences of an index, int64 ``[n]``."""
+        sequences = sequences.to(self.device)
+        self.codes = self.codes.index_select(1, sequences)
+        self.norms = self.norms.index_select(1, sequences)
+
+    def move(self, device: torch.device) -> None:
+        """Bring the buffers to ``device``; copies to or from a GPU are queued, not waited for."""
+        if device != self.device:
+            self.codec = codec_for(self.codec.head_dim, self.codec.seed, device)
+            self.codes = self.codes.to(device, non_blocking=True)
+            self.norms = self.norms.to(device, non_blocking=True)
+
+    def _write(self, which: slice | int, new: TQ4Tensor) -> None:
+        tokens = slice(self.stop, self.stop + new.norms.shape[-1])
+        self.codes[which][..., tokens, :] = new.codes
+        self.norms[which][..., tokens] = new.norms
+
+    def _grow(self, count: int) -> None:
+        """Move what is in use to the front of buffers with room for ``count`` more tokens, and some to spare."""
+        needed = len(self) + count
+        used = slice(self.start, self.stop)
+        old_codes, old_norms = self.codes[:, :, :, used], self.norms[:, :, :, used]
+        batch, num_heads = self.codes.shape[1:3]
+        capacity = needed + max(_SPARE_TOKENS, needed // _SPARE_SHARE)
+        self.codes, self.norms = self._allocate(batch, num_heads, capacity)
+        self.start, self.stop = 0, old_norms.shape[3]
+        self.codes[:, :, :, : self.stop] = old_codes
+        self.norms[:, :, :, : self.stop] = old_norms
+
+    def _allocate(self, batch: int, num_heads: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shape, device = (2, batch, num_heads, capacity), self.codec.device
+        # Tensors born in inference mode could not be written to outside of it.
+        with torch.inference_mode(False):
+            codes = torch.empty((*shape, self.codec.head_dim // 2), dtype=torch.uint8, device=device)
+            return codes, torch.empty(shape, dtype=torch.float32, device=device)

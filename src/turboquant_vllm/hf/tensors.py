@@ -1,0 +1,151 @@
+"""Tensors that stand for values nobody has written out yet, made when an operation first asks for their elements.
+
+transformers passes keys, values and masks through model code to the attention function. A :class:`PackedTensor` goes that
+way in 4 bits: an attention function that knows it reads the codes, and any other operation (a slice, a matrix product,
+PyTorch's own attention) gets the decompressed vectors without noticing. :class:`CausalMask` does the same for a mask of
+``N_q x N_kv`` elements that is known by a few numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+
+__all__ = ["CausalMask", "DeferredTensor", "PackedTensor"]
+
+
+class DeferredTensor(torch.Tensor):
+    """A tensor without storage. Every operation on it runs on :meth:`dense`, except for moving it to another device."""
+
+    def dense(self) -> torch.Tensor:
+        """The elements, as an ordinary tensor of this shape, dtype and device."""
+        raise NotImplementedError
+
+    def moved(self, device: torch.device) -> DeferredTensor:
+        """The same tensor on another device, still without storage."""
+        raise NotImplementedError
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.keys() <= {"device", "non_blocking"} and "device" in kwargs:
+            return args[0].moved(torch.device(kwargs["device"]))
+        args, kwargs = tree_map_only(DeferredTensor, lambda x: x.dense(), (args, kwargs))
+        return func(*args, **kwargs)
+
+
+class PackedTensor(DeferredTensor):
+    """Keys or values ``[B, H_kv, N, D]`` in 4 bits.
+
+    Attributes:
+        packed: the codes and norms, views of a cache's storage.
+        codec: reads them.
+    """
+
+    packed: TQ4Tensor
+    codec: TQ4Codec
+
+    @staticmethod
+    def __new__(cls, packed: TQ4Tensor, codec: TQ4Codec, dtype: torch.dtype) -> PackedTensor:
+        make = torch.Tensor._make_wrapper_subclass
+        self = make(cls, packed.shape, dtype=dtype, device=packed.device)
+        self.packed, self.codec = packed, codec
+        return self
+
+    def dense(self) -> torch.Tensor:
+        return self.codec.decompress(self.packed, self.dtype)
+
+    def moved(self, device: torch.device) -> PackedTensor:
+        return PackedTensor(self.packed.to(device), self.codec.to(device), self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["codes", "norms"], (self.codec, self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> PackedTensor:
+        return PackedTensor(TQ4Tensor(inner["codes"], inner["norms"]), *context)
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """Of the packed vectors."""
+        return self.packed.codes
+
+    @property
+    def norms(self) -> torch.Tensor:
+        """Of the packed vectors."""
+        return self.packed.norms
+
+
+class CausalMask(DeferredTensor):
+    """A boolean mask ``[B, 1, N_q, N_kv]``: causal, aligned to the bottom right, perhaps with padding and a sliding window.
+
+    Attributes:
+        visible: bool ``[B, N_kv]``, the keys that are not padding; None where all are visible.
+        window: how many keys a query sees at most, itself included; None for all.
+    """
+
+    visible: torch.Tensor | None
+    window: int | None
+    _write: Callable[[], torch.Tensor]
+    _parts: list[Part] | None
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: Sequence[int],
+        device: torch.device,
+        visible: torch.Tensor | None,
+        window: int | None,
+        write: Callable[[], torch.Tensor],
+    ) -> CausalMask:
+        """``write`` makes the elements, should they be needed."""
+        make = torch.Tensor._make_wrapper_subclass
+        self = make(cls, shape, dtype=torch.bool, device=device)
+        self.visible, self.window, self._write, self._parts = visible, window, write, None
+        return self
+
+    def dense(self) -> torch.Tensor:
+        return self._write().to(self.device)
+
+    def moved(self, device: torch.device) -> CausalMask:
+        visible = None if self.visible is None else self.visible.to(device)
+        return CausalMask(self.shape, device, visible, self.window, self._write)
+
+    @property
+    def parts(self) -> list[Part]:
+        """Runs of sequences with the same padding; worked out once, which waits for the device."""
+        if self._parts is None:
+            assert self.visible is not None
+            self._parts = find_parts(self.visible)
+        return self._parts
+
+
+# Sequences (a slice of the batch), and their visible keys: a slice, or an index where padding stands between visible keys.
+Part = tuple[slice, slice | torch.Tensor]
+
+
+def find_parts(visible: torch.Tensor) -> list[Part]:
+    """Runs of neighbouring sequences that see the same keys; ``visible`` is bool ``[B, N_kv]``."""
+    counted = visible.long()
+    columns = (counted.argmax(-1), counted.sum(-1), counted.shape[-1] - counted.flip(-1).argmax(-1))
+    parts: list[Part] = []
+    for row, (first, count, stop) in enumerate(torch.stack(columns, -1).tolist()):
+        if count and stop - first != count:
+            parts.append((slice(row, row + 1), visible[row].nonzero().squeeze(-1)))
+            continue
+        keys = slice(first, stop) if count else slice(0, 0)
+        if parts and parts[-1][1] == keys and isinstance(parts[-1][1], slice):
+            parts[-1] = (slice(parts[-1][0].start, row + 1), keys)
+        else:
+            parts.append((slice(row, row + 1), keys))
+    return parts

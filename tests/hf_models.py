@@ -1,0 +1,188 @@
+"""Tiny random models of many families, and the cache that defines what TurboQuantCache must compute."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import eager_mask
+
+from turboquant_vllm import TQ4Codec
+from turboquant_vllm.hf import register
+
+VOCABULARY, WINDOW = 97, 8
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+_HEADS = {**_COMMON, "head_dim": 32}
+_MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+_EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
+_LLAMA4 = {
+    **_EXPERTS,
+    "intermediate_size_mlp": 64,
+    "attention_chunk_size": WINDOW,
+    "layer_types": ["chunked_attention", "full_attention"],
+    "no_rope_layers": [1, 0],
+    "moe_layers": [],
+    "use_qk_norm": True,
+}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "n_routed_experts": 4,
+    "n_group": 2,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "first_k_dense_replace": 1,
+}
+_GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": VOCABULARY}
+
+# Family: class of the configuration, its arguments, and an attention of transformers that handles all of them.
+FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama": ("LlamaConfig", _HEADS, "sdpa"),
+    "mistral": ("MistralConfig", {**_HEADS, "sliding_window": WINDOW}, "sdpa"),
+    "qwen2": ("Qwen2Config", {**_COMMON, "hidden_size": 128, "use_sliding_window": True, **_MIXED}, "sdpa"),
+    "qwen3": ("Qwen3Config", _HEADS, "sdpa"),
+    "qwen2_moe": (
+        "Qwen2MoeConfig",
+        {**_COMMON, **_MIXED, "hidden_size": 128, "use_sliding_window": True, "num_experts": 2, "num_experts_per_tok": 1,
+         "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
+        "sdpa",
+    ),
+    "gemma2": ("Gemma2Config", {**_HEADS, **_MIXED, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 32}, "eager"),
+    "gemma3": ("Gemma3TextConfig", {**_HEADS, **_MIXED, "query_pre_attn_scalar": 32}, "sdpa"),
+    "phi3": ("Phi3Config", {**_COMMON, "hidden_size": 128}, "sdpa"),
+    "gpt_oss": ("GptOssConfig", {**_HEADS, **_EXPERTS, **_MIXED}, "eager"),
+    "gpt_neox": ("GPTNeoXConfig", {**_COMMON, "hidden_size": 128}, "sdpa"),
+    "gpt2": ("GPT2Config", {**_GPT2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, "eager"),
+    "llama4": ("Llama4TextConfig", {**_HEADS, **_LLAMA4}, "sdpa"),
+    "deepseek_v3": ("DeepseekV3Config", {**_COMMON, **_LATENT}, "sdpa"),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For modules that import this: more threads only wait for one another on models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def oracle_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as its formula says, in the query's dtype, for an additive mask ``[B, 1, N_q, N_kv]``."""
+    group = query.shape[1] // key.shape[1]
+    scores = torch.einsum("bhqd,bhkd->bhqk", query, key.repeat_interleave(group, 1))
+    scores = scores * (scaling or query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores + attention_mask
+    if s_aux is not None:
+        sinks = s_aux[None, :, None, None].expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, sinks.to(scores.dtype)], -1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return torch.einsum("bhqk,bhkd->bqhd", weights, value.repeat_interleave(group, 1)), None
+
+
+def make_config(family: str) -> Any:
+    """The configuration of a tiny model."""
+    kind, arguments, _ = FAMILIES[family]
+    return getattr(transformers, kind)(**copy.deepcopy(arguments))
+
+
+def make_model(family: str, attention: str = "tq4", dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+    """A random model of ``family``; the same weights for the same seed, whatever its attention ("oracle" is ours, above).
+
+    In float64, where rounding moves no coordinate over the boundary between two codes.
+    """
+    register()
+    transformers.AttentionInterface.register("oracle", oracle_attention)
+    transformers.AttentionMaskInterface.register("oracle", eager_mask)
+    config = make_config(family)
+    # Large enough for sharp attention and logits that differ, where the default would make all tokens alike.
+    config.initializer_range = 0.2
+    torch.manual_seed(seed)
+    implementations = {"attn_implementation": attention, "experts_implementation": "eager"}
+    model = transformers.AutoModelForCausalLM.from_config(config, **implementations).eval()
+    for name, parameter in model.named_parameters():
+        if "sinks" in name:
+            torch.nn.init.normal_(parameter)
+    return model.to(dtype)
+
+
+def stock_attention(family: str) -> str:
+    """An attention implementation of transformers that handles all of a family's arguments."""
+    return FAMILIES[family][2]
+
+
+class _RoundTrip:
+    """Passes what a layer stores through compress and decompress; its first call returns the states as they came."""
+
+    exact_prefill = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        first = self.get_seq_length() == 0
+        codec = TQ4Codec(key_states.shape[-1], device=key_states.device)
+        stored = (codec.decompress(codec.compress(x), x.dtype) for x in (key_states, value_states))
+        returned = super().update(*stored, *args, **kwargs)
+        return (key_states, value_states) if first and self.exact_prefill else returned
+
+
+class _RoundTripLayer(_RoundTrip, DynamicLayer):
+    pass
+
+
+class _RoundTripSlidingLayer(_RoundTrip, DynamicSlidingWindowLayer):
+    pass
+
+
+def reference_cache(
+    model: Any, *, exact_prefill: bool = True, seed: int = 0, skip_layers: tuple[int, ...] = ()
+) -> DynamicCache:
+    """A dense cache whose keys and values have been through compress and decompress."""
+    cache = DynamicCache(config=model.config)
+    if getattr(model.config, "kv_lora_rank", None) is not None:
+        return cache
+    for index, layer in enumerate(cache.layers):
+        if index in skip_layers:
+            continue
+        if type(layer) is DynamicLayer:
+            cache.layers[index] = _RoundTripLayer()
+        elif type(layer) is DynamicSlidingWindowLayer:
+            cache.layers[index] = _RoundTripSlidingLayer(layer.sliding_window)
+        else:
+            continue
+        cache.layers[index].exact_prefill = exact_prefill
+    return cache

@@ -1,0 +1,299 @@
+"""TurboQuantCache by itself: what its layers keep, how storage grows, and each method that transformers may call."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import DynamicCache, LlamaConfig, MistralConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+from hf_models import make_config, make_model, one_thread  # noqa: F401
+from turboquant_vllm import TQ4Codec
+from turboquant_vllm.hf import TurboQuantCache
+from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
+from turboquant_vllm.hf.storage import PackedStorage, codec_for
+from turboquant_vllm.hf.tensors import PackedTensor
+
+HEADS, DIM, WINDOW = 2, 32, 6
+CODEC = TQ4Codec(DIM)
+
+
+def full(**options):
+    return PackedLayer(0, **{"seed": 0, **options})
+
+
+def sliding(**options):
+    return PackedSlidingLayer(0, WINDOW, **{"seed": 0, **options})
+
+
+def stored(x):
+    return CODEC.decompress(CODEC.compress(x), x.dtype)
+
+
+@pytest.fixture
+def states(randn):
+    """``states(batch, count)``: keys and values of new tokens."""
+    return lambda batch, count: (randn(batch, HEADS, count, DIM), randn(batch, HEADS, count, DIM))
+
+
+def dense_layer(layer):
+    """transformers' own layer of the same kind."""
+    return DynamicSlidingWindowLayer(WINDOW) if layer.is_sliding else DynamicLayer()
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("make", [full, sliding])
+@pytest.mark.parametrize("counts", [(1,) * 15, (4, 1, 9, 1, 2), (20, 3, 1), (6, 6), (5, 1, 1)])
+def test_layers_return_and_keep_what_transformers_own_do(make, counts, states):
+    layer, twin = make(), dense_layer(make())
+    for step, count in enumerate(counts):
+        k, v = states(2, count)
+        assert layer.get_mask_sizes(count) == twin.get_mask_sizes(count)
+        returned = layer.update(k, v)
+        expected = twin.update(stored(k), stored(v))
+        for got, want, exact in zip(returned, expected, (k, v), strict=True):
+            if step == 0:
+                assert got is exact
+            else:
+                assert isinstance(got, PackedTensor)
+                assert torch.equal(got.dense(), want)
+        assert layer.get_seq_length() == twin.get_seq_length() == sum(counts[: step + 1])
+        for name in ("keys", "values"):
+            assert getattr(layer, name).shape[-2] >= getattr(twin, name).shape[-2]
+    assert layer.get_max_length() == twin.get_max_length()
+
+
+def test_a_long_first_call_keeps_only_its_window(states):
+    layer = sliding()
+    layer.update(*states(1, 5000))
+    assert len(layer.storage) == WINDOW - 1
+    assert layer.nbytes < 300 * 2 * HEADS * (DIM // 2 + 4)
+
+
+@pytest.mark.parametrize("make", [full, sliding])
+def test_storage_costs_what_the_format_says_and_is_seldom_copied(make, states):
+    layer = make()
+    layer.update(*states(1, 1000))
+    buffers = set()
+    for _ in range(1000):
+        layer.update(*states(1, 1))
+        buffers.add(layer.storage.codes.data_ptr())
+    tokens = 2000 if make is full else WINDOW
+    assert tokens * 2 * HEADS * (DIM // 2 + 4) <= layer.nbytes <= (tokens * 33 // 32 + 256) * 2 * HEADS * (DIM // 2 + 4)
+    assert len(buffers) <= 1000 // 256 + 1
+
+
+def test_storage_at_131072_tokens_is_within_its_share_of_bf16():
+    storage = PackedStorage(codec_for(128, 0, torch.device("meta")), 1, 8)
+    x = torch.empty(1, 8, 131072, 128, dtype=torch.bfloat16, device="meta")
+    storage.append(x, x)
+    assert storage.nbytes <= 0.28 * 2 * x.nbytes
+    for _ in range(5000):
+        storage.append(x[:, :, :1], x[:, :, :1])
+    assert storage.nbytes <= 0.28 * 2 * x.nbytes * 136072 / 131072
+
+
+def test_storage_may_be_written_to_outside_of_inference_mode(states):
+    layer = full()
+    with torch.inference_mode():
+        layer.update(*states(1, 3))
+    layer.update(*states(1, 1))
+    assert layer.get_seq_length() == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_states_come_back_in_their_dtype(dtype, states):
+    layer = full(exact_prefill=False)
+    k, v = (x.to(dtype) for x in states(1, 3))
+    for got, want in zip(layer.update(k, v), (k, v), strict=True):
+        assert got.dtype == dtype
+        assert torch.equal(got.dense(), stored(want))
+
+
+def test_seed_chooses_the_rotation(states):
+    k, v = states(1, 3)
+    layer = full(seed=7, exact_prefill=False)
+    keys, _ = layer.update(k, v)
+    codec = TQ4Codec(DIM, seed=7)
+    assert torch.equal(keys.dense(), codec.decompress(codec.compress(k)))
+    assert not torch.equal(keys.dense(), stored(k))
+
+
+# The contract
+
+
+def test_no_method_is_left_to_a_base_class():
+    contract = {name for name in vars(CacheLayerMixin) if not name.startswith("_")} | {
+        name for name in vars(DynamicLayer) if not name.startswith("_")
+    }
+    contract -= {"supports_early_init", "get_max_cache_shape"}  # a constant; an older name of get_max_length
+    assert {"crop", "reorder_cache", "batch_select_indices", "offload"} <= contract
+    assert contract <= vars(PackedLayer).keys()
+
+
+CHANGES = {
+    "crop": lambda layer: layer.crop(-2),
+    "crop_tensor": lambda layer: layer.crop(torch.tensor(-1)),
+    "crop_nothing": lambda layer: layer.crop(0),
+    "reorder": lambda layer: layer.reorder_cache(torch.tensor([2, 0, 0])),
+    "select": lambda layer: layer.batch_select_indices(torch.tensor([2, 1])),
+    "select_mask": lambda layer: layer.batch_select_indices(torch.tensor([True, False, True])),
+    "repeat": lambda layer: layer.batch_repeat_interleave(2),
+    "offload": lambda layer: layer.offload(),
+    "offload_and_back": lambda layer: (layer.offload(), layer.prefetch()),
+}
+
+
+@pytest.mark.parametrize("make", [full, sliding])
+@pytest.mark.parametrize("before", [3, 5, 13])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_do_what_they_do_to_a_dense_layer(make, before, change, states):
+    layer = make()
+    twin = dense_layer(layer)
+    if change.startswith("crop") and layer.is_sliding:
+        if not hasattr(twin, "activate_past_recording"):
+            pytest.skip("these releases of transformers cannot take tokens back from a full window")
+        layer.activate_past_recording()
+        twin.activate_past_recording()
+    for count in (2, before):
+        k, v = states(3, count)
+        layer.update(k, v)
+        twin.update(stored(k), stored(v))
+    CHANGES[change](layer)
+    CHANGES[change](twin)
+    assert layer.get_seq_length() == twin.get_seq_length()
+    assert layer.get_mask_sizes(2) == twin.get_mask_sizes(2)
+    k, v = states(twin.keys.shape[0], 2)
+    for got, want in zip(layer.update(k, v), twin.update(stored(k), stored(v)), strict=True):
+        assert torch.equal(got.dense(), want[:, :, -got.shape[2] :])  # 5.17 returns more than its mask has room for
+
+
+def test_crop_to_a_length_as_older_releases_ask_for(states):
+    layer = full()
+    layer.update(*states(1, 9))
+    layer.crop(4)
+    assert layer.get_seq_length() == 4
+    layer.crop(20)
+    assert layer.get_seq_length() == 4
+    layer.crop(-20)
+    assert layer.get_seq_length() == 0
+
+
+def test_a_window_that_forgot_says_so(states):
+    layer = sliding()
+    layer.update(*states(1, 9))
+    with pytest.raises(RuntimeError, match=r"layer 0: cannot remove 2 tokens.*window of 6.*activate_past_recording"):
+        layer.crop(-2)
+
+
+@pytest.mark.parametrize("make", [full, sliding])
+def test_changes_to_an_empty_layer_are_harmless(make, states):
+    for change in CHANGES.values():
+        layer = make()
+        change(layer)
+        assert layer.get_seq_length() == 0
+        assert layer.keys is None
+        assert not layer.is_initialized
+    layer.update(*states(2, 9))
+    layer.reset()
+    assert (layer.get_seq_length(), layer.nbytes, layer.is_initialized) == (0, 0, False)
+    k, v = states(3, 4)
+    assert layer.update(k, v)[0] is k
+    assert torch.equal(layer.keys.dense(), stored(k)[:, :, -4:])
+
+
+def test_layers_can_be_initialised_early(randn):
+    cache = TurboQuantCache(make_config("mistral"))
+    cache.early_initialization(2, HEADS, DIM, torch.float32, torch.device("cpu"))
+    assert cache.is_initialized
+    k = randn(2, HEADS, 3, DIM)
+    assert cache.update(k, k, 0)[0] is k
+
+
+# The cache
+
+
+def test_every_layer_is_packed_unless_told_otherwise():
+    config = make_config("gemma3")
+    assert [type(layer) for layer in TurboQuantCache(config).layers] == [PackedSlidingLayer, PackedLayer]
+    cache = TurboQuantCache(config, skip_layers=(-1,))
+    assert [type(layer) for layer in cache.layers] == [PackedSlidingLayer, DynamicLayer]
+    assert cache.packed_layers == [0]
+    assert isinstance(cache, DynamicCache)
+
+
+def test_latent_attention_stays_dense():
+    cache = TurboQuantCache(make_config("deepseek_v3"))
+    assert cache.packed_layers == []
+
+
+@torch.no_grad()
+def test_bytes_are_those_of_all_layers():
+    model = make_model("llama", dtype=torch.float32)
+    cache = TurboQuantCache(model.config, skip_layers=(1,))
+    model(torch.arange(3, 23)[None], past_key_values=cache)
+    packed, dense = cache.layers
+    assert packed.nbytes == 2 * HEADS * (20 + 256) * (DIM // 2 + 4)
+    assert cache.nbytes == packed.nbytes + 2 * dense.keys.nbytes
+
+
+@torch.no_grad()
+def test_reset_forgets_dense_layers_too():
+    model = make_model("llama")
+    cache = TurboQuantCache(model.config, skip_layers=(0,))
+    ids = torch.arange(3, 12)[None]
+    first = model(ids, past_key_values=cache).logits
+    cache.reset()
+    assert [layer.get_seq_length() for layer in cache.layers] == [0, 0]
+    assert torch.equal(model(ids, past_key_values=cache).logits, first)
+
+
+def test_the_configuration_is_left_as_it_was():
+    config = make_config("gemma3")
+    before = copy.deepcopy(config.to_dict())
+    for _ in range(2):
+        TurboQuantCache(config)
+    assert config.to_dict() == before
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"seed": -1}, ValueError, "seed must not be negative, got -1"),
+        ({"seed": 1.0}, TypeError, "seed must be an int, got float"),
+        ({"skip_layers": (2,)}, ValueError, "skip_layers must hold numbers from -2 to 1, got 2"),
+        ({"skip_layers": ("0",)}, TypeError, "skip_layers must hold ints, got str"),
+    ],
+)
+def test_bad_arguments_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        TurboQuantCache(make_config("llama"), **options)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 2, 3, 48), (1, 2, 3, 32)), r"layer 0: expected keys and values of one shape.*skip_layers=\(0,\)"),
+        (((1, 2, 3, 33), (1, 2, 3, 33)), r"layer 0: expected an even head dimension from 16 to 256, got 33"),
+        (((1, 2, 3, 512), (1, 2, 3, 512)), r"expected an even head dimension from 16 to 256, got 512"),
+    ],
+)
+def test_states_that_cannot_be_packed_are_refused(shapes, message):
+    cache = TurboQuantCache(LlamaConfig(num_hidden_layers=1))
+    with pytest.raises(ValueError, match=message):
+        cache.update(*(torch.zeros(shape) for shape in shapes), 0)
+    cache = TurboQuantCache(MistralConfig(num_hidden_layers=1), skip_layers=(0,))
+    assert cache.update(*(torch.zeros(shape) for shape in shapes), 0)[0].shape == shapes[0]
+
+
+def test_gradients_are_refused():
+    model = make_model("llama")
+    with pytest.raises(RuntimeError, match=r"no gradients through a quantised cache: use torch\.no_grad"):
+        model(torch.arange(3, 8)[None], past_key_values=TurboQuantCache(model.config))

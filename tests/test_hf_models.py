@@ -1,0 +1,163 @@
+"""TurboQuantCache against a dense cache of the same values: many model families, every way in which generate uses a cache."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from hf_models import FAMILIES, VOCABULARY, make_model, one_thread, reference_cache, stock_attention  # noqa: F401
+from turboquant_vllm.hf import TurboQuantCache
+
+families = pytest.mark.parametrize("family", FAMILIES)
+
+
+model_of = functools.cache(make_model)
+
+
+def both(family: str) -> tuple[Any, Any]:
+    """The same model with attention as its formula says, and with ours."""
+    return model_of(family, "oracle"), model_of(family, "tq4")
+
+
+def tokens(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, shape, generator=generator)
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Models normalise in float32, also where all else is float64; quantisation moves these logits 10000 times as far."""
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error < 1e-6, f"relative error {error:.1e}"
+
+
+def generated(model: Any, cache: Any, ids: torch.Tensor, **options: Any) -> Any:
+    """Result of eight greedy tokens, with the logits of each step."""
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, **options}
+    return model.generate(
+        ids, past_key_values=cache, output_logits=True, return_dict_in_generate=True, eos_token_id=None, **options
+    )
+
+
+def assert_same_generation(actual: Any, expected: Any) -> None:
+    assert torch.equal(actual.sequences, expected.sequences)
+    for ours, theirs in zip(actual.logits, expected.logits, strict=True):
+        assert_same(ours, theirs)
+
+
+@families
+@torch.no_grad()
+def test_transformers_own_attention_reads_the_same_cache(family, generator):
+    stock = model_of(family, stock_attention(family))
+    ids = tokens(generator, 2, 23)
+    expected, packed = reference_cache(stock), TurboQuantCache(stock.config)
+    for start, stop in ((0, 11), (11, 12), (12, 18), (18, 23)):
+        part = ids[:, start:stop]
+        assert torch.equal(stock(part, past_key_values=packed).logits, stock(part, past_key_values=expected).logits)
+
+
+@families
+@torch.no_grad()
+def test_any_cutting_of_a_text_gives_the_same_logits_as_a_dense_cache(family, generator):
+    oracle, ours = both(family)
+    ids = tokens(generator, 2, 23)
+    expected, packed = reference_cache(oracle), TurboQuantCache(ours.config)
+    for start, stop in ((0, 11), (11, 12), (12, 13), (13, 18), (18, 23)):
+        want = oracle(ids[:, start:stop], past_key_values=expected).logits
+        assert_same(ours(ids[:, start:stop], past_key_values=packed).logits, want)
+    if family != "deepseek_v3":
+        assert packed.packed_layers == [0, 1]
+        assert (want - oracle(ids).logits[:, 18:]).abs().max() > 1e-3 * want.abs().max()  # it is not an exact cache
+
+
+@families
+@torch.no_grad()
+def test_without_exact_prefill_chunks_change_nothing(family, generator):
+    oracle, ours = both(family)
+    ids = tokens(generator, 2, 19)
+    want = oracle(ids, past_key_values=reference_cache(oracle, exact_prefill=False)).logits
+    for chunk in (19, 7):
+        packed = TurboQuantCache(ours.config, exact_prefill=False)
+        got = [ours(part, past_key_values=packed).logits for part in ids.split(chunk, 1)]
+        assert_same(torch.cat(got, 1), want)
+
+
+@families
+@torch.no_grad()
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_changes_nothing(family, padding, generator):
+    oracle, ours = both(family)
+    lengths, longest = (13, 6, 6, 12), 13
+    ids = tokens(generator, 4, longest + 8)
+    mask = torch.ones(4, longest + 8, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, : longest - length] = 0
+        if padding == "right":
+            mask[row, :longest] = mask[row, :longest].flip(0)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected, packed = reference_cache(oracle), TurboQuantCache(ours.config)
+    for start, stop in ((0, 9), (9, longest), (longest, longest + 1), (longest + 1, longest + 8)):
+        arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+        want = oracle(ids[:, start:stop], past_key_values=expected, **arguments).logits
+        real = mask[:, start:stop].bool()
+        assert_same(ours(ids[:, start:stop], past_key_values=packed, **arguments).logits[real], want[real])
+
+
+@families
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3, "num_return_sequences": 2}, {"prefill_chunk_size": 4}],
+    ids=["greedy", "beams", "prefill_chunks"],
+)
+def test_generate(family, options, generator):
+    oracle, ours = both(family)
+    ids = tokens(generator, 2, 12)
+    mask = torch.ones_like(ids)
+    if "prefill_chunk_size" not in options:  # which transformers does not offer for padded batches of some models
+        mask[1, :5] = 0
+    expected = generated(oracle, reference_cache(oracle), ids, attention_mask=mask, **options)
+    actual = generated(ours, TurboQuantCache(ours.config), ids, attention_mask=mask, **options)
+    assert_same_generation(actual, expected)
+
+
+@families
+def test_sampled_sequences_of_one_prompt(family, generator):
+    oracle, ours = both(family)
+    ids = tokens(generator, 1, 12)
+    results = []
+    for model, cache in ((oracle, reference_cache(oracle)), (ours, TurboQuantCache(ours.config))):
+        torch.manual_seed(1)
+        results.append(generated(model, cache, ids, num_return_sequences=3, do_sample=True))
+    assert_same_generation(*results[::-1])
+
+
+@families
+def test_prompt_lookup_takes_wrong_guesses_back(family, generator):
+    oracle, ours = both(family)
+    ids = tokens(generator, 1, 5).repeat(1, 4)  # repetitions, so that there is something to look up
+    # Guesses belong to the first call, so only without exact prefill do they change nothing.
+    expected = generated(oracle, reference_cache(oracle, exact_prefill=False), ids)
+    packed = TurboQuantCache(ours.config, exact_prefill=False)
+    actual = generated(ours, packed, ids, prompt_lookup_num_tokens=3)
+    assert_same_generation(actual, expected)
+
+
+@families
+def test_a_conversation_goes_on_with_the_same_cache_and_starts_again_after_reset(family, generator):
+    oracle, ours = both(family)
+    first, more, other = tokens(generator, 2, 9), tokens(generator, 2, 5), tokens(generator, 3, 7)
+    results = []
+    for model, cache in ((oracle, reference_cache(oracle)), (ours, TurboQuantCache(ours.config))):
+        one = generated(model, cache, first, max_new_tokens=5)
+        two = generated(model, cache, torch.cat([one.sequences, more], 1), max_new_tokens=5)
+        if isinstance(cache, TurboQuantCache):
+            cache.reset()
+            assert cache.get_seq_length() == 0
+        else:  # transformers before 5.23 only writes zeros into a dense cache
+            cache = reference_cache(oracle)
+        results.append((one, two, generated(model, cache, other, max_new_tokens=5)))
+    for expected, actual in zip(*results, strict=True):
+        assert_same_generation(actual, expected)
