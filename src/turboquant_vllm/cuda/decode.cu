@@ -23,6 +23,7 @@
 #define QUERY (RING + WARPS * STAGES * TILE_BYTES)
 #define QUERY_BYTES (NQ * 16 * D)
 #define ROW_SCALE (QUERY + PASSES * QUERY_BYTES)
+#define RAW_ENTRIES (HELD * WARPS * ROW_PITCH / 64)  // of the table, whose place they take for a while
 #define HELD (WARPS == 12 ? 4 : WARPS == 8 ? 2 : 16 / WARPS)  // rows of the query that a warp loads at a time
 
 struct DecodeParams {
@@ -80,7 +81,7 @@ __device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, 
         for (int k0 = 0; k0 < D; k0 += TURN) {
           if (D == 256 || (D / 8 > WARPS && tile == 0 && (n0 != warp * 8 || done)))
             load_turn(turn, p.rotation, n0, k0, false, p.pre_rotated);
-          rotate_rows(y, largest, raw + tile * 16 * ROW_PITCH + k0, turn);
+          rotate_rows<true>(y, largest, raw + tile * 16 * ROW_PITCH + k0, turn);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -173,12 +174,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 
   // Levels in fp16, over a power of two that the row scales and the result give back.
   const float level_scale = power_below(warp_max(fabsf(level), 1));
+  auto fill_table = [&](int from, int to) {
+    for (int b = from + warp; b < to; b += WARPS) {
+      const float inverse = inverse_power(level_scale);
+      const float first = __shfl_sync(~0u, level, b >> 4), second = __shfl_sync(~0u, level, b & 15);
+      *(u32*)(smem + b * 256 + lane * 4) = half2_bits(first * inverse, second * inverse);
+    }
+  };
+  fill_table(RAW_ENTRIES, 256);
   rotate_query(p, smem, query_rows, turn, first_pass, rows, level_scale * p.scale_log2);
-  for (int b = warp; b < 256; b += WARPS) {
-    const float inverse = inverse_power(level_scale);
-    const float first = __shfl_sync(~0u, level, b >> 4), second = __shfl_sync(~0u, level, b & 15);
-    *(u32*)(smem + b * 256 + lane * 4) = half2_bits(first * inverse, second * inverse);
-  }
+  fill_table(0, RAW_ENTRIES);
   __syncthreads();
   auto levels = [&](u32 word, int byte) { return lds_table(prmt(word, lane4, 0x5504u | (byte << 4)) + base); };
 

@@ -66,7 +66,7 @@ __device__ __forceinline__ float warp_sum(float x, int from) {
 }
 
 // A float32 matrix product on tf32 units: x y = (x_high + x_low)(y_high + y_low) without the smallest term, 21 bits each.
-// The units ignore the bits that `high` drops.
+// The units ignore the bits that `high` drops, which a half-precision x does not have.
 __device__ __forceinline__ float high(float x) { return __uint_as_float(__float_as_uint(x) & 0xffffe000u); }
 
 // Lane (r, c) of a warp holds dimensions 16 * i + 4 * c + 0..3 of what a product contracts over: of rows r and r + 8 of the
@@ -95,9 +95,11 @@ __device__ __forceinline__ void load_turn(Turn& turn, const float* rotation, int
 }
 
 // Adds 16 rows times 8 columns to the C fragment y: lane (r, c) has columns 2 * c, 2 * c + 1 of row r, then of row r + 8.
-// `largest` follows this lane's largest magnitude of both rows.
+// `largest` follows this lane's largest magnitude of both rows. HALF: the rows came from half precision.
+template <bool HALF>
 __device__ __forceinline__ void rotate_rows(float* y, float* largest, const float* rows, const Turn& turn) {
   const int r = (threadIdx.x >> 2) % 8, c = threadIdx.x & 3;
+  float y1[4] = {0, 0, 0, 0}, y2[4] = {0, 0, 0, 0};  // three sums side by side: a product need not wait for the last
 #pragma unroll
   for (int i = 0; i < TURN / 16; i++) {
     const float4 x0 = *(const float4*)(rows + r * ROW_PITCH + 16 * i + 4 * c);
@@ -107,14 +109,18 @@ __device__ __forceinline__ void rotate_rows(float* y, float* largest, const floa
 #pragma unroll
     for (int s = 0; s < 2; s++) {
       const float a[4] = {s ? x0.z : x0.x, s ? x1.z : x1.x, s ? x0.w : x0.y, s ? x1.w : x1.y};
-      const float low[4] = {a[0] - high(a[0]), a[1] - high(a[1]), a[2] - high(a[2]), a[3] - high(a[3])};
       float b0 = turn.at[4 * i + 2 * s], b1 = turn.at[4 * i + 2 * s + 1];
       asm volatile("" : "+f"(b0), "+f"(b1));  // taken apart here and no earlier, which would take twice the registers
-      mma_tf32(y, low, b0, b1);
-      mma_tf32(y, a, b0 - high(b0), b1 - high(b1));
       mma_tf32(y, a, b0, b1);
+      mma_tf32(y1, a, b0 - high(b0), b1 - high(b1));
+      if (!HALF) {
+        const float low[4] = {a[0] - high(a[0]), a[1] - high(a[1]), a[2] - high(a[2]), a[3] - high(a[3])};
+        mma_tf32(y2, low, b0, b1);
+      }
     }
   }
+#pragma unroll
+  for (int i = 0; i < 4; i++) y[i] += y1[i] + y2[i];
 }
 
 // Work is a line of tiles of 16 keys: pass after pass (head by head, chunk of query rows by chunk), each `tiles` long. The
