@@ -9,7 +9,9 @@
 struct CombineParams {
   const float* parts; const float* parts_lse; const float* rotation; void* out; float* lse;
   Work work;
-  int heads, group, rows, chunks, q_len, rows_at_once, is_bf16, rotated_output;
+  Heads heads;
+  Divisor by_rows;  // query rows of a key/value head
+  int all, q_len, rows_at_once, is_bf16, rotated_output;
 };
 
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(const __grid_constant__ CombineParams p) {
@@ -24,11 +26,17 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
-  const int first = blockIdx.x * at_once, count = min(at_once, p.heads * p.rows - first);
+  const int first = blockIdx.x * at_once, count = min(at_once, p.all - first);
+  // Where row `first` + i of all lies in the output, counted in queries.
+  auto query = [&](int i) {
+    const int head = p.by_rows.divide(first + i), row = first + i - head * p.heads.rows;
+    return ((i64)head * p.heads.group + p.heads.member(row)) * p.q_len + p.heads.position(row);
+  };
   float4 sum = make_float4(0, 0, 0, 0);
   float top = LOWEST, total = 0;
   if (mine < count) {
-    const int row = (first + mine) % p.rows, pass = (first + mine) / p.rows * p.chunks + row / (4 * NT);
+    const int head = p.by_rows.divide(first + mine), row = first + mine - head * p.heads.rows;
+    const int pass = head * p.heads.chunks + row / (4 * NT);
     const int to = p.work.last_slot(pass);
 #pragma unroll 1
     for (int slot = p.work.first_slot(pass) + part / at_once; slot <= to; slot += shares * 4) {
@@ -68,9 +76,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
     }
     merged[i / D * ROW_PITCH + i % D] = total == 0 ? 0 : x / total;
     if (i % D) continue;
-    const int head = (first + i / D) / p.rows, row = (first + i / D) % p.rows;
-    const i64 query = (i64)head * p.group + row % p.group;  // heads of q: the group of each key/value head in turn
-    p.lse[query * p.q_len + row / p.group] = total == 0 ? -INFINITE : (top + lg2(total)) * 0.6931471805599453f;
+    p.lse[query(i / D)] = total == 0 ? -INFINITE : (top + lg2(total)) * 0.6931471805599453f;
   }
   __syncthreads();
   for (int n0 = warp * 8; n0 < D; n0 += COMBINE_THREADS / 4) {
@@ -83,9 +89,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       if ((lane >> 2) + 8 * i >= count) continue;
-      const int at = first + (lane >> 2) + 8 * i, head = at / p.rows, row = at % p.rows;
-      ((u32*)p.out)[((((i64)head * p.group + row % p.group) * p.q_len + row / p.group) * D + n0) / 2 + (lane & 3)] =
-          half_pair(y[2 * i], y[2 * i + 1], p.is_bf16);
+      ((u32*)p.out)[(query((lane >> 2) + 8 * i) * D + n0) / 2 + (lane & 3)] = half_pair(y[2 * i], y[2 * i + 1], p.is_bf16);
     }
   }
 }

@@ -1,7 +1,5 @@
 // Attention of few query rows over a packed cache, first kernel: every warp attends to its range of the keys.
 //
-// Rows of one key/value head are numbered position * group + head; each chunk of 4 * NT of them is a pass over the keys.
-//
 //   shared memory of a block        table   256 entries of half2 (level of the high nibble, of the low nibble), each
 //                                           32 times side by side: entry b, copy of lane l at b * 256 + l * 4
 //                                   ring    per warp, STAGES tiles of 16 tokens: K codes, V codes, norms
@@ -23,15 +21,17 @@
 #define QUERY (RING + WARPS * STAGES * TILE_BYTES)
 #define QUERY_BYTES (NQ * 16 * D)
 #define ROW_SCALE (QUERY + PASSES * QUERY_BYTES)
-#define RAW_ENTRIES (HELD * WARPS * ROW_PITCH / 64)  // of the table, whose place they take for a while
-#define HELD (WARPS == 12 ? 4 : WARPS == 8 ? 2 : 16 / WARPS)  // rows of the query that a warp loads at a time
+#define TURNS ((D / 8 + WARPS - 1) / WARPS)  // groups of 8 columns of the rotation that a warp turns the query into
+#define TURNS_HELD (D < 256 && WARPS == 8 ? TURNS : 1)  // of which it has in registers at first
+#define HELD (WARPS == 16 && D < 256 ? 2 : WARPS == 12 ? 4 : 16 / WARPS)  // rows of the query that a warp loads at a time
 
 struct DecodeParams {
   const void* q; const unsigned char* k; const float* k_norms; const unsigned char* v; const float* v_norms;
   const float* centroids; const float* rotation; float* parts; float* parts_lse;
   i64 q_b, q_h, q_n, q_d, k_b, k_h, k_n, kn_b, kn_h, kn_n, v_b, v_h, v_n, vn_b, vn_h, vn_n;
   Work work;
-  int active, kv_len, kv_heads, group, rows, chunks, shift, is_causal, is_bf16, pre_rotated;
+  Heads heads;
+  int active, kv_len, shift, is_causal, is_bf16, pre_rotated;
   float scale_log2;
 };
 
@@ -40,29 +40,30 @@ __device__ __forceinline__ int place(int p, int token) {
   return D == 256 ? p ^ ((token & 1) << 2 | (token & 2)) : D == 128 ? p ^ (token & 2) : p;
 }
 
-// Rows `done` + warp, + WARPS, ... of the queries of passes from `first` on, D / 32 dimensions a lane; zero past the last.
-struct Rows { float at[HELD][D / 32]; };
+// Rows `done` + warp, + WARPS, ... of the queries of passes from `first` on, dimensions lane + 32 * j; zero past the last.
+struct Rows { u32 at[HELD][D / 64]; };  // dimensions of j even and odd in one word
 __device__ __forceinline__ void load_rows(Rows& rows, const DecodeParams& p, int first, int done, int all) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
-    const int at = done + (threadIdx.x >> 5) + i * WARPS, pass = first + at / (4 * NT), head = pass / p.chunks;
-    const int row = pass % p.chunks * 4 * NT + at % (4 * NT);
-    const i64 from = (i64)(head / p.kv_heads) * p.q_b + (i64)(head % p.kv_heads * p.group + row % p.group) * p.q_h +
-                     (row / p.group) * p.q_n;
+    const int at = done + (threadIdx.x >> 5) + i * WARPS, pass = first + at / (4 * NT), head = p.heads.head_of(pass);
+    const int row = p.heads.first_row(pass) + at % (4 * NT), b = p.heads.batch(head), h = head - b * p.heads.kv_heads;
+    const unsigned short* from = (const unsigned short*)p.q + b * p.q_b + p.heads.position(row) * p.q_n +
+                                 (h * p.heads.group + p.heads.member(row)) * p.q_h + lane * p.q_d;
 #pragma unroll
-    for (int j = 0; j < D / 32; j++)
-      rows.at[i][j] = at < all && row < p.rows ? load_half(p.q, from + (lane + 32 * j) * p.q_d, p.is_bf16) : 0;
+    for (int j = 0; j < D / 64; j++)
+      rows.at[i][j] = at < all && row < p.heads.rows ? from[64 * j * p.q_d] | (u32)from[(64 * j + 32) * p.q_d] << 16 : 0;
   }
 }
 
 // Rotate the queries of the passes from `first` on, `all` rows, scale each into fp16 and leave them as B fragments of
-// Q K^T. `rows` holds the first of them, `turn` columns 8 * warp and following of the rotation.
+// Q K^T. `rows` holds the first of them, `turn` the first columns of the rotation that this warp turns
+// them into.
 //
 //   B fragment of column tile n, step s: lane 4 * column + c holds one uint2 = dimensions of bytes b and b + 1,
 //   b = 64 * (s / 8) + c * min(16, D / 8) + 2 * (s % 8)        (any order serves that K uses too)
 //   column 2 * i + h is row 8 * n + 4 * h + i, so that accumulators 2 * h hold row i = lane % 4 of row tile 2 * n + h
-__device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, Rows& rows, Turn& turn, int first, int all,
+__device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, Rows& rows, Turn* turn, int first, int all,
                                              float scale) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   float* raw = (float*)smem;
@@ -71,17 +72,20 @@ __device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, 
     const int tiles = min((all - done + 15) / 16, HELD * WARPS / 16);
 #pragma unroll
     for (int i = 0; i < HELD * (D / 32); i++)
-      raw[(warp + i / (D / 32) * WARPS) * ROW_PITCH + lane + i % (D / 32) * 32] = rows.at[i / (D / 32)][i % (D / 32)];
+      raw[(warp + i / (D / 32) * WARPS) * ROW_PITCH + lane + i % (D / 32) * 32] =
+          from_half(rows.at[i / (D / 32)][i % (D / 32) / 2] >> i % 2 * 16, p.is_bf16);
     if (done + HELD * WARPS < all) load_rows(rows, p, first, done + HELD * WARPS, all);
     __syncthreads();
-    for (int n0 = warp * 8; n0 < D; n0 += WARPS * 8) {
-      for (int tile = 0; tile < tiles; tile++) {
+#pragma unroll TURNS_HELD
+    for (int group = 0; group < TURNS; group++) {
+      const int n0 = (warp + group * WARPS) * 8;
+      Turn& columns = turn[min(group, TURNS_HELD - 1)];
+      for (int tile = 0; tile < tiles && n0 < D; tile++) {
         float y[4] = {0, 0, 0, 0}, largest[2] = {0, 0};
 #pragma unroll 1
         for (int k0 = 0; k0 < D; k0 += TURN) {
-          if (D == 256 || (D / 8 > WARPS && tile == 0 && (n0 != warp * 8 || done)))
-            load_turn(turn, p.rotation, n0, k0, false, p.pre_rotated);
-          rotate_rows<true>(y, largest, raw + tile * 16 * ROW_PITCH + k0, turn);
+          if (TURNS > TURNS_HELD) load_turn(columns, p.rotation, n0, k0, false, p.pre_rotated);
+          rotate_rows<true>(y, largest, raw + tile * 16 * ROW_PITCH + k0, columns);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -108,14 +112,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, r = lane >> 2, c = lane & 3;
   const int tiles = p.work.tiles, worker = blockIdx.x * p.active + warp;
   const float level = p.centroids[lane & 15];
-  const int first_pass = p.work.begin(blockIdx.x * p.active) / tiles;
-  const int last_pass = (p.work.begin((blockIdx.x + 1) * p.active) - 1) / tiles;
+  const int first_pass = p.work.pass_of(p.work.begin(blockIdx.x * p.active));
+  const int last_pass = p.work.pass_of(p.work.begin((blockIdx.x + 1) * p.active) - 1);
   const int rows = (last_pass - first_pass + 1) * 4 * NT;
   // What the rotation waits for is asked for before the keys and values, which would delay it.
   Rows query_rows;
   load_rows(query_rows, p, first_pass, 0, rows);
-  Turn turn;
-  if (D < 256 && warp * 8 < D) load_turn(turn, p.rotation, warp * 8, 0, false, p.pre_rotated);
+  Turn turn[TURNS_HELD];
+#pragma unroll
+  for (int i = 0; i < TURNS_HELD; i++)
+    if ((warp + i * WARPS) * 8 < D) load_turn(turn[i], p.rotation, (warp + i * WARPS) * 8, 0, false, p.pre_rotated);
   u32 base;
   asm("{.reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t;}" : "=r"(base) : "l"(smem));
   const u32 ring = base + RING + warp * (STAGES * TILE_BYTES);
@@ -130,8 +136,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   const u32 place_of_piece = copy_row * (D / 2) + place(piece, copy_row) * 16;
   auto norm_step = [&]() { return 4 * (lane < 16 ? p.kn_n : p.vn_n); };
   auto open_pass = [&]() {
-    const int pass = next / tiles, head = pass / p.chunks;
-    const i64 b = head / p.kv_heads, h = head % p.kv_heads, token = (next - pass * tiles) * 16;
+    const int pass = p.work.pass_of(next), head = p.heads.head_of(pass), token = (next - pass * tiles) * 16;
+    const i64 b = p.heads.batch(head), h = head - b * p.heads.kv_heads;
     left = tiles - (next - pass * tiles);
     k_at = (const char*)p.k + b * p.k_b + h * p.k_h + (token + copy_row) * p.k_n + piece * 16;
     v_at = (const char*)p.v + b * p.v_b + h * p.v_h + (token + copy_row) * p.v_n + piece * 16;
@@ -174,16 +180,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 
   // Levels in fp16, over a power of two that the row scales and the result give back.
   const float level_scale = power_below(warp_max(fabsf(level), 1));
-  auto fill_table = [&](int from, int to) {
-    for (int b = from + warp; b < to; b += WARPS) {
-      const float inverse = inverse_power(level_scale);
-      const float first = __shfl_sync(~0u, level, b >> 4), second = __shfl_sync(~0u, level, b & 15);
-      *(u32*)(smem + b * 256 + lane * 4) = half2_bits(first * inverse, second * inverse);
-    }
-  };
-  fill_table(RAW_ENTRIES, 256);
   rotate_query(p, smem, query_rows, turn, first_pass, rows, level_scale * p.scale_log2);
-  fill_table(0, RAW_ENTRIES);
+  for (int b = warp; b < 256; b += WARPS) {
+    const float inverse = inverse_power(level_scale);
+    const float first = __shfl_sync(~0u, level, b >> 4), second = __shfl_sync(~0u, level, b & 15);
+    *(u32*)(smem + b * 256 + lane * 4) = half2_bits(first * inverse, second * inverse);
+  }
   __syncthreads();
   auto levels = [&](u32 word, int byte) { return lds_table(prmt(word, lane4, 0x5504u | (byte << 4)) + base); };
 
@@ -195,9 +197,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   int stage = 0;
 #pragma unroll 1
   while (now < end) {
-    const int pass = now / tiles, tile0 = now - pass * tiles, first_row = pass % p.chunks * 4 * NT;
+    const int pass = p.work.pass_of(now), tile0 = now - pass * tiles, first_row = p.heads.first_row(pass);
     int tile1 = min(tiles, tile0 + end - now);
-    if (p.work.split_tiles) tile1 = min(tile1, (tile0 / p.work.split_tiles + 1) * p.work.split_tiles);
+    if (p.work.fixed) tile1 = min(tile1, p.work.piece_end(tile0));
     now += tile1 - tile0;
     const u32 query = base + QUERY + pass % PASSES * QUERY_BYTES + lane * 8;
     u32 qf[Q_IN_REGISTERS ? NQ : 1][KSTEPS][2];
@@ -211,7 +213,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 
     // The last key that lane's row of tile t sees; before `open_end` every row sees every key.
     auto last_key = [&](int t) {
-      return p.is_causal ? min(p.shift + (first_row + t * 4 + c) / p.group, p.kv_len - 1) : p.kv_len - 1;
+      return p.is_causal ? min(p.shift + p.heads.position(first_row + t * 4 + c), p.kv_len - 1) : p.kv_len - 1;
     };
     const int open_end = p.is_causal ? min(p.shift + 1, p.kv_len) : p.kv_len;
 
@@ -349,13 +351,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     // thread's number read anew, so that none of it takes a register in the loop above.
     int tid;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
-    const int r = tid % 32 / 4, c = tid % 4, pass = (now - 1) / tiles, first_row = pass % p.chunks * 4 * NT;
+    const int r = tid % 32 / 4, c = tid % 4, pass = p.work.pass_of(now - 1), first_row = p.heads.first_row(pass);
     const int slot = p.work.slot(blockIdx.x * p.active + tid / 32, pass, now - 1 - pass * tiles);
 #pragma unroll
     for (int t = 0; t < NT; t++) {
       const float total = warp_sum(l[t], 4), factor = total == 0 ? 0 : v_ref * (level_scale / total);
       const i64 row = (i64)slot * (4 * NT) + t * 4 + c;
-      if (first_row + t * 4 + c >= p.rows) continue;
+      if (first_row + t * 4 + c >= p.heads.rows) continue;
       if (r == 0) p.parts_lse[row] = total == 0 ? -INFINITE : m[t] + lg2(total);
 #pragma unroll
       for (int j = 0; j < MTILES; j++)

@@ -20,9 +20,11 @@ from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 __all__ = ["Division", "Variant", "choose_variant", "decode", "prepare", "source"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "decode.cu", "combine.cu"))
-WORK = "i" * 5
-DECODE_PARAMS = "P" * 9 + "q" * 16 + WORK + "i" * 10 + "f"
-COMBINE_PARAMS = "P" * 5 + WORK + "i" * 8
+DIVISOR = "Ii"
+WORK = "i" * 6 + DIVISOR * 5
+HEADS = "i" * 4 + DIVISOR * 3
+DECODE_PARAMS = "P" * 9 + "q" * 16 + WORK + HEADS + "i" * 6 + "f"
+COMBINE_PARAMS = "P" * 5 + WORK + HEADS + DIVISOR + "i" * 5
 
 _TABLE_BYTES = 65536
 _LEAST_TILES = 4  # a warp's fewest, where there are enough for all
@@ -129,6 +131,12 @@ def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel]:
     return first, second
 
 
+def _divisor(number: int) -> tuple[int, int]:
+    """``magic`` and ``shift`` with ``n // number == (n * magic >> 32) + n >> shift`` for n below 2^31."""
+    shift = (number - 1).bit_length()
+    return ((2**shift - number) << 32) // number + 1, shift
+
+
 def _aligned(codes: torch.Tensor) -> torch.Tensor:
     """Codes that begin on a 16-byte boundary: as they are, or a copy."""
     return codes.clone(memory_format=torch.contiguous_format) if codes.data_ptr() % 16 else codes
@@ -230,7 +238,11 @@ def prepare(
     plan = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
     workers = plan.blocks * plan.warps
     slots = passes * plan.splits if plan.splits else passes + workers
-    work = (tiles, *divmod(passes * (plan.splits or tiles), workers), plan.split_len // 16, plan.splits)
+    piece, pieces = plan.split_len // 16 or 1, plan.splits or tiles
+    share, more = divmod(passes * pieces, workers)
+    divisors = (*_divisor(tiles), *_divisor(piece), *_divisor(pieces), *_divisor(max(share, 1)), *_divisor(share + 1))
+    work = (tiles, piece, pieces, share, more, int(split_len is not None), *divisors)
+    layout = (num_kv_heads, group, rows, chunks, *_divisor(num_kv_heads), *_divisor(group), *_divisor(chunks))
     parts = torch.empty((slots, 4 * variant.row_tiles, head_dim), dtype=torch.float32, device=q.device)
     parts_lse = torch.empty((slots, 4 * variant.row_tiles), dtype=torch.float32, device=q.device)
     centroids, rotation = centroids.contiguous(), _aligned(rotation.contiguous())
@@ -238,8 +250,8 @@ def prepare(
     attend_args = (
         q.data_ptr(), k.data_ptr(), k_norms.data_ptr(), v.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
         rotation.data_ptr(), parts.data_ptr(), parts_lse.data_ptr(), *q.stride(), *k.stride()[:3], *k_norms.stride(),
-        *v.stride()[:3], *v_norms.stride(), *work, plan.warps, kv_len, num_kv_heads, group, rows, chunks, kv_len - q_len,
-        int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
+        *v.stride()[:3], *v_norms.stride(), *work, *layout, plan.warps, kv_len, kv_len - q_len, int(is_causal), bf16,
+        int(pre_rotated), sm_scale * _LOG2_E,
     )  # fmt: skip
     threads = 256 if head_dim == 64 else 512
     # What a batch changes must change no order of additions where split_len promises that.
@@ -247,8 +259,8 @@ def prepare(
     while split_len is None and at_once < 4 * threads // head_dim and at_once * multiprocessors < heads * rows:
         at_once *= 2
     combine_args = (
-        parts.data_ptr(), parts_lse.data_ptr(), rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), *work, heads, group, rows,
-        chunks, q_len, at_once, bf16, int(rotated_output),
+        parts.data_ptr(), parts_lse.data_ptr(), rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), *work, *layout,
+        *_divisor(rows), heads * rows, q_len, at_once, bf16, int(rotated_output),
     )  # fmt: skip
     keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, parts_lse, out, lse)
 

@@ -41,10 +41,10 @@ __device__ __forceinline__ void copy16(u32 to, const void* from) {
 __device__ __forceinline__ void copy4(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to), "l"(from) : "memory");
 }
-__device__ __forceinline__ float load_half(const void* x, i64 i, int is_bf16) {
-  const unsigned short bits = ((const unsigned short*)x)[i];
-  if (is_bf16) return __uint_as_float((u32)bits << 16);
-  float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits)); return y;
+// The lower half of `bits`.
+__device__ __forceinline__ float from_half(u32 bits, int is_bf16) {
+  if (is_bf16) return __uint_as_float(bits << 16);
+  float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"((unsigned short)bits)); return y;
 }
 __device__ __forceinline__ u32 half_pair(float low, float high, int is_bf16) {
   if (!is_bf16) return half2_bits(low, high);
@@ -110,7 +110,7 @@ __device__ __forceinline__ void rotate_rows(float* y, float* largest, const floa
     for (int s = 0; s < 2; s++) {
       const float a[4] = {s ? x0.z : x0.x, s ? x1.z : x1.x, s ? x0.w : x0.y, s ? x1.w : x1.y};
       float b0 = turn.at[4 * i + 2 * s], b1 = turn.at[4 * i + 2 * s + 1];
-      asm volatile("" : "+f"(b0), "+f"(b1));  // taken apart here and no earlier, which would take twice the registers
+      asm volatile("" : "+f"(b0), "+f"(b1) :: "memory");  // nothing earlier: it would take twice the registers
       mma_tf32(y, a, b0, b1);
       mma_tf32(y1, a, b0 - high(b0), b1 - high(b1));
       if (!HALF) {
@@ -123,29 +123,48 @@ __device__ __forceinline__ void rotate_rows(float* y, float* largest, const floa
   for (int i = 0; i < 4; i++) y[i] += y1[i] + y2[i];
 }
 
-// Work is a line of tiles of 16 keys: pass after pass (head by head, chunk of query rows by chunk), each `tiles` long. The
-// line is cut into ranges, one a worker (a warp of the first kernel): `share` tiles each, the first `more` one more. Where a
-// range enters another pass, a segment ends; the result of each segment has a slot of its own. With `split_tiles`, ranges
-// are made of whole splits, a pass holding `splits` of that many tiles, and every split is a segment: then what a segment
-// holds does not depend on the other passes.
+// Division by a number known at launch: 3 instructions in place of some 25.
+struct Divisor {
+  u32 magic; int shift;
+  __device__ __forceinline__ int divide(int n) const { return (__umulhi(n, magic) + n) >> shift; }
+};
+
+// Work is a line of tiles of 16 keys: pass after pass (head by head, chunk of query rows by chunk), each `tiles` long. A pass
+// is `pieces` pieces of `piece` tiles, the last one shorter; the line is cut into ranges of whole pieces, one a worker (a warp
+// of the first kernel): `share` of them, for the first `more` workers one more. Where a range enters another pass, a segment
+// ends, and with `fixed` at every piece: then what a segment holds does not depend on the other passes. The result of each
+// segment has a slot of its own.
 struct Work {
-  int tiles, share, more, split_tiles, splits;
+  int tiles, piece, pieces, share, more, fixed;
+  Divisor by_tiles, by_piece, by_pieces, by_share, by_share_1;  // the last by share + 1
 
   __device__ __forceinline__ int begin(int worker) const {
-    const int piece = worker * share + min(worker, more);
-    return split_tiles ? piece / splits * tiles + piece % splits * split_tiles : piece;
+    const int at = worker * share + min(worker, more), pass = by_pieces.divide(at);
+    return pass * tiles + (at - pass * pieces) * piece;
   }
-  __device__ __forceinline__ int worker_of(int tile) const {
-    const int rest = tile - more * (share + 1);
-    return rest < 0 ? tile / (share + 1) : more + rest / share;
+  __device__ __forceinline__ int worker_of(int at) const {
+    const int rest = at - more * (share + 1);
+    return rest < 0 ? by_share_1.divide(at) : more + by_share.divide(rest);
   }
+  __device__ __forceinline__ int pass_of(int tile) const { return by_tiles.divide(tile); }
+  __device__ __forceinline__ int piece_end(int tile) const { return (by_piece.divide(tile) + 1) * piece; }
   __device__ __forceinline__ int slot(int worker, int pass, int tile) const {
-    return split_tiles ? pass * splits + tile / split_tiles : worker + pass;
+    return pass + (fixed ? pass * (pieces - 1) + by_piece.divide(tile) : worker);
   }
-  __device__ __forceinline__ int first_slot(int pass) const {
-    return split_tiles ? pass * splits : worker_of(pass * tiles) + pass;
-  }
+  __device__ __forceinline__ int first_slot(int pass) const { return pass + (fixed ? pass * (pieces - 1) : worker_of(pass * pieces)); }
   __device__ __forceinline__ int last_slot(int pass) const {
-    return split_tiles ? (pass + 1) * splits - 1 : worker_of((pass + 1) * tiles - 1) + pass;
+    return pass + (fixed ? (pass + 1) * (pieces - 1) : worker_of((pass + 1) * pieces - 1));
   }
+};
+
+// Rows of one key/value head are numbered position * group + head; each chunk of 4 * NT of them is a pass over the keys.
+struct Heads {
+  int kv_heads, group, rows, chunks;
+  Divisor by_kv_heads, by_group, by_chunks;
+
+  __device__ __forceinline__ int head_of(int pass) const { return by_chunks.divide(pass); }
+  __device__ __forceinline__ int first_row(int pass) const { return (pass - head_of(pass) * chunks) * (4 * NT); }
+  __device__ __forceinline__ int position(int row) const { return by_group.divide(row); }
+  __device__ __forceinline__ int member(int row) const { return row - position(row) * group; }
+  __device__ __forceinline__ int batch(int head) const { return by_kv_heads.divide(head); }
 };
