@@ -189,7 +189,7 @@ def test_compress_and_decompress_fit(generator, target, compiled, dtype, head_di
     codec = TQ4Codec(head_dim, rotation=rotation)
     signs = rotation == "hadamard"
     x = torch.randn(1, 2, 64, head_dim, generator=generator).to(dtype)
-    codes, norms = compress(x, codec.rotation, codec.boundaries, signs)
+    codes, norms = compress(x, codec.rotation, codec.companding, signs)
     decompress(codes, norms, codec.centroids, codec.rotation, signs, dtype)
     assert [function for function, _ in compiled] == ["compress_kernel", "decompress_kernel"]
     check_shared_memory(target, compiled)
