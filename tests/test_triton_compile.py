@@ -113,8 +113,8 @@ def compiled(target, monkeypatch):
     # Plans of compress and decompress depend on the device.
     properties = SimpleNamespace(shared_memory_per_block_optin=shared << 10, multi_processor_count=64)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    plan = compress._plan
-    monkeypatch.setattr(compress, "_plan", lambda *args: plan(*args[:-1], torch.device("cuda")))
+    plan = compress.plan_tiles
+    monkeypatch.setattr(compress, "plan_tiles", lambda *args, **kw: plan(*args[:-1], torch.device("cuda"), **kw))
     # Triton keeps kernels by device number: away from those of real devices.
     driver.set_active(_Device(GPUTarget(backend, arch, warp), 1000 + list(TARGETS).index(target)))
     yield kernels

@@ -13,17 +13,12 @@ from turboquant_vllm.triton.levels import level_scale, level_table, look_up
 from turboquant_vllm.triton.quantise import (
     butterfly,
     curve_of,
-    encode,
-    finite_or_nan,
+    encode_tile,
     load_pieces,
     matrix_unit,
-    measure,
     piece_matrices,
-    power_of_two_shift,
     product,
     product_columns,
-    products,
-    times,
     words_of,
 )
 
@@ -48,33 +43,24 @@ def _rows_of(tile, tokens, heads, stride_b, stride_h, BM: tl.constexpr):
 @triton.jit(do_not_specialize=["tiles", "heads", "tokens"])
 def compress_kernel(x, rotation, companding, codes, norms, tiles, heads, tokens, x_b, x_h, x_n, x_d, D: tl.constexpr,
                     DP: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, HADAMARD: tl.constexpr,
-                    BM: tl.constexpr, STAGES: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
+                    BM: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
     """Vectors ``x [batch, heads, tokens, D]`` to ``codes [rows, D // 2]`` and ``norms [rows]``.
 
     A program makes CHUNK coordinates of every piece of a vector; DP is the padded length of a piece.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
-    WHOLE: tl.constexpr = CHUNK * PIECES >= D
     inner = tl.arange(0, DP)
     outer = product_columns(tl.program_id(1) * CHUNK, CHUNK)
     matrices = piece_matrices(rotation, inner, outer, 1, D, DP, 0, D, HADAMARD, DTYPE, PARTS, PIECES)  # [DP, CHUNK]
     unit = matrix_unit(D, HADAMARD)
     curve = curve_of(companding)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         token, first, base = _rows_of(tile, tokens, heads, x_b, x_h, BM)
         live = token < tokens
         v = load_pieces(x + base + token * x_n, x_d, live, inner, D, DP, PIECES)  # [BM, DP]
-        y = butterfly(products(v, matrices, BM, CHUNK, PARTS, PIECES), PIECES)  # [BM, CHUNK]
-        if WHOLE:  # all of y is here: |x| = unit * |y|
-            y, length, shift = measure(y, live, unit, BM, PIECES, DTYPE != tl.float16)
-        else:
-            wide = v[0].to(tl.float32)
-            shift = power_of_two_shift(tl.max(tl.abs(wide), 1))
-            wide *= shift[:, None]
-            length = tl.sqrt_rn(tl.sum(wide * wide, 1))
-            y = times(y, shift, PIECES)
+        words, norm = encode_tile(v, live, matrices, unit, curve, BM, D, CHUNK, PARTS, PIECES, PRMT)
         for i in tl.static_range(PIECES):
-            word = encode(y[i], length, unit, curve, BM, CHUNK, PRMT)
+            word = words[i]
             place = words_of(i * DP + tl.program_id(1) * CHUNK, CHUNK)[None, :, :]
             to = codes + (first + token)[:, None, None] * (D // 2)
             mask = live[:, None, None]
@@ -85,7 +71,7 @@ def compress_kernel(x, rotation, companding, codes, norms, tiles, heads, tokens,
                 for byte in tl.static_range(2):
                     tl.store(to + 2 * place + byte, (word >> (8 * byte)).to(tl.uint8), mask=mask & (2 * place + byte < D // 2))
         if tl.program_id(1) == 0:
-            tl.store(norms + first + token, finite_or_nan(length / shift), mask=live)
+            tl.store(norms + first + token, norm, mask=live)
 
 
 @triton.jit
@@ -103,7 +89,7 @@ def _levels(packed, centroids, inverse, table, PIECES: tl.constexpr, DTYPE: tl.c
 @triton.jit(do_not_specialize=["tiles", "heads", "tokens"])
 def decompress_kernel(codes, norms, centroids, rotation, out, tiles, heads, tokens, c_b, c_h, c_n, c_d, n_b, n_h, n_n,
                       D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr,
-                      HADAMARD: tl.constexpr, BM: tl.constexpr, STAGES: tl.constexpr, PRMT: tl.constexpr,
+                      HADAMARD: tl.constexpr, BM: tl.constexpr, PRMT: tl.constexpr,
                       DTYPE: tl.constexpr):  # fmt: skip
     """Codes ``[batch, heads, tokens, D // 2]`` and norms to vectors ``out [rows, D]``; CHUNK coordinates of every piece."""
     byte = tl.arange(0, DP // 2)
@@ -115,7 +101,7 @@ def decompress_kernel(codes, norms, centroids, rotation, out, tiles, heads, toke
     table = ()
     if PRMT:
         table = level_table(centroids, 1.0 / scale, DTYPE)
-    for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         token, first, base = _rows_of(tile, tokens, heads, c_b, c_h, BM)
         live = token < tokens
         packed = load_pieces(codes + base + token * c_n, c_d, live, byte, D // 2, DP // 2, PIECES)  # [BM, DP // 2]
@@ -144,7 +130,7 @@ def compress(
     norms = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if norms.numel():
         x = _as_4d(x.float() if x.dtype == torch.float64 else x)
-        plan = _plan(x.shape, head_dim, x.dtype, hadamard, x.device)
+        plan = plan_tiles(x.shape, head_dim, x.dtype, hadamard, x.device, writes=True)
         with device_guard(x.device):
             compress_kernel[plan.grid](
                 x, rotation, companding, codes, norms, plan.tiles, x.shape[1], x.shape[2], *x.stride(),
@@ -168,7 +154,7 @@ def decompress(
         codes, norms = _as_4d(codes.contiguous()), _as_4d(norms.contiguous().unsqueeze(-1))
         # float16 holds levels better than bfloat16, whatever the result is rounded to.
         compute = torch.float32 if dtype == torch.float32 else torch.float16
-        plan = _plan(codes.shape, head_dim, compute, hadamard, codes.device)
+        plan = plan_tiles(codes.shape, head_dim, compute, hadamard, codes.device, writes=False)
         with device_guard(codes.device):
             decompress_kernel[plan.grid](
                 codes, norms, centroids, rotation, out, plan.tiles, codes.shape[1], codes.shape[2], *codes.stride(),
@@ -180,7 +166,7 @@ def decompress(
 
 
 @dataclass(frozen=True)
-class _Plan:
+class Plan:
     """A launch: its grid, the tiles that programs walk over, compile-time constants."""
 
     grid: tuple[int, int]
@@ -188,12 +174,18 @@ class _Plan:
     constants: dict[str, int]
 
 
-def _plan(shape: torch.Size, head_dim: int, dtype: torch.dtype, hadamard: bool, device: torch.device) -> _Plan:
-    """The launch over ``shape [batch, heads, tokens, _]``: a program keeps its columns of the matrix, walks over tiles."""
+def plan_tiles(
+    shape: torch.Size, head_dim: int, dtype: torch.dtype, hadamard: bool, device: torch.device, *, writes: bool
+) -> Plan:
+    """The launch over ``shape [batch, heads, tokens, _]``: a program keeps its columns of the matrix, walks over tiles.
+
+    ``writes`` says that vectors become codes, and not codes vectors.
+    """
     exact = dtype == torch.float32
-    block = 16 if exact else 64
     pieces = 2 if hadamard and head_dim > 128 and not exact else 1
     padded = max(32, triton.next_power_of_2(head_dim // pieces))
+    short = writes and padded <= 64  # so little work in a tile that two are better
+    block = 16 if exact else (128 if short else 64)
     parts = 1 if hadamard or exact else (3 if dtype == torch.bfloat16 else 2)
     chunk = padded
     room, processors = 1 << 30, 16
@@ -213,13 +205,12 @@ def _plan(shape: torch.Size, head_dim: int, dtype: torch.dtype, hadamard: bool, 
         "PIECES": pieces,
         "PARTS": parts,
         "BM": block,
-        "STAGES": 1,
-        "num_warps": 8 if pieces * padded > 128 else 4,
+        "num_warps": 4,
         "num_stages": 1,
     }
-    if uses_prmt(device.type) and not exact:
-        constants["maxnreg"] = 128
-    return _Plan((min(tiles, max(1, programs // chunks)), chunks), tiles, constants)
+    if uses_prmt(device.type) and not exact and head_dim <= 128:
+        constants["maxnreg"] = 96 if writes and hadamard else 128
+    return Plan((min(tiles, max(1, programs // chunks)), chunks), tiles, constants)
 
 
 def _as_4d(x: torch.Tensor) -> torch.Tensor:

@@ -186,12 +186,6 @@ def measure(y, live, unit, BM: tl.constexpr, PIECES: tl.constexpr, WIDE: tl.cons
 
 
 @triton.jit
-def finite_or_nan(norm):
-    """Norms, but NaN for those that are infinite: a vector that is not finite must be seen wherever it is attended to."""
-    return tl.where(norm < float("inf"), norm, float("nan"))
-
-
-@triton.jit
 def curve_of(companding):
     """The six numbers of :func:`turboquant_vllm.codebook.companding` from memory."""
     curve = ()
@@ -227,3 +221,29 @@ def encode(y, length, unit, curve, BM: tl.constexpr, COUNT: tl.constexpr, PRMT: 
     else:
         first = _cell(part0, factor, curve) * 16 + _cell(part1, factor, curve)
         return (first + (_cell(part2, factor, curve) * 16 + _cell(part3, factor, curve)) * 256).to(tl.int16)
+
+
+@triton.jit
+def encode_tile(v, live, matrices, unit, curve, BM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
+                PIECES: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
+    """Words of codes, one tensor of :func:`encode` for each piece, and norms ``[BM]``, of vectors ``v`` cut into pieces.
+
+    The words are those of the CHUNK coordinates of each piece that ``matrices`` have. Rows that are not ``live`` may be
+    anything.
+    """
+    DTYPE: tl.constexpr = v[0].dtype
+    y = butterfly(products(v, matrices, BM, CHUNK, PARTS, PIECES), PIECES)  # [BM, CHUNK]
+    if CHUNK * PIECES >= D:  # all of y is here: |x| = unit * |y|
+        y, length, shift = measure(y, live, unit, BM, PIECES, DTYPE != tl.float16)
+    else:
+        wide = v[0].to(tl.float32)
+        shift = power_of_two_shift(tl.max(tl.abs(wide), 1))
+        wide *= shift[:, None]
+        length = tl.sqrt_rn(tl.sum(wide * wide, 1))
+        y = times(y, shift, PIECES)
+    words = ()
+    for i in tl.static_range(PIECES):
+        words = words + (encode(y[i], length, unit, curve, BM, CHUNK, PRMT),)
+    norm = length / shift
+    # A vector that is not finite must be seen wherever it is attended to: NaN, never an infinity.
+    return words, tl.where(norm < float("inf"), norm, float("nan"))
