@@ -35,14 +35,15 @@ def special_vectors(head_dim: int, dtype: torch.dtype, generator: torch.Generato
 
 def check_compress(run: Callable[..., Any], x: torch.Tensor, codec: TQ4Codec) -> tuple[torch.Tensor, torch.Tensor]:
     """Compress ``x [..., D]``: norms as the reference's, codes too, but for coordinates on a boundary; returns both."""
-    codes, norms = run(x, codec.rotation, codec.boundaries, codec.rotation_kind == "hadamard")
+    codes, norms = run(x, codec.rotation, codec.companding, codec.rotation_kind == "hadamard")
     _, want_norms = reference.compress(x.double(), codec.rotation, codec.boundaries)
     assert codes.shape == (*x.shape[:-1], codec.head_dim // 2)
     assert codes.dtype == torch.uint8
     assert norms.shape == x.shape[:-1]
     assert norms.dtype == torch.float32
     finite = x.isfinite().all(-1)
-    assert not norms[~finite].isfinite().any()
+    assert norms[~finite].isnan().all()
+    assert (codes[~finite] == 0).all()
     # Below the normal range of float32 a rotated coordinate is a sum of products rounded to multiples of 2^-149.
     grid = codec.head_dim * 2.0**-150
     torch.testing.assert_close(norms[finite], want_norms[finite], rtol=_NORM, atol=grid)
@@ -70,6 +71,7 @@ def check_decompress(
     assert out.shape == want.shape
     assert out.dtype == dtype
     assert not out[~norms.isfinite()].isfinite().any()
+    assert out[norms.isnan()].isnan().all()
     out, want = out[norms.isfinite()], want[norms.isfinite()]
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     limit = _VALUE[dtype] * want.abs().amax(-1, keepdim=True) + smallest

@@ -166,7 +166,7 @@ def operator_arguments(name: str) -> tuple[Any, ...]:
     codec = TQ4Codec(64)
     x = torch.randn(2, 3, 64)
     if name == "compress":
-        return x, codec.rotation, codec.boundaries, True
+        return x, *codec.writing
     t = codec.compress(x)
     return t.codes, t.norms, codec.centroids, codec.rotation, True, torch.float16
 

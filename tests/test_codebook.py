@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from turboquant_vllm import Codebook, lloyd_max
+from turboquant_vllm.codebook import companding
 
 HEAD_DIMS = (16, 18, 64, 80, 128, 256)
 ALL_BITS = range(1, 9)
@@ -131,3 +132,25 @@ def test_bad_arguments(arguments: tuple[Any, ...], error: type[Exception], messa
     lloyd_max(128, 1)
     with pytest.raises(error, match=message):
         lloyd_max(*arguments)
+
+
+@pytest.mark.parametrize("head_dim", [*range(16, 258, 2), 1024])
+def test_companding_takes_boundaries_to_integers(head_dim: int) -> None:
+    boundaries = lloyd_max(head_dim).boundaries
+    scale, *coefficients = companding(boundaries)
+
+    def curve(y: np.ndarray) -> np.ndarray:
+        u = np.clip(scale * y, -0.5, 0.5)
+        return 8 + sum(c * u ** (2 * i + 1) for i, c in enumerate(coefficients))
+
+    # An error of the curve over its slope is one of the coordinate: here, of where the boundary seems to be.
+    step = 1e-6
+    slope = (curve(boundaries + step) - curve(boundaries - step)) / (2 * step)
+    assert (np.abs(curve(boundaries) - np.arange(1, 16)) / slope).max() < 5e-8
+    y = np.linspace(-1, 1, 40001)
+    assert (np.diff(curve(y)) >= 0).all()
+    # No other cell between boundaries or beyond them, and room for float32's rounding at the ends.
+    assert 0.1 < curve(y).min() < 1
+    assert 15 < curve(y).max() < 15.9
+    apart = np.abs(y[:, None] - boundaries).min(1) > 1e-7
+    assert (np.floor(curve(y))[apart] == np.searchsorted(boundaries, y)[apart]).all()

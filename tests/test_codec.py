@@ -145,9 +145,9 @@ def test_nan_and_inf_stay_visible_in_their_vector(randn: Randn, dtype: torch.dty
         x[i, i] = bad
     t = codec.compress(x)
     again = codec.decompress(t)
-    assert not t.norms[1::2].isfinite().any()
+    assert t.norms[1::2].isnan().all()
     assert (t.codes[1::2] == 0).all()  # arbitrary, but every implementation must agree
-    assert not again[1::2].isfinite().any()
+    assert again[1::2].isnan().all()
     assert torch.equal(again[::2], codec.decompress(codec.compress(clean))[::2])
 
 
@@ -255,7 +255,7 @@ def test_codec_properties() -> None:
     assert TQ4Codec(96).rotation_kind == "haar"
     assert TQ4Codec(128, rotation="haar").rotation_kind == "haar"
     moved = codec.to("meta")
-    assert {x.device.type for x in (moved.rotation, moved.centroids, moved.boundaries)} == {"meta"}
+    assert {x.device.type for x in (moved.rotation, moved.centroids, moved.boundaries, moved.companding)} == {"meta"}
     assert (moved.head_dim, moved.seed, moved.rotation_kind, moved.device.type) == (128, 5, "hadamard", "meta")
     assert codec.device.type == "cpu"
 

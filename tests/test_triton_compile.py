@@ -113,8 +113,8 @@ def compiled(target, monkeypatch):
     # Plans of compress and decompress depend on the device.
     properties = SimpleNamespace(shared_memory_per_block_optin=shared << 10, multi_processor_count=64)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    plan = compress._plan
-    monkeypatch.setattr(compress, "_plan", lambda *args: plan(*args[:-1], torch.device("cuda")))
+    plan = compress.plan_tiles
+    monkeypatch.setattr(compress, "plan_tiles", lambda *args, **kw: plan(*args[:-1], torch.device("cuda"), **kw))
     # Triton keeps kernels by device number: away from those of real devices.
     driver.set_active(_Device(GPUTarget(backend, arch, warp), 1000 + list(TARGETS).index(target)))
     yield kernels
@@ -189,7 +189,7 @@ def test_compress_and_decompress_fit(generator, target, compiled, dtype, head_di
     codec = TQ4Codec(head_dim, rotation=rotation)
     signs = rotation == "hadamard"
     x = torch.randn(1, 2, 64, head_dim, generator=generator).to(dtype)
-    codes, norms = compress(x, codec.rotation, codec.boundaries, signs)
+    codes, norms = compress(x, codec.rotation, codec.companding, signs)
     decompress(codes, norms, codec.centroids, codec.rotation, signs, dtype)
     assert [function for function, _ in compiled] == ["compress_kernel", "decompress_kernel"]
     check_shared_memory(target, compiled)

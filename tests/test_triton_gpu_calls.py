@@ -144,7 +144,7 @@ def test_compress_beyond_32_bits(compress, decompress, generator):
     tokens = 2**31 // 128 + 1000
     x = torch.zeros(tokens, 128, dtype=HALF, device="cuda")
     x[-1000:] = torch.randn(1000, 128, generator=generator).to(HALF)
-    codes, norms = compress(x, codec.rotation, codec.boundaries, True)
+    codes, norms = compress(x, codec.rotation, codec.companding, True)
     last = check_compress(compress, x[-1000:], codec)
     assert torch.equal(codes[-1000:], last[0])
     assert torch.equal(norms[-1000:], last[1])

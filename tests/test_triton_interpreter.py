@@ -158,7 +158,7 @@ def test_compress(interpreter, generator, dtype, head_dim, rotation):
     for layout in ("transposed", "odd"):
         check_compress(compress, lay_out(x, layout), codec)
     check_compress(compress, special_vectors(head_dim, dtype, generator), codec)
-    codes, norms = compress(x[:, :, :0], codec.rotation, codec.boundaries, False)
+    codes, norms = compress(x[:, :, :0], codec.rotation, codec.companding, False)
     assert codes.shape == (2, 2, 0, head_dim // 2)
     assert norms.shape == (2, 2, 0)
 

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from turboquant_vllm import ops  # noqa: F401  (registers the operators)
 from turboquant_vllm.checks import check_device, check_dtype, check_head_dim, check_packed, check_shape
-from turboquant_vllm.codebook import lloyd_max
+from turboquant_vllm.codebook import companding, lloyd_max
 from turboquant_vllm.rotation import RotationKind, haar, randomized_hadamard, rotation_kind
 
 __all__ = ["TQ4Codec", "TQ4Tensor"]
@@ -82,6 +82,7 @@ class TQ4Codec:
         rotation: float32 ``[head_dim, head_dim]``, orthogonal.
         centroids: float32 ``[16]``, ascending.
         boundaries: float32 ``[15]``, between neighbouring centroids.
+        companding: float32 ``[6]``, the same as a curve, for kernels: :func:`turboquant_vllm.codebook.companding`.
         rotation_kind: "hadamard" or "haar".
 
     Raises:
@@ -91,6 +92,7 @@ class TQ4Codec:
     rotation: torch.Tensor
     centroids: torch.Tensor
     boundaries: torch.Tensor
+    companding: torch.Tensor
     rotation_kind: RotationKind
 
     def __init__(
@@ -109,6 +111,7 @@ class TQ4Codec:
         self.rotation = matrix.to(device=device, copy=True)
         self.centroids = torch.tensor(book.centroids, dtype=torch.float32, device=device)
         self.boundaries = torch.tensor(book.boundaries, dtype=torch.float32, device=device)
+        self.companding = torch.tensor(companding(book.boundaries), dtype=torch.float32, device=device)
 
     def __repr__(self) -> str:
         return (
@@ -128,6 +131,7 @@ class TQ4Codec:
         other.rotation = self.rotation.to(device)
         other.centroids = self.centroids.to(device)
         other.boundaries = self.boundaries.to(device)
+        other.companding = self.companding.to(device)
         return other
 
     def compress(self, x: torch.Tensor) -> TQ4Tensor:
@@ -138,7 +142,7 @@ class TQ4Codec:
 
         Returns:
             codes uint8 ``[..., head_dim // 2]``, norms float32 ``[...]``; contiguous. The zero vector keeps norm 0 and
-            comes back as zeros; a vector with a NaN or Inf comes back with NaN or Inf.
+            comes back as zeros; a vector with a NaN or Inf has norm NaN and comes back as NaN.
 
         Raises:
             TypeError, ValueError: ``x`` has another dtype, last size or device.
@@ -146,7 +150,7 @@ class TQ4Codec:
         check_dtype("x", x, _FLOATS)
         check_shape("x", x, (*x.shape[:-1], self.head_dim) if x.dim() else ("...", self.head_dim))
         check_device("x", x, self.device, "the codec")
-        codes, norms = torch.ops.turboquant.compress(x, self.rotation, self.boundaries, self._signs)
+        codes, norms = torch.ops.turboquant.compress(x, *self.writing)
         return TQ4Tensor(codes, norms)
 
     def decompress(self, t: TQ4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -159,7 +163,7 @@ class TQ4Codec:
         if dtype not in _FLOATS:
             raise TypeError(f"dtype must be one of {_FLOATS}, got {dtype}")
         run = torch.ops.turboquant.decompress
-        return run(codes, norms, self.centroids, self.rotation, self._signs, dtype)
+        return run(codes, norms, self.centroids, self.rotation, self._hadamard, dtype)
 
     def save(self, path: str | os.PathLike[str], t: TQ4Tensor) -> None:
         """Write ``t`` with the rotation and levels that read it to a safetensors file, with a checksum.
@@ -216,8 +220,13 @@ class TQ4Codec:
         return TQ4Tensor(tensors["codes"].to(self.device), tensors["norms"].to(self.device))
 
     @property
-    def _signs(self) -> bool:
-        """Whether the rotation is signs over sqrt(head_dim), which kernels multiply by exactly in half precision."""
+    def writing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
+        """What operators that compress take after the vectors: rotation, boundaries, companding, and whether the rotation
+        is a Sylvester-Hadamard matrix times signs, which kernels multiply by exactly in half precision."""
+        return self.rotation, self.boundaries, self.companding, self._hadamard
+
+    @property
+    def _hadamard(self) -> bool:
         return self.rotation_kind == "hadamard"
 
     def _check(self, t: TQ4Tensor) -> TQ4Tensor:

@@ -79,13 +79,15 @@ def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[...,
     torch.library.register_autograd(f"turboquant::{name}", backward, lib=_LIBRARY)
 
 
-def _compress(x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor, signs: bool) -> Any:
+def _compress(
+    x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor, companding: torch.Tensor, hadamard: bool
+) -> Any:
     if triton_runs_on(x.device):
-        return _kernel("turboquant_vllm.triton.compress:compress")(x, rotation, boundaries, signs)
+        return _kernel("turboquant_vllm.triton.compress:compress")(x, rotation, companding, hadamard)
     return reference.compress(x, rotation, boundaries)
 
 
-def _compress_fake(x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor, signs: bool) -> Any:
+def _compress_fake(x: torch.Tensor, *args: Any) -> Any:
     codes = x.new_empty((*x.shape[:-1], x.shape[-1] // 2), dtype=torch.uint8)
     return codes, x.new_empty(x.shape[:-1], dtype=torch.float32)
 
@@ -95,12 +97,12 @@ def _decompress(
     norms: torch.Tensor,
     centroids: torch.Tensor,
     rotation: torch.Tensor,
-    signs: bool,
+    hadamard: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     if triton_runs_on(codes.device) and dtype != torch.float64:
         run = _kernel("turboquant_vllm.triton.compress:decompress")
-        return run(codes, norms, centroids, rotation, signs, dtype)
+        return run(codes, norms, centroids, rotation, hadamard, dtype)
     return reference.decompress(codes, norms, centroids, rotation, dtype)
 
 
@@ -109,7 +111,7 @@ def _decompress_fake(
     norms: torch.Tensor,
     centroids: torch.Tensor,
     rotation: torch.Tensor,
-    signs: bool,
+    hadamard: bool,
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return codes.new_empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=dtype)
@@ -132,13 +134,13 @@ def _attention_fake(q: torch.Tensor, *args: Any) -> Any:
 
 _define(
     "compress",
-    "(Tensor x, Tensor rotation, Tensor boundaries, bool signs) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor rotation, Tensor boundaries, Tensor companding, bool hadamard) -> (Tensor, Tensor)",
     _compress,
     _compress_fake,
 )
 _define(
     "decompress",
-    "(Tensor codes, Tensor norms, Tensor centroids, Tensor rotation, bool signs, ScalarType dtype) -> Tensor",
+    "(Tensor codes, Tensor norms, Tensor centroids, Tensor rotation, bool hadamard, ScalarType dtype) -> Tensor",
     _decompress,
     _decompress_fake,
 )

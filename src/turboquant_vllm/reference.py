@@ -28,8 +28,8 @@ def compress(x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor) 
         boundaries: float32 ``[15]``, ascending; code = number of boundaries below the coordinate.
 
     Returns:
-        codes uint8 ``[..., D // 2]`` and norms float32 ``[...]``. The zero vector has norm 0. A NaN or Inf anywhere in
-        a vector makes its norm NaN or Inf.
+        codes uint8 ``[..., D // 2]`` and norms float32 ``[...]``. The zero vector has norm 0. A vector with a NaN or Inf,
+        or too long for float32, has norm NaN: attention cannot overlook that, as it could a score of -Inf.
     """
     x = x.to(_compute_dtype(x))
     largest = x.abs().amax(-1, keepdim=True)
@@ -41,7 +41,8 @@ def compress(x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor) 
     # The cell of a NaN is arbitrary, but it is the same in every implementation.
     code = torch.bucketize(y.nan_to_num(nan=-1.0), boundaries.to(x.dtype)).to(torch.uint8)
     codes = code[..., 0::2] << 4 | code[..., 1::2]
-    return codes, (length / shift).squeeze(-1).float()
+    norms = (length / shift).squeeze(-1).float()
+    return codes, torch.where(norms.isfinite(), norms, float("nan"))
 
 
 def decompress(
