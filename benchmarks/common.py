@@ -92,7 +92,7 @@ def environment(**more: Any) -> dict[str, Any]:
     except (OSError, subprocess.CalledProcessError):
         pass
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,
