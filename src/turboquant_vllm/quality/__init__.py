@@ -1,5 +1,1 @@
-"""What a cache format does to a model: `turboquant verify`, and the parts that it and the benchmarks are made of."""
-
-from turboquant_vllm.quality.verify import verify
-
-__all__ = ["verify"]
+"""What a cache format does to a model: the parts that the demo, `turboquant verify` and the benchmarks are made of."""

@@ -18,7 +18,7 @@ import torch
 
 from turboquant_vllm.quality.formats import Format
 
-__all__ = ["ATTENTION_NAME", "LayerErrors", "Model", "cache_format"]
+__all__ = ["ATTENTION_NAME", "LayerErrors", "Model", "cache_format", "no_loading_bar"]
 
 ATTENTION_NAME = "turboquant_quality"
 
@@ -94,3 +94,17 @@ def cache_format(model: Model, cached: Format, errors: LayerErrors | None = None
     finally:
         model.set_attn_implementation(before)
         _format.reset(token)
+
+
+@contextmanager
+def no_loading_bar() -> Iterator[None]:
+    """Within the block, transformers loads models without a progress bar of its own."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
