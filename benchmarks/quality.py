@@ -1,8 +1,9 @@
 """Measure what cache formats do to trained models: the result files behind docs/quality.md.
 
-    PYTHONPATH=src python benchmarks/quality.py text MODEL --out benchmarks/results/quality-text-h200.json
-    PYTHONPATH=src python benchmarks/quality.py text demo --out benchmarks/results/quality-demo-h200.json
-    PYTHONPATH=src python benchmarks/quality.py recall MODEL --out benchmarks/results/quality-recall-h200.json
+    PYTHONPATH=src python benchmarks/quality.py text MODEL --out benchmarks/results/quality-text.json
+    PYTHONPATH=src python benchmarks/quality.py text demo --out benchmarks/results/quality-demo.json
+    PYTHONPATH=src python benchmarks/quality.py greedy demo --out benchmarks/results/quality-demo-greedy.json
+    PYTHONPATH=src python benchmarks/quality.py recall MODEL --out benchmarks/results/quality-recall.json
 
 MODEL is a folder that `quality_train_text.py` or `quality_train_recall.py` wrote; "demo" is the small model in the package,
 with a head dimension of 64. Each row of a result file is one format, named by its fields, and what was measured with it.
@@ -205,12 +206,12 @@ def measure_recall(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("text", "recall"))
+    parser.add_argument("what", choices=("text", "greedy", "recall"))
     parser.add_argument("model", help='folder, or "demo"')
     parser.add_argument("--out", type=Path, required=True, help="result file to write")
     parser.add_argument("--windows", type=int, default=16, help="held-out windows to read")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--greedy", type=int, default=512, help="tokens of the greedy continuations; 0: none")
+    parser.add_argument("--greedy", type=int, default=512, help="tokens of a greedy continuation")
     parser.add_argument("--answers", type=int, default=8192, help="queries at each length")
     parser.add_argument("--most-pairs", type=int, default=8192, help="pairs in the longest sequences")
     parser.add_argument("--seconds", type=float, default=600.0, help="no new format is begun after these")
@@ -220,23 +221,24 @@ def main() -> None:
     folder = DEMO if args.model == "demo" else Path(args.model)
     seeds = range(args.seeds)
     about: dict[str, Any] = {"what": args.what, "training": json.loads((folder / "training.json").read_text())}
-    if args.what == "text":
+    if args.what == "recall":
+        formats = list(recall_formats(seeds[:3]))
+        rows = measure_recall(folder, device, formats, args.most_pairs, args.answers, args.seconds)
+    else:
         model, windows = load_text(folder, device)
         layers, head_dim = model.config.num_hidden_layers, model.config.head_dim
         windows = spread(windows, args.windows)
         about |= {"windows": len(windows), "context": windows.shape[1] - 1, "head_dim": head_dim, "layers": layers}
-        rows = measure_text(model, windows, list(text_formats(layers, seeds, head_dim)), args.seconds)
-        print(f"exact perplexity {rows[0]['perplexity']:.4f}, {time.perf_counter() - start:.1f} s", flush=True)
         about["training"].pop("continuations", None)
-    else:
-        formats = list(recall_formats(seeds[:3]))
-        rows = measure_recall(folder, device, formats, args.most_pairs, args.answers, args.seconds)
+        if args.what == "greedy":
+            rows = measure_greedy(model, windows, [_BEST, _PLAIN, fp8, int4], args.greedy)
+        else:
+            rows = measure_text(model, windows, list(text_formats(layers, seeds, head_dim)), args.seconds)
+            print(f"exact perplexity {rows[0]['perplexity']:.4f}")
+    about["seconds"] = round(time.perf_counter() - start, 1)
     if not all(math.isfinite(row.get("perplexity", 0.0)) for row in rows):
         raise RuntimeError("perplexity: expected finite ones")
     write_results(args.out, environment(**about), rows)
-    if args.what == "text" and args.greedy:
-        rows += measure_greedy(model, windows, [_BEST, fp8, int4], args.greedy)
-        write_results(args.out, environment(**about), rows)
     print(f"{len(rows)} rows in {time.perf_counter() - start:.1f} s: {args.out}")
 
 
