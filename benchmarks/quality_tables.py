@@ -234,12 +234,12 @@ def draw(folder: Path) -> None:
     left.legend(fontsize=8)
     groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in load("recall")[1]:
-        if not row.get("outliers"):
-            groups[recall_name(row)][row["context"]].append(100 * row["accuracy"])
-    for name in ("exact", "TQ4", 'TQ4, scale "norm"', "int4", "fp8"):
+        groups[recall_name(row)][row["context"]].append(100 * row["accuracy"])
+    planted = ", 4 channels x 100"
+    for name, style in (("exact", "o-"), ("TQ4", "x-"), ("int4", "+-"), ("TQ4" + planted, "x--"), ("int4" + planted, "+--")):
         contexts = sorted(groups[name])
-        right.plot(contexts, [mean(groups[name][context]) for context in contexts], "o-", label=name, ms=3)
-    right.set(xlabel="context, tokens", ylabel="answers right, %", xscale="log", title="recall model, D = 128")
+        right.plot(contexts, [mean(groups[name][context]) for context in contexts], style, label=name)
+    right.set(xlabel="context, tokens", ylabel="answers right, %", xscale="log", title="recall model, D = 128", ylim=(0, 103))
     right.legend(fontsize=8)
     figure.savefig(folder / "quality.png", metadata={"Software": None})
 
