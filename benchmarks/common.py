@@ -84,15 +84,16 @@ def copy_bandwidth() -> float:
 
 
 def environment(**more: Any) -> dict[str, Any]:
-    """GPU, versions, date and git revision of this run; where there is no checkout, set TURBOQUANT_REVISION."""
-    revision = os.environ.get("TURBOQUANT_REVISION", "unknown")
-    try:
+    """GPU, versions, date and git revision of this run; TURBOQUANT_REVISION overrides the latter."""
+    revision = os.environ.get("TURBOQUANT_REVISION", "")
+    if not revision:
         command = ["git", "rev-parse", "HEAD"]
-        revision = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        pass
+        try:
+            revision = subprocess.run(command, capture_output=True, text=True, check=True, cwd=RESULTS).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            revision = "unknown"
     return {
-        "gpu": torch.cuda.get_device_name(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cuda": torch.version.cuda,

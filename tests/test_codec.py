@@ -251,7 +251,7 @@ def test_codec_properties() -> None:
     assert (codec.head_dim, codec.seed, codec.rotation_kind) == (128, 5, "hadamard")
     assert torch.equal(codec.centroids, torch.tensor(book.centroids).float())
     assert torch.equal(codec.boundaries, torch.tensor(book.boundaries).float())
-    assert repr(codec) == "TQ4Codec(head_dim=128, seed=5, rotation='hadamard', device='cpu')"
+    assert repr(codec) == "TQ4Codec(head_dim=128, seed=5, rotation='hadamard', scale='norm', device='cpu')"
     assert TQ4Codec(96).rotation_kind == "haar"
     assert TQ4Codec(128, rotation="haar").rotation_kind == "haar"
     moved = codec.to("meta")
@@ -276,6 +276,11 @@ def test_codecs_do_not_share_a_rotation() -> None:
         (lambda c: TQ4Codec(64, seed=1.0), TypeError, "seed must be an int, got float"),
         (lambda c: TQ4Codec(80, rotation="hadamard"), ValueError, "power of two, got head_dim=80"),
         (lambda c: TQ4Codec(64, rotation="none"), ValueError, "rotation must be 'auto', 'hadamard' or 'haar', got 'none'"),
+        (
+            lambda c: TQ4Codec(64, scale="mean"),
+            ValueError,
+            "scale must be one of 'norm', 'least_squares', 'unbiased', got 'mean'",
+        ),
         (lambda c: c.compress([1.0] * 64), TypeError, "x must be a torch.Tensor, got list"),
         (lambda c: c.compress(torch.zeros(64, dtype=torch.int32)), TypeError, "x must be .*float16.*, got torch.int32"),
         (lambda c: c.compress(torch.zeros(3, 62)), ValueError, r"x must have shape \[3, 64\], got \[3, 62\]"),

@@ -31,29 +31,14 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from turboquant_vllm.demo.text import END_OF_TEXT, Document, Split, encode, gather, windows
+from turboquant_vllm.demo.text import END_OF_TEXT, Split, encode, gather, train_tokenizer, windows
 
 CONTEXT = 1024
 VOCABULARY = 4096
 SEED = 1234
-
-
-def train_tokenizer(documents: list[Document]) -> Tokenizer:
-    """Byte-level BPE with `VOCABULARY` entries: any text can be encoded, and decodes to itself."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((document.text for document in documents), trainer)
-    return tokenizer
 
 
 def make_model(tokenizer: Tokenizer) -> LlamaForCausalLM:
@@ -249,7 +234,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_float32_matmul_precision("high")
     documents = gather(args.stdlib)
-    tokenizer = train_tokenizer(documents["train"])
+    tokenizer = train_tokenizer(documents["train"], VOCABULARY)
     tokens = {split: encode(found, tokenizer) for split, found in documents.items()}
     size = {split: sum(len(document.text.encode()) for document in found) for split, found in documents.items()}
     for split in documents:

@@ -1,4 +1,4 @@
-"""The command line: `turboquant info` and `turboquant demo`; needs the extra `cli`."""
+"""The command line: `turboquant info`, `turboquant demo` and `turboquant verify`; needs the extra `cli`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import torch
 
@@ -48,6 +48,7 @@ def _application() -> typer.Typer:
     )
     app.command()(info)
     app.command()(demo)
+    app.command()(verify)
     return app
 
 
@@ -90,6 +91,55 @@ def demo(
     except (ImportError, FileNotFoundError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
+
+
+def verify(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to read; default: Python's standard library.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens read at a time; default: the model's, at most 2048.")] = None,
+    windows: Annotated[int | None, typer.Option(help="How many times CONTEXT tokens to read.")] = None,
+    json_out: Annotated[Path | None, typer.Option("--json", help="File to write everything measured to.")] = None,
+    max_ppl_increase: Annotated[float, typer.Option(help="Largest acceptable increase of the perplexity, percent.")] = 1.0,
+    dense: Annotated[str, typer.Option(help="Layers to leave exact, such as 0,1,31.")] = "",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the codec's rotation.")] = 0,
+) -> None:
+    """Read a text with a model, its cache exact and in 4 bits, and say whether 4 bits are good enough.
+
+    Exit status: 0 if the perplexity rises by at most --max-ppl-increase, 1 if by more, 2 if nothing could be measured.
+    """
+    from turboquant_vllm.verify import report, run_verify
+
+    try:
+        layers = [int(name) for name in dense.split(",") if name.strip()]
+    except ValueError:
+        _fail(f"dense: expected numbers of layers between commas, got {dense!r}")
+    options = {} if windows is None else {"count": windows}
+    try:
+        with report.shown_progress() as progress:
+            figures = run_verify(
+                model,
+                text,
+                context,
+                max_ppl_increase=max_ppl_increase,
+                dense_layers=layers,
+                device=device,
+                seed=seed,
+                progress=progress,
+                **options,
+            )
+        if json_out is not None:
+            json_out.parent.mkdir(parents=True, exist_ok=True)
+            json_out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    except (ImportError, OSError, ValueError) as error:
+        _fail(str(error))
+    report.print_report(Console(markup=False, highlight=False), figures)
+    raise typer.Exit(0 if figures["passed"] else 1)
+
+
+def _fail(message: str) -> NoReturn:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(2)
 
 
 def _versions() -> dict[str, str | None]:

@@ -24,7 +24,9 @@ from turboquant_vllm.checks import check_device, check_dtype, check_head_dim, ch
 from turboquant_vllm.codebook import companding, lloyd_max
 from turboquant_vllm.rotation import RotationKind, haar, randomized_hadamard, rotation_kind
 
-__all__ = ["TQ4Codec", "TQ4Tensor"]
+__all__ = ["SCALES", "TQ4Codec", "TQ4Tensor"]
+
+SCALES = ("norm", "least_squares", "unbiased")
 
 _FORMAT = "turboquant-tq4"
 _VERSION = "1"
@@ -76,6 +78,10 @@ class TQ4Codec:
         head_dim: coordinates per vector, even and at least 16.
         seed: of the rotation, a non-negative int. Caches written with one seed cannot be read with another.
         rotation: "hadamard" (randomized Hadamard, powers of two only), "haar", or "auto" (the first that exists).
+        scale: what :meth:`compress` keeps in ``norms``, with y the rotated vector and c the levels of its codes: "norm"
+            the length |x|; "least_squares" <y, c> / <c, c>, which makes |x - x'| smallest; "unbiased" |x|^2 / <y, c>,
+            which makes <x, x'> = |x|^2, so that inner products are right on average. Any codec of the same seed and
+            rotation reads all three: keys and values may be written by two codecs that differ in this alone.
         device: where rotation and levels are kept; tensors to compress must be there too.
 
     Attributes:
@@ -84,6 +90,7 @@ class TQ4Codec:
         boundaries: float32 ``[15]``, between neighbouring centroids.
         companding: float32 ``[6]``, the same as a curve, for kernels: :func:`turboquant_vllm.codebook.companding`.
         rotation_kind: "hadamard" or "haar".
+        scale: as given.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
@@ -94,17 +101,27 @@ class TQ4Codec:
     boundaries: torch.Tensor
     companding: torch.Tensor
     rotation_kind: RotationKind
+    scale: str
 
     def __init__(
-        self, head_dim: int, *, seed: int = 0, rotation: str = "auto", device: torch.device | str | None = None
+        self,
+        head_dim: int,
+        *,
+        seed: int = 0,
+        rotation: str = "auto",
+        scale: str = "norm",
+        device: torch.device | str | None = None,
     ) -> None:
         check_head_dim(head_dim, minimum=16)
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise TypeError(f"seed must be an int, got {type(seed).__name__}")
         if seed < 0:
             raise ValueError(f"seed must not be negative, got {seed}")
+        if scale not in SCALES:
+            raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
         self.head_dim = head_dim
         self.seed = seed
+        self.scale = scale
         self.rotation_kind = rotation_kind(head_dim, rotation)
         matrix = (randomized_hadamard if self.rotation_kind == "hadamard" else haar)(head_dim, seed)
         book = lloyd_max(head_dim, 4)
@@ -116,7 +133,7 @@ class TQ4Codec:
     def __repr__(self) -> str:
         return (
             f"TQ4Codec(head_dim={self.head_dim}, seed={self.seed}, rotation={self.rotation_kind!r}, "
-            f"device={str(self.device)!r})"
+            f"scale={self.scale!r}, device={str(self.device)!r})"
         )
 
     @property
@@ -127,7 +144,7 @@ class TQ4Codec:
     def to(self, device: torch.device | str) -> TQ4Codec:
         """The same codec with its rotation and levels on another device."""
         other = object.__new__(TQ4Codec)
-        other.head_dim, other.seed, other.rotation_kind = self.head_dim, self.seed, self.rotation_kind
+        other.head_dim, other.seed, other.rotation_kind, other.scale = self.head_dim, self.seed, self.rotation_kind, self.scale
         other.rotation = self.rotation.to(device)
         other.centroids = self.centroids.to(device)
         other.boundaries = self.boundaries.to(device)
@@ -220,10 +237,10 @@ class TQ4Codec:
         return TQ4Tensor(tensors["codes"].to(self.device), tensors["norms"].to(self.device))
 
     @property
-    def writing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool]:
-        """What operators that compress take after the vectors: rotation, boundaries, companding, and whether the rotation
-        is a Sylvester-Hadamard matrix times signs, which kernels multiply by exactly in half precision."""
-        return self.rotation, self.boundaries, self.companding, self._hadamard
+    def writing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool, torch.Tensor, str]:
+        """What operators that compress take after the vectors: rotation, boundaries, companding, whether the rotation is
+        a Sylvester-Hadamard matrix times signs, which kernels multiply by exactly in half precision, centroids, and scale."""
+        return self.rotation, self.boundaries, self.companding, self._hadamard, self.centroids, self.scale
 
     @property
     def _hadamard(self) -> bool:

@@ -80,11 +80,17 @@ def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[...,
 
 
 def _compress(
-    x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor, companding: torch.Tensor, hadamard: bool
+    x: torch.Tensor,
+    rotation: torch.Tensor,
+    boundaries: torch.Tensor,
+    companding: torch.Tensor,
+    hadamard: bool,
+    centroids: torch.Tensor | None = None,
+    scale: str = "norm",
 ) -> Any:
-    if triton_runs_on(x.device):
+    if triton_runs_on(x.device) and scale == "norm":
         return _kernel("turboquant_vllm.triton.compress:compress")(x, rotation, companding, hadamard)
-    return reference.compress(x, rotation, boundaries)
+    return reference.compress(x, rotation, boundaries, centroids, scale)
 
 
 def _compress_fake(x: torch.Tensor, *args: Any) -> Any:
@@ -134,7 +140,8 @@ def _attention_fake(q: torch.Tensor, *args: Any) -> Any:
 
 _define(
     "compress",
-    "(Tensor x, Tensor rotation, Tensor boundaries, Tensor companding, bool hadamard) -> (Tensor, Tensor)",
+    "(Tensor x, Tensor rotation, Tensor boundaries, Tensor companding, bool hadamard, Tensor? centroids=None, "
+    "str scale='norm') -> (Tensor, Tensor)",
     _compress,
     _compress_fake,
 )

@@ -19,13 +19,24 @@ __all__ = ["attention", "compress", "decompress", "merge_attention_states", "unp
 _LARGE, _SMALL, _SHIFT = 1e15, 1e-15, 2.0**100
 
 
-def compress(x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise vectors: rotate ``x / |x|``, keep each coordinate's cell and the norm.
+def compress(
+    x: torch.Tensor,
+    rotation: torch.Tensor,
+    boundaries: torch.Tensor,
+    centroids: torch.Tensor | None = None,
+    scale: str = "norm",
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Quantise vectors: rotate ``x / |x|``, keep each coordinate's cell and one scale.
 
     Args:
         x: ``[..., D]``, any floating dtype.
         rotation: float32 ``[D, D]``, orthogonal.
         boundaries: float32 ``[15]``, ascending; code = number of boundaries below the coordinate.
+        centroids: float32 ``[16]``, the levels that will be read back, each in its own cell; needed by every scale but
+            "norm".
+        scale: what is kept in ``norms``, with y = x @ rotation.T and c the levels of its codes: "norm" keeps |x|,
+            "least_squares" <y, c> / <c, c>, which is nearest to x, and "unbiased" |x|^2 / <y, c>, whose inner product
+            with x is |x|^2.
 
     Returns:
         codes uint8 ``[..., D // 2]`` and norms float32 ``[...]``. The zero vector has norm 0. A vector with a NaN or Inf,
@@ -41,6 +52,14 @@ def compress(x: torch.Tensor, rotation: torch.Tensor, boundaries: torch.Tensor) 
     # The cell of a NaN is arbitrary, but it is the same in every implementation.
     code = torch.bucketize(y.nan_to_num(nan=-1.0), boundaries.to(x.dtype)).to(torch.uint8)
     codes = code[..., 0::2] << 4 | code[..., 1::2]
+    if scale != "norm":
+        assert centroids is not None
+        levels = centroids.to(x.dtype)[code.long()]
+        product = (y * levels).sum(-1, keepdim=True)  # positive, but for the zero vector
+        if scale == "least_squares":
+            length = length * product / levels.square().sum(-1, keepdim=True)
+        else:
+            length = length / torch.where(length == 0, 1.0, product)
     norms = (length / shift).squeeze(-1).float()
     return codes, torch.where(norms.isfinite(), norms, float("nan"))
 

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from turboquant_vllm import lloyd_max
 from turboquant_vllm.demo import text
 from turboquant_vllm.demo.attention import ATTENTION_NAME, Observer, register
+from turboquant_vllm.quality.attention import Model, no_loading_bar
+from turboquant_vllm.quality.measure import compare_windows, perplexity
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tokenizers import Tokenizer
-
-# A transformers LlamaForCausalLM, whose own annotations do not fit its calls.
-Model: TypeAlias = Any
 
 
 def load(folder: Path, device: torch.device) -> tuple[Tokenizer, Model, Model]:
@@ -39,25 +33,12 @@ def load(folder: Path, device: torch.device) -> tuple[Tokenizer, Model, Model]:
     register()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     models: list[Model] = []
-    with _no_loading_bar():
+    with no_loading_bar():
         for attention in ("sdpa", ATTENTION_NAME):
             model: Model = LlamaForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation=attention)
             models.append(model.to(device).eval())
     exact, quantised = models
     return Tokenizer.from_file(str(folder / "tokenizer.json")), exact, quantised
-
-
-@contextmanager
-def _no_loading_bar() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def held_out_windows(tokenizer: Tokenizer, length: int, count: int) -> torch.Tensor:
@@ -70,7 +51,6 @@ def held_out_windows(tokenizer: Tokenizer, length: int, count: int) -> torch.Ten
     return found[torch.linspace(0, len(found) - 1, min(count, len(found))).long()]
 
 
-@torch.inference_mode()
 def compare(
     exact: Model, quantised: Model, windows: torch.Tensor, advance: Callable[[], None]
 ) -> tuple[dict[str, Any], Observer]:
@@ -85,30 +65,25 @@ def compare(
         Figures by name, and the observer with the histograms of keys and values.
     """
     observer = Observer()
-    loss = {"exact": 0.0, "tq4": 0.0}
-    agreed = 0
-    for window in windows:
-        inputs, targets = window[None, :-1], window[1:]
-        exact_logits = exact(inputs, use_cache=False).logits[0].float()  # [length, vocabulary]
-        tq4_logits = quantised(inputs, use_cache=False, observer=observer).logits[0].float()
-        loss["exact"] += F.cross_entropy(exact_logits, targets, reduction="sum").item()
-        loss["tq4"] += F.cross_entropy(tq4_logits, targets, reduction="sum").item()
-        agreed += int((exact_logits.argmax(-1) == tq4_logits.argmax(-1)).sum())
-        advance()
-    count = windows[:, 1:].numel()
+    scores = compare_windows(
+        lambda ids: exact(ids, use_cache=False).logits,
+        lambda ids: quantised(ids, use_cache=False, observer=observer).logits,
+        windows.split(1),
+        advance,
+    )
+    count = scores.exact.numel()
     config = exact.config
     bf16 = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * torch.bfloat16.itemsize
     tq4 = observer.bytes / count
-    perplexity = {name: math.exp(total / count) for name, total in loss.items()}
     figures = {
         "windows": len(windows),
         "tokens": count,
         "head_dim": config.head_dim,
         "bytes_per_token": {"bf16": bf16, "tq4": tq4},
         "compression": bf16 / tq4,
-        "perplexity": perplexity,
-        "perplexity_change_percent": 100 * (perplexity["tq4"] / perplexity["exact"] - 1),
-        "argmax_agreement": agreed / count,
+        "perplexity": {"exact": perplexity(scores.exact), "tq4": perplexity(scores.other)},
+        "perplexity_change_percent": 100 * scores.increase,
+        "argmax_agreement": scores.agrees.float().mean().item(),
         "attention_error": observer.attention_error,
         "vector_error": {**observer.vector_error, "expected": config.head_dim * lloyd_max(config.head_dim, 4).mse},
     }

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def progress_bar(console: Console) -> Progress:
-    """A bar with counts and times that leaves no trace when it is done."""
+    """A bar with counts and times that leaves no trace when it is done, and none at all where there is no terminal."""
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -21,7 +21,9 @@ def progress_bar(console: Console) -> Progress:
     )
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True)
+    return Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal
+    )
 
 
 def print_report(console: Console, figures: dict[str, Any]) -> None:

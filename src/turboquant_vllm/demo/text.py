@@ -95,6 +95,23 @@ def _is_skipped(path: Path) -> bool:
     )
 
 
+def train_tokenizer(documents: Iterable[Document], vocabulary: int) -> Tokenizer:
+    """Byte-level BPE with `vocabulary` entries: any text can be encoded, and decodes to itself."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((document.text for document in documents), trainer)
+    return tokenizer
+
+
 def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> torch.Tensor:
     """Token ids of all documents in order, one end-of-text token before each: int64 `[tokens]`."""
     separator = tokenizer.token_to_id(END_OF_TEXT)

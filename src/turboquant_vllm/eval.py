@@ -1,0 +1,86 @@
+"""lm-eval over a 4-bit cache, log-likelihood tasks included; needs the extra `eval`.
+
+    python -m turboquant_vllm.eval --model turboquant --model_args pretrained=MODEL --tasks arc_easy --batch_size 8
+
+lm-eval's own model calls transformers without a cache where it scores log-likelihoods, so a cache given to it would change
+nothing there. :class:`TurboQuantLM` passes a fresh :class:`turboquant_vllm.hf.TurboQuantCache` in every call; all tokens,
+also those of the same call, are attended to as that cache returns them.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ModuleNotFoundError as error:
+    missing = str(error.name).split(".")[0]
+    raise ModuleNotFoundError(f"turboquant_vllm.eval needs {missing}: pip install turboquant-vllm[eval]") from error
+
+from turboquant_vllm.hf import TurboQuantCache
+
+__all__ = ["TurboQuantLM", "main"]
+
+
+@register_model("turboquant")
+class TurboQuantLM(HFLM):
+    """lm-eval's Hugging Face model with a cache in 4 bits.
+
+    Args:
+        seed: of the rotations.
+        skip_layers: layers to keep exact, ints or a string such as "0/1/31"; negative ones count from the end.
+        more: as lm-eval's ``HFLM``.
+
+    Raises:
+        ValueError: the model is no causal language model, or a layer is named that it does not have.
+    """
+
+    def __init__(self, *args: Any, seed: int = 0, skip_layers: str | int | list[int] = "", **more: Any) -> None:
+        super().__init__(*args, **more)
+        if self.backend != "causal":
+            raise ValueError(f"pretrained: expected a causal language model, got a {self.backend} one")
+        self._seed = int(seed)
+        self._skip_layers = _layers(skip_layers)
+        self._cache()  # a wrong argument fails here, not in the first call
+
+    def _cache(self) -> TurboQuantCache:
+        return TurboQuantCache(self.model.config, seed=self._seed, skip_layers=self._skip_layers, exact_prefill=False)
+
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits ``[batch, length, vocabulary]`` of token ids ``[batch, length]``, padded on the right."""
+        device, dtype = self.device.type, self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(device_type=device, dtype=dtype, enabled=dtype is not None):
+            logits: torch.Tensor = self.model(inps, past_key_values=self._cache(), use_cache=True).logits
+        return logits
+
+    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
+        written: torch.Tensor = super()._model_generate(context, max_length, stop, past_key_values=self._cache(), **options)
+        return written
+
+
+def _layers(skip_layers: str | int | list[int]) -> list[int]:
+    if isinstance(skip_layers, int):
+        return [skip_layers]
+    if not isinstance(skip_layers, str):
+        return list(skip_layers)
+    try:
+        return [int(name) for name in skip_layers.split("/") if name.strip()]
+    except ValueError:
+        raise ValueError(f"skip_layers: expected layer numbers between slashes, got {skip_layers!r}") from None
+
+
+def main() -> None:
+    """lm-eval's command line, with the model "turboquant" in it."""
+    from lm_eval.__main__ import cli_evaluate
+
+    sys.exit(cli_evaluate())
+
+
+if __name__ == "__main__":
+    main()
