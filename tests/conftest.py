@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
 import torch
+
+from triton_interpreter import Interpreter
 
 hypothesis.settings.register_profile("ci", max_examples=25, deadline=None, print_blob=True)
 hypothesis.settings.register_profile("thorough", max_examples=1000, deadline=None, print_blob=True)
@@ -40,3 +42,11 @@ def generator() -> torch.Generator:
 def randn(generator: torch.Generator) -> Callable[..., torch.Tensor]:
     """``randn(*shape)``: float32 Gaussian data from ``generator``."""
     return lambda *shape: torch.randn(shape, generator=generator)
+
+
+@pytest.fixture(scope="session")
+def interpreter() -> Iterator[Interpreter]:
+    """Triton's interpreter, in a process of its own."""
+    child = Interpreter()
+    yield child
+    child.close()

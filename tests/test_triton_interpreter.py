@@ -14,7 +14,6 @@ from attention_cases import LAYOUTS, check, check_gate, expected, lay_out, pytor
 from attention_contract import AttentionContract, check_causal_sizes
 from compression_checks import check_compress, check_decompress, special_vectors
 from mask_contract import MaskContract
-from triton_interpreter import Interpreter
 from turboquant_vllm import TQ4Codec
 
 VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
@@ -29,13 +28,6 @@ pytestmark = [
 HALF, FULL = torch.float16, torch.float32
 PACKED, PACKED_KEYS, PACKED_VALUES, DENSE = (True, True), (True, False), (False, True), (False, False)
 both_dtypes = pytest.mark.parametrize("dtype", [HALF, FULL], ids=["fp16", "fp32"])
-
-
-@pytest.fixture(scope="session")
-def interpreter():
-    child = Interpreter()
-    yield child
-    child.close()
 
 
 @pytest.fixture

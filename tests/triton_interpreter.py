@@ -41,7 +41,7 @@ class Interpreter:
 
 def _call(path: str, args: tuple[Any, ...], patch: dict[str, Any]) -> Any:
     function = _find(path)
-    assert importlib.import_module("turboquant_vllm.triton.launch").INTERPRETED
+    assert importlib.import_module("turboquant_vllm.triton.config").INTERPRETED
     with poisoned_memory(), contextlib.ExitStack() as stack:
         for target, value in patch.items():
             stack.enter_context(_patched(target, value))

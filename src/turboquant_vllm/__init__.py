@@ -11,6 +11,7 @@ from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.codebook import Codebook, lloyd_max
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.paged_attention import tq4_paged_attention
 from turboquant_vllm.reference import merge_attention_states
 
 __version__ = "2.0.0.dev0"
@@ -24,4 +25,5 @@ __all__ = [
     "lloyd_max",
     "merge_attention_states",
     "tq4_attention",
+    "tq4_paged_attention",
 ]

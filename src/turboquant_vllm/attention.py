@@ -157,10 +157,7 @@ def why_not(
     if backend == "cuda":
         return ops.why_not_cuda(device) or why_not_decode(dtype, shape.head_dim, shape.q_len * shape.group, operands, masks)
     if backend == "triton":
-        if not ops.has_triton():
-            return "the triton package is not installed"
-        if not ops.triton_runs_on(device):
-            return f"Triton does not run on {device.type} tensors here"
+        return ops.why_not_triton(device)
     return ""
 
 

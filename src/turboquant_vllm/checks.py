@@ -16,6 +16,7 @@ import torch
 __all__ = [
     "MAX_HEAD_DIM",
     "AttentionShape",
+    "PagedShape",
     "check_attention",
     "check_count",
     "check_dtype",
@@ -23,6 +24,8 @@ __all__ = [
     "check_levels",
     "check_masks",
     "check_packed",
+    "check_paged_attention",
+    "check_paged_contents",
     "check_rotation",
     "check_shape",
     "check_sm_scale",
@@ -44,6 +47,24 @@ class AttentionShape:
     q_len: int
     kv_len: int
     head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+
+@dataclass(frozen=True)
+class PagedShape:
+    """Sizes of one call over pages: ``q [total_tokens, num_heads, head_dim]`` and ``block_table [num_seqs, max_pages]``."""
+
+    total_tokens: int
+    num_seqs: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    max_pages: int
 
     @property
     def group(self) -> int:
@@ -225,6 +246,74 @@ def check_attention(
         if tensor is not None:
             check_device(name, tensor, q.device, "q")
     return AttentionShape(batch, num_heads, num_kv_heads, q_len, kv_len, head_dim), k_norms, v_norms
+
+
+def check_paged_attention(
+    q: torch.Tensor,
+    page_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    device: torch.device,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    out: torch.Tensor | None,
+) -> PagedShape:
+    """Check one attention call over a cache of such pages; tensors as in :func:`turboquant_vllm.tq4_paged_attention`.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+    check_dtype("q", q, QUERY_DTYPES)
+    check_shape("q", q, ("total_tokens", "num_heads", head_dim))
+    total_tokens, num_heads, _ = q.shape
+    if num_heads % num_kv_heads:
+        raise ValueError(f"q must have a multiple of the cache's {num_kv_heads} heads, got {num_heads}")
+    for name, tensor in (("block_table", block_table), ("seq_lens", seq_lens), ("cu_seqlens_q", cu_seqlens_q)):
+        check_dtype(name, tensor, (torch.int32,))
+        check_device(name, tensor, q.device, "q")
+    check_shape("block_table", block_table, ("num_seqs", "max_pages"))
+    num_seqs, max_pages = block_table.shape
+    check_shape("seq_lens", seq_lens, (num_seqs,))
+    check_shape("cu_seqlens_q", cu_seqlens_q, (num_seqs + 1,))
+    if device != q.device:
+        raise ValueError(f"cache must be on {q.device} like q, got {device}")
+    if out is not None:
+        check_dtype("out", out, (q.dtype,))
+        check_shape("out", out, q.shape)
+        check_device("out", out, q.device, "q")
+    return PagedShape(total_tokens, num_seqs, num_heads, num_kv_heads, head_dim, page_size, max_pages)
+
+
+def check_paged_contents(
+    shape: PagedShape,
+    num_pages: int,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int,
+    max_seq_len: int,
+) -> None:
+    """Check what the index tensors of a call over pages hold, which waits for the device.
+
+    Raises:
+        ValueError: naming the first entry that is wrong, what was expected and what came.
+    """
+    starts, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
+    table = block_table.tolist()
+    if starts[0] != 0:
+        raise ValueError(f"cu_seqlens_q[0] must be 0, got {starts[0]}")
+    longest = min(max_seq_len, shape.max_pages * shape.page_size)
+    for sequence, length in enumerate(lengths):
+        begin, end = starts[sequence], starts[sequence + 1]
+        if not 0 <= end - begin <= max_query_len or end > shape.total_tokens:
+            most = min(begin + max_query_len, shape.total_tokens)
+            raise ValueError(f"cu_seqlens_q[{sequence + 1}] must be from {begin} to {most}, got {end}")
+        if not 0 <= length <= longest:
+            raise ValueError(f"seq_lens[{sequence}] must be from 0 to {longest}, got {length}")
+        for column, page in enumerate(table[sequence][: -(-length // shape.page_size)]):
+            if not 0 <= page < num_pages:
+                raise ValueError(f"block_table[{sequence}, {column}] must be from 0 to {num_pages - 1}, got {page}")
 
 
 def why_not_decode(

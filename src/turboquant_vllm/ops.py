@@ -6,6 +6,7 @@ with ``torch.compile`` and importing this package load neither Triton nor a comp
     turboquant::compress            vectors -> codes, norms             Triton on a GPU, else the reference
     turboquant::decompress          codes, norms -> vectors             Triton on a GPU, else the reference
     turboquant::triton_attention    attention, packed or dense K and V  Triton
+    turboquant::triton_paged        attention over pages, into out      Triton
     turboquant::cuda_decode         attention of few rows, packed K, V  CUDA C++, compiled at first use
 """
 
@@ -22,7 +23,7 @@ from torch.library import Library
 
 from turboquant_vllm import reference
 
-__all__ = ["has_triton", "triton_runs_on", "why_not_cuda"]
+__all__ = ["has_triton", "triton_runs_on", "why_not_cuda", "why_not_triton"]
 
 _LIBRARY = Library("turboquant", "DEF")
 
@@ -46,6 +47,15 @@ def has_triton() -> bool:
 def triton_runs_on(device: torch.device) -> bool:
     """Whether Triton kernels run on tensors of ``device``."""
     return device.type in ("cuda", "xpu") and has_triton()
+
+
+def why_not_triton(device: torch.device) -> str:
+    """Why Triton kernels do not run on tensors of ``device``; empty where they do."""
+    if not has_triton():
+        return "the triton package is not installed"
+    if not triton_runs_on(device):
+        return f"Triton does not run on {device.type} tensors here"
+    return ""
 
 
 def why_not_cuda(device: torch.device) -> str:
@@ -72,6 +82,8 @@ def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[...,
     _LIBRARY.define(f"{name}{schema}")
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"turboquant::{name}", fake, lib=_LIBRARY)
+    if "!" in schema:
+        return  # what writes into its arguments can have no autograd rule
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"turboquant::{name} has no backward: a quantised cache is for inference")
@@ -127,6 +139,10 @@ def _triton_attention(*args: Any) -> Any:
     return _kernel("turboquant_vllm.triton.launch:attention")(*args)
 
 
+def _triton_paged(*args: Any) -> None:
+    _kernel("turboquant_vllm.triton.paged_attention:paged_attention")(*args)
+
+
 def _cuda_decode(*args: Any) -> Any:
     plain, masks = args[:9], args[9:]
     if any(mask is not None for mask in masks):
@@ -160,3 +176,11 @@ for _name, _run in (("triton_attention", _triton_attention), ("cuda_decode", _cu
         _run,
         _attention_fake,
     )
+_define(
+    "triton_paged",
+    "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
+    "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "
+    "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, bool skip_few=False) -> ()",
+    _triton_paged,
+    lambda *args: None,
+)

@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["attention", "compress", "decompress", "merge_attention_states", "unpack_codes"]
+from turboquant_vllm.paged import PagedTQ4Cache
+
+__all__ = ["attention", "compress", "decompress", "merge_attention_states", "paged_attention", "unpack_codes"]
 
 # Vectors outside this range are scaled by a power of two before their squares are summed, so that none over- or underflows.
 _LARGE, _SMALL, _SHIFT = 1e15, 1e-15, 2.0**100
@@ -176,6 +178,55 @@ def attention(
         out = out @ rotation.to(compute)
     lse = torch.where(seen, top + total.log(), float("-inf"))
     return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, num_heads, q_len)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    cache: PagedTQ4Cache,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    centroids: torch.Tensor,
+    rotation: torch.Tensor,
+    sm_scale: float,
+    causal: bool,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a batch of sequences over pages of packed keys and values, one sequence after the other.
+
+    Args:
+        q: ``[T, H_q, D]``, the query tokens of all sequences one after the other.
+        cache: the pages, ``H_kv`` key/value heads.
+        block_table: int32 ``[S, max_pages]``; token t of sequence s is in page ``block_table[s, t // page_size]``. An entry
+            that names no page is taken for the nearest that exists.
+        seq_lens: int32 ``[S]``, keys of each sequence, its query tokens among them; at most those that the table has room for.
+        cu_seqlens_q: int32 ``[S + 1]``; sequence s has the query tokens ``cu_seqlens_q[s] .. cu_seqlens_q[s + 1]``.
+        centroids, rotation, sm_scale, causal, sliding_window, softcap, sinks: as in :func:`attention`.
+
+    Returns:
+        out in q's dtype and shape, and lse ``[T, H_q]``; zeros and -inf for tokens of no sequence.
+    """
+    out = torch.zeros_like(q)
+    lse = torch.full(q.shape[:2], float("-inf"), dtype=_compute_dtype(q), device=q.device)
+    room = block_table.shape[1] * cache.page_size if cache.num_pages else 0
+    starts = cu_seqlens_q.clamp(0, q.shape[0]).tolist()
+    for sequence, length in enumerate(seq_lens.clamp(0, room).tolist()):
+        tokens = slice(starts[sequence], max(starts[sequence], starts[sequence + 1]))
+        used = block_table[sequence, : -(-length // cache.page_size)].long().clamp(0, max(cache.num_pages - 1, 0))
+
+        def gather(pages: torch.Tensor, used: torch.Tensor = used, length: int = length) -> torch.Tensor:
+            """``[num_pages, H_kv, page_size, ...]`` as ``[1, H_kv, length, ...]``."""
+            return pages[used].transpose(0, 1).flatten(1, 2)[None, :, :length]
+
+        k, k_norms, v, v_norms = (gather(x) for x in (cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms))
+        query = q[tokens].transpose(0, 1)[None]
+        some, some_lse = attention(
+            query, k, k_norms, v, v_norms, centroids, rotation, sm_scale, causal, sliding_window, softcap, sinks
+        )
+        out[tokens], lse[tokens] = some[0].transpose(0, 1), some_lse[0].T
+    return out, lse
 
 
 def merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -22,6 +22,16 @@ def _coordinate(index, D: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
+def _place(column, part: tl.constexpr, D: tl.constexpr, PARTS: tl.constexpr, ORDER: tl.constexpr):
+    """Where, in the order of ORDER parts, coordinate ``PARTS * column + part`` is."""
+    if ORDER == PARTS:
+        return part * (D // PARTS) + column
+    else:
+        coordinate = PARTS * column + part
+        return (coordinate % ORDER) * (D // ORDER) + coordinate // ORDER
+
+
+@triton.jit
 def _row_offset(row, group, stride_h, stride_n, head):
     """Offset of packed row ``row`` of key/value head ``head`` in a ``[H_q, N_q, D]`` tensor."""
     return (head * group + row % group) * stride_h + (row // group) * stride_n
@@ -81,19 +91,99 @@ def unpack_kernel(codes, norms, value_norms, centroids, out, tokens, capacity, n
     inverse = 1.0 / scale
     batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
     base = codes + batch * c_b + head * c_h
-    norm = load_norms(norms + batch * n_b + head * n_h, n_n, n, tokens, True) * scale  # [BN]
+    norm = load_norms(norms + batch * n_b + head * n_h + n * n_n, n, tokens, True) * scale  # [BN]
     if value_norms is not None:
-        partner = load_norms(value_norms + batch * v_b + head * v_h, v_n, n, tokens, True)  # [BN]
+        partner = load_norms(value_norms + batch * v_b + head * v_h + n * v_n, n, tokens, True)  # [BN]
         norm = tl.where(tl.abs(partner) < float("inf"), norm, 0.0 if VALUES else float("nan"))
     DTYPE: tl.constexpr = out.dtype.element_ty
     table = ()
     if PRMT:
         table = level_table(centroids, inverse, DTYPE)
-    parts = load_tile(base, c_n, c_d, n, tokens, columns, centroids, inverse, table, DP, COLUMNS, True, DTYPE, PRMT)
+    parts = load_tile(base + n * c_n, c_d, n, tokens, columns, (centroids, inverse, table), DP, COLUMNS, True, DTYPE, PRMT)
     target = out + (batch_head * capacity + n[:, None]) * (COLUMNS * PARTS) + columns[None, :]
     live = (n[:, None] < tokens) & (columns[None, :] < COLUMNS)
     for j in tl.static_range(PARTS):
         tl.store(target + j * COLUMNS, (parts[j].to(tl.float32) * norm[:, None]).to(DTYPE), mask=live)
+
+
+@triton.jit
+def attend_rows(start, stop, kv_len, offset, window, softcap, q, q_scale, source, row, rows, group, keys, values, pages,
+                num_pages, centroids, out, lse, target, D: tl.constexpr, Q_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
+                K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr, PAGE: tl.constexpr,
+                CAUSAL: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+                PRMT: tl.constexpr):  # fmt: skip
+    """Attend BM query rows of one key/value head to those of keys ``start .. stop`` that they see.
+
+    Rows ``row .. row + BM`` of the ``rows`` of a sequence are packed rows ``source`` of the queries, and go to rows
+    ``target`` of the result: float32 ``out``, normalised, in the values' basis, and ``lse`` in log2. Coordinates of q are in
+    the order of Q_PARTS parts, those of out of OUT_PARTS. With CAUSAL, query position i sees keys up to ``offset + i``, and
+    with a window the last of these. Other arguments as in :func:`turboquant_vllm.triton.tiles.attend`.
+    """
+    DTYPE: tl.constexpr = q.dtype.element_ty
+    WINDOW: tl.constexpr = window is not None
+    K_COLUMNS: tl.constexpr = D // K_PARTS
+    V_COLUMNS: tl.constexpr = D // V_PARTS
+    index = row + tl.arange(0, BM)  # [BM]
+    last = tl.zeros([BM], tl.int32) + (kv_len - 1)  # [BM]
+    whole = stop  # keys before this are seen by every row
+    if CAUSAL:
+        last = tl.minimum(last, offset + index // group)
+        stop = tl.minimum(stop, offset + (tl.minimum(row + BM, rows) - 1) // group + 1)
+        whole = tl.minimum(stop, offset + row // group + 1)
+    first, cut = last, start
+    if WINDOW:  # tiles before the window are skipped; those that it cuts, up to ``cut``, are masked
+        first = offset + index // group - window + 1
+        begin = start
+        start += tl.maximum(offset + row // group - window + 1 - begin, 0) // BN * BN
+        full = offset + (tl.minimum(row + BM, rows) - 1) // group - window + 1
+        cut = tl.minimum(begin + tl.cdiv(tl.maximum(full - begin, 0), BN) * BN, stop)
+    whole = cut + tl.maximum(whole - cut, 0) // BN * BN
+
+    row_scale = tl.load(q_scale + source, mask=index < rows, other=1.0)
+    columns = tl.arange(0, K_DP)
+    live = (per_row(index, SWAP) < rows) & (per_row(columns, not SWAP) < K_COLUMNS)
+    queries = ()
+    for j in tl.static_range(K_PARTS):
+        q_offsets = per_row(source * D, SWAP) + per_row(_place(columns, j, D, K_PARTS, Q_PARTS), not SWAP)  # [BM, K_DP]
+        queries = queries + (tl.load(q + q_offsets, mask=live, other=0.0),)
+
+    level_unit = 1.0
+    table = ()
+    if keys[4] is not None or values[4] is not None:
+        level_unit = level_scale(centroids)
+        if PRMT and (keys[0].dtype.element_ty.is_int() or values[0].dtype.element_ty.is_int()):
+            table = level_table(centroids, 1.0 / level_unit, DTYPE)
+    if keys[4] is not None:
+        row_scale *= level_unit
+    levels = (centroids, 1.0 / level_unit, table)
+
+    acc = ()
+    for _ in tl.static_range(V_PARTS):
+        acc = acc + (tl.zeros([V_DP, BM] if SWAP else [BM, V_DP], tl.float32),)
+    state = (tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), 1e-30, acc)
+    if WINDOW:
+        state = attend(
+            start, cut, kv_len, queries, row_scale, first, last, softcap, state, keys, values, pages, num_pages, levels,
+            K_COLUMNS, V_COLUMNS, K_DP, V_DP, K_PARTS, V_PARTS, PAGE, True, True, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
+    state = attend(
+        cut, whole, kv_len, queries, row_scale, first, last, softcap, state, keys, values, pages, num_pages, levels,
+        K_COLUMNS, V_COLUMNS, K_DP, V_DP, K_PARTS, V_PARTS, PAGE, False, False, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
+    state = attend(
+        whole, stop, kv_len, queries, row_scale, first, last, softcap, state, keys, values, pages, num_pages, levels,
+        K_COLUMNS, V_COLUMNS, K_DP, V_DP, K_PARTS, V_PARTS, PAGE, WINDOW, True, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
+    top, total, value_scale, acc = state
+
+    empty = total == 0.0
+    factor = 1.0 / tl.where(empty, 1.0, total)
+    if values[4] is not None:
+        factor = factor * value_scale * level_unit
+    v_columns = tl.arange(0, V_DP)
+    live = (per_row(index, SWAP) < rows) & (per_row(v_columns, not SWAP) < V_COLUMNS)
+    for j in tl.static_range(V_PARTS):
+        out_offsets = per_row(target * D, SWAP) + per_row(_place(v_columns, j, D, V_PARTS, OUT_PARTS), not SWAP)
+        tl.store(out + out_offsets, acc[j] * per_row(factor, SWAP), mask=live)
+    log = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
+    tl.store(lse + target, log, mask=index < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "kv_len", "offset", "split_len", "window", "kn_b", "kn_h", "vn_b", "vn_h"])
@@ -108,121 +198,50 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
     Writes float32 ``out [splits, batch * num_kv_heads, rows, D]``, normalised, in the values' basis and parts order, and
     ``lse [splits, batch * num_kv_heads, rows]`` in log2. ``softcap`` is in log2 too.
     """
-    WINDOW: tl.constexpr = window is not None
-    DTYPE: tl.constexpr = q.dtype.element_ty
-    tiles = tl.cdiv(rows, BM)
     # Causal work grows with the row: the longest tiles start first.
-    tile = tiles - 1 - tl.program_id(1)
+    first_row = (tl.cdiv(rows, BM) - 1 - tl.program_id(1)) * BM
     batch_head = tl.program_id(0).to(tl.int64)
     split = tl.program_id(2)
     batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
-
-    row = tile * BM + tl.arange(0, BM)  # [BM]
-    last = tl.zeros([BM], tl.int32) + (kv_len - 1)  # [BM]
-    # With CAUSAL, query position i sees keys up to offset + i.
     start = split * split_len
-    stop = tl.minimum(start + split_len, kv_len)
-    whole = stop  # keys before this are seen by every row
-    if CAUSAL:
-        last = tl.minimum(last, offset + row // group)
-        stop = tl.minimum(stop, offset + (tl.minimum(tile * BM + BM, rows) - 1) // group + 1)
-        whole = tl.minimum(stop, offset + tile * BM // group + 1)
-    first, head_stop = last, start
-    if WINDOW:  # tiles before the window are skipped; those that it cuts come first, masked
-        first = offset + row // group - window + 1
-        before = start
-        start += tl.maximum(offset + tile * BM // group - window + 1 - before, 0) // BN * BN
-        all_in = offset + (tl.minimum(tile * BM + BM, rows) - 1) // group - window + 1
-        head_stop = tl.minimum(before + tl.cdiv(tl.maximum(all_in - before, 0), BN) * BN, stop)
-    whole = head_stop + tl.maximum(whole - head_stop, 0) // BN * BN
-
-    K_COLUMNS: tl.constexpr = D // K_PARTS
-    V_COLUMNS: tl.constexpr = D // V_PARTS
-    row_scale = tl.load(q_scale + batch_head * rows + row, mask=row < rows, other=1.0)
-    columns = tl.arange(0, K_DP)
-    q_offsets = per_row((batch_head * rows + row) * D, SWAP) + per_row(columns, not SWAP)  # [BM, K_DP]
-    live = (per_row(row, SWAP) < rows) & (per_row(columns, not SWAP) < K_COLUMNS)
-    queries = ()
-    for j in tl.static_range(K_PARTS):
-        queries = queries + (tl.load(q + q_offsets + j * K_COLUMNS, mask=live, other=0.0),)  # [BM, K_DP]
-
-    level_unit = 1.0
-    table = ()
-    if k_norms is not None or v_norms is not None:
-        level_unit = level_scale(centroids)
-        if PRMT and (k.dtype.element_ty.is_int() or v.dtype.element_ty.is_int()):
-            table = level_table(centroids, 1.0 / level_unit, DTYPE)
-    k_base = k + batch * k_b + head * k_h
-    v_base = v + batch * v_b + head * v_h
+    row = first_row + tl.arange(0, BM)  # [BM]
     kn_base, vn_base = k_norms, v_norms
     if k_norms is not None:
-        row_scale *= level_unit
         kn_base = k_norms + batch * kn_b + head * kn_h
     if v_norms is not None:
         vn_base = v_norms + batch * vn_b + head * vn_h
-
-    top = tl.full([BM], float("-inf"), tl.float32)
-    total = tl.zeros([BM], tl.float32)
-    value_scale = 1e-30
-    acc = ()
-    for _ in tl.static_range(V_PARTS):
-        acc = acc + (tl.zeros([V_DP, BM] if SWAP else [BM, V_DP], tl.float32),)
-    if WINDOW:
-        top, total, value_scale, acc = attend(
-            start, head_stop, queries, row_scale, first, last, softcap, top, total, value_scale, acc, kv_len, k_base, k_n, k_d,
-            kn_base, kn_n, v_base, v_n, v_d, vn_base, vn_n, centroids, 1.0 / level_unit, table, K_COLUMNS, V_COLUMNS, K_DP,
-            V_DP, K_PARTS, V_PARTS, True, True, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
-    top, total, value_scale, acc = attend(
-        head_stop, whole, queries, row_scale, first, last, softcap, top, total, value_scale, acc, kv_len, k_base, k_n, k_d,
-        kn_base, kn_n, v_base, v_n, v_d, vn_base, vn_n, centroids, 1.0 / level_unit, table, K_COLUMNS, V_COLUMNS, K_DP, V_DP,
-        K_PARTS, V_PARTS, False, False, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
-    top, total, value_scale, acc = attend(
-        whole, stop, queries, row_scale, first, last, softcap, top, total, value_scale, acc, kv_len, k_base, k_n, k_d,
-        kn_base, kn_n, v_base, v_n, v_d, vn_base, vn_n, centroids, 1.0 / level_unit, table, K_COLUMNS, V_COLUMNS, K_DP, V_DP,
-        K_PARTS, V_PARTS, WINDOW, True, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
-
-    empty = total == 0.0
-    factor = 1.0 / tl.where(empty, 1.0, total)
-    if v_norms is not None:
-        factor = factor * value_scale * level_unit
-    target = (split.to(tl.int64) * tl.num_programs(0) + batch_head) * rows + row  # [BM]
-    v_columns = tl.arange(0, V_DP)
-    out_offsets = per_row(target * D, SWAP) + per_row(v_columns, not SWAP)
-    live = (per_row(row, SWAP) < rows) & (per_row(v_columns, not SWAP) < V_COLUMNS)
-    for j in tl.static_range(V_PARTS):
-        tl.store(out + out_offsets + j * V_COLUMNS, acc[j] * per_row(factor, SWAP), mask=live)
-    log = tl.where(empty, float("-inf"), top + tl.log2(tl.where(empty, 1.0, total)))
-    tl.store(lse + target, log, mask=row < rows)
+    attend_rows(
+        start, tl.minimum(start + split_len, kv_len), kv_len, offset, window, softcap, q, q_scale, batch_head * rows + row,
+        first_row, rows, group, (k + batch * k_b + head * k_h, k_n, k_d, 0, kn_base, kn_n, 0),
+        (v + batch * v_b + head * v_h, v_n, v_d, 0, vn_base, vn_n, 0), None, 0, centroids, out, lse,
+        (split.to(tl.int64) * tl.num_programs(0) + batch_head) * rows + row, D, K_PARTS, V_PARTS, K_PARTS, V_PARTS, K_DP,
+        V_DP, 0, CAUSAL, SWAP, BM, BN, STAGES, PRMT)  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["rows", "splits", "o_b", "o_h", "l_b", "l_h"])
-def merge_kernel(partial, partial_lse, sinks, rotation, out, lse, rows, splits, group, num_kv_heads, o_b, o_h, o_n, o_d, l_b,
-                 l_h, l_n, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
-                 UNROLL: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Merge the splits by their log-sum-exp, rotate back and unpack the rows to ``out [B, H_q, N_q, D]``, ``lse`` natural.
+@triton.jit
+def merge_rows(partial, partial_lse, at, step, splits, row, rows, sinks, rotation, out, o_d, lse, D: tl.constexpr,
+               DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr, UNROLL: tl.constexpr,
+               CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """Merge the splits of BM rows by their log-sum-exp, and rotate back.
 
-    ``sinks [H_q]`` are one more logit for each head, natural, whose value is zero; or None.
+    Split s of the rows is at rows ``at + s * step`` of ``partial`` and ``partial_lse`` (log2). ``out`` and ``lse`` are
+    pointers ``[BM]`` to where the rows go; ``sinks`` pointers ``[BM]`` to one more logit each (natural), or None. Only those
+    below ``rows`` of the rows ``row [BM]`` are read and written.
     """
-    row = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
-    batch_head = tl.program_id(0).to(tl.int64)
-    batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
+    live = row < rows
     index = tl.arange(0, DP)
-    live = (row[:, None] < rows) & (index[None, :] < D)
-    target = batch_head * rows + row  # [BM]
-    step = tl.num_programs(0).to(tl.int64) * rows
-
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     if sinks is not None:
-        top = tl.load(sinks + head * group + row % group) * 1.4426950408889634
+        top = tl.load(sinks, mask=live, other=float("-inf")) * 1.4426950408889634
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     acc = tl.zeros([BM, DP], tl.float32)
     for first in range(0, splits, UNROLL):
         for j in tl.static_range(UNROLL):  # loads of several splits in flight
-            at = (first + j) * step + target
+            source = (first + j) * step + at
             there = row < tl.where(first + j < splits, rows, 0)
-            log = tl.load(partial_lse + at, mask=there, other=float("-inf"))
-            x = tl.load(partial + at[:, None] * D + index[None, :], mask=there[:, None] & (index < D)[None, :], other=0.0)
+            log = tl.load(partial_lse + source, mask=there, other=float("-inf"))
+            x = tl.load(partial + source[:, None] * D + index[None, :], mask=there[:, None] & (index < D)[None, :], other=0.0)
             new_top = tl.maximum(top, log)
             anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
             keep = tl.exp2(top - anchor)
@@ -232,19 +251,36 @@ def merge_kernel(partial, partial_lse, sinks, rotation, out, lse, rows, splits, 
             top = new_top
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
-    row64 = row.to(tl.int64)
-    destination = out + batch * o_b + _row_offset(row64, group, o_h, o_n, head)
+    coordinate = _coordinate(index, D, PARTS)
     if ROTATE:
-        coordinate = _coordinate(index, D, PARTS)
         for first in tl.static_range(0, DP, CHUNK):
             outer = first + tl.arange(0, CHUNK)
             mask = (index[:, None] < D) & (outer[None, :] < D)
             matrix = tl.load(rotation + coordinate[:, None] * D + outer[None, :], mask=mask, other=0.0)  # [DP, CHUNK]
             x = rotate(acc, matrix, tl.zeros([BM, CHUNK], tl.float32), HALF) * (1 / LIFT)  # [BM, CHUNK]
-            mask = (row[:, None] < rows) & (outer[None, :] < D)
-            tl.store(destination[:, None] + outer.to(tl.int64)[None, :] * o_d, x.to(out.dtype.element_ty), mask=mask)
+            pointers = out[:, None] + outer.to(tl.int64)[None, :] * o_d
+            tl.store(pointers, x.to(out.dtype.element_ty), mask=live[:, None] & (outer[None, :] < D))
     else:
-        coordinate = _coordinate(index, D, PARTS).to(tl.int64)
-        tl.store(destination[:, None] + coordinate[None, :] * o_d, acc.to(out.dtype.element_ty), mask=live)
+        pointers = out[:, None] + coordinate.to(tl.int64)[None, :] * o_d
+        tl.store(pointers, acc.to(out.dtype.element_ty), mask=live[:, None] & (index[None, :] < D))
     log = tl.where(empty, float("-inf"), (top + tl.log2(tl.where(empty, 1.0, total))) * 0.6931471805599453)
-    tl.store(lse + batch * l_b + _row_offset(row64, group, l_h, l_n, head), log, mask=row < rows)
+    tl.store(lse, log, mask=live)
+
+
+@triton.jit(do_not_specialize=["rows", "splits", "o_b", "o_h", "l_b", "l_h"])
+def merge_kernel(partial, partial_lse, sinks, rotation, out, lse, rows, splits, group, num_kv_heads, o_b, o_h, o_n, o_d, l_b,
+                 l_h, l_n, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
+                 UNROLL: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+    """Merge the splits, rotate back and unpack the rows to ``out [B, H_q, N_q, D]`` and ``lse``; ``sinks [H_q]`` or None."""
+    row = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
+    batch_head = tl.program_id(0).to(tl.int64)
+    batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
+    row64 = row.to(tl.int64)
+    logits = None
+    if sinks is not None:
+        logits = sinks + head * group + row % group
+    merge_rows(
+        partial, partial_lse, batch_head * rows + row, tl.num_programs(0).to(tl.int64) * rows, splits, row, rows, logits,
+        rotation, out + batch * o_b + _row_offset(row64, group, o_h, o_n, head), o_d,
+        lse + batch * l_b + _row_offset(row64, group, l_h, l_n, head), D, DP, PARTS, ROTATE, BM, UNROLL, CHUNK,
+        HALF)  # fmt: skip

@@ -1,83 +1,26 @@
-"""Configurations, grids and workspaces: how one attention call becomes three kernel launches.
-
-The configuration is a small static table over the regime (few or many query rows), the head dimension and what is
-packed. Nothing is tuned at run time and nothing depends on a length, so a new length never compiles anything.
-"""
+"""Grids and workspaces: how one attention call becomes three kernel launches."""
 
 from __future__ import annotations
-
-import contextlib
-import math
-from dataclasses import dataclass
-from functools import cache
 
 import torch
 import triton
 
+from turboquant_vllm.triton.config import (
+    FEW_ROWS,
+    LOG2_E,
+    choose_config,
+    choose_parts,
+    device_guard,
+    padded,
+    split_length,
+    uses_prmt,
+)
 from turboquant_vllm.triton.kernels import attention_kernel, merge_kernel, query_kernel, unpack_kernel
 
-__all__ = ["INTERPRETED", "Config", "attention", "choose_config", "device_guard", "split_length", "uses_prmt"]
+__all__ = ["attention"]
 
-INTERPRETED: bool = triton.knobs.runtime.interpret
-_LOG2_E = 1 / math.log(2)
-# Up to this many packed rows (query tokens x heads of a group) keys are split over programs and looked up in place. With
-# more, each level would be looked up many times: slices of the cache are unpacked once, into a small scratch.
-_FEW_ROWS = 256
-_SPLITS, _MIN_SPLIT = 16, 256
 _SCRATCH_BYTES = 64 << 20
 _ELEMENT = {2: torch.uint8, 4: torch.int16}
-
-
-@dataclass(frozen=True)
-class Config:
-    """Compile-time choices of one regime: rows and keys per tile, warps, pipeline stages, orientation of the tiles."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    swap: bool = False
-
-
-def choose_config(rows: int, head_dim: int, itemsize: int, packed: bool, nvidia: bool) -> Config:
-    """The configuration for ``rows`` packed query rows of ``head_dim`` coordinates of ``itemsize`` bytes.
-
-    ``packed`` says that keys and values both are. Tiles fit 99 KiB of shared memory on NVIDIA's GPUs, 64 KiB elsewhere.
-    """
-    wide = head_dim > 128
-    if itemsize == 4:  # float32 products run without tensor cores: small tiles, for correctness rather than speed
-        return Config(16, 32, 4, 1)
-    if rows <= 16 and packed:
-        return Config(8 if rows <= 8 else 16, 16 if wide else 32, 1, 3, swap=True)
-    if rows <= 16:
-        return Config(16, 16 if wide else 32, 1, 3 if nvidia else 2)
-    if rows <= _FEW_ROWS:
-        return Config(32 if rows <= 32 else 64, 32, 2 if rows <= 32 else 4, 2 if wide else 3)
-    return Config(64, 32, 4, 2) if wide else Config(128, 64, 8, 3 if nvidia else 2)
-
-
-def split_length(rows: int, kv_len: int) -> int:
-    """Keys per split: a function of the call's own sequence, never of the batch, so that a batch changes no bits."""
-    if rows > _FEW_ROWS or kv_len <= _MIN_SPLIT:
-        return max(kv_len, 1)
-    return max(_MIN_SPLIT, triton.next_power_of_2(triton.cdiv(kv_len, _SPLITS)))
-
-
-@cache
-def uses_prmt(device_type: str) -> bool:
-    """Whether levels are looked up by NVIDIA's byte permute on this kind of device."""
-    return device_type == "cuda" and torch.version.hip is None and not INTERPRETED
-
-
-def device_guard(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Make ``device`` current while a kernel is launched; Triton launches on the current device."""
-    if device.type == "cuda":
-        return torch.cuda.device(device)
-    if device.type == "xpu":
-        return torch.xpu.device(device)
-    if INTERPRETED:
-        return contextlib.nullcontext()
-    raise RuntimeError(f"Triton kernels need tensors on a GPU, got {device} (or set TRITON_INTERPRET=1)")
 
 
 def attention(
@@ -110,7 +53,7 @@ def attention(
         k_norms, v_norms = (None if n is None else n[:, :, begin:] for n in (k_norms, v_norms))
     masks = (sliding_window, softcap, sinks)
     packed = k_norms is not None or v_norms is not None
-    unpack = packed and q.shape[1] // k.shape[1] * q.shape[2] > _FEW_ROWS
+    unpack = packed and q.shape[1] // k.shape[1] * q.shape[2] > FEW_ROWS
     # Slices are as long as one sequence's scratch allows, and sequences share a scratch that has room for more: how long
     # a slice is must not depend on the batch.
     room = _SCRATCH_BYTES // (2 * k.shape[1] * q.shape[3] * q.dtype.itemsize)
@@ -172,7 +115,7 @@ def _attention(
     partial = torch.empty((splits, heads, rows, head_dim), dtype=torch.float32, device=q.device)
     partial_lse = torch.empty((splits, heads, rows), dtype=torch.float32, device=q.device)
 
-    cap = None if softcap is None else softcap * _LOG2_E
+    cap = None if softcap is None else softcap * LOG2_E
     sinks = None if sinks is None else sinks.contiguous()
 
     many, wide = rows > 64, head_dim > 128
@@ -196,13 +139,13 @@ def _attention(
             queries, query_scale, k, norms[0], v, norms[1], centroids, partial[slot:], partial_lse[slot:], rows, count,
             kv_len - q_len - first, split_len, sliding_window, cap, group, num_kv_heads, *k.stride(),
             *_norm_strides(norms[0]), *v.stride(), *_norm_strides(norms[1]), D=head_dim, K_PARTS=k_parts, V_PARTS=v_parts,
-            K_DP=_padded(head_dim, k_parts), V_DP=_padded(head_dim, v_parts), CAUSAL=is_causal, SWAP=config.swap,
+            K_DP=padded(head_dim, k_parts), V_DP=padded(head_dim, v_parts), CAUSAL=is_causal, SWAP=config.swap,
             BM=config.block_m, BN=config.block_n, STAGES=config.num_stages, PRMT=prmt, num_warps=config.num_warps,
         )  # fmt: skip
 
     with device_guard(q.device):
         query_kernel[row_tiles](
-            q, rotation, queries, query_scale, rows, group, num_kv_heads, sm_scale * _LOG2_E, *q.stride(),
+            q, rotation, queries, query_scale, rows, group, num_kv_heads, sm_scale * LOG2_E, *q.stride(),
             PARTS=k_parts, ROTATE=k_norms is not None and not exact, **rotate,
         )  # fmt: skip
         if slice_len:
@@ -241,7 +184,7 @@ def _unpack(
     count = codes.shape[2]
     unpack_kernel[(batch * num_kv_heads, triton.cdiv(count, 32))](
         codes, norms, value_norms, centroids, scratch, count, capacity, num_kv_heads, *codes.stride(), *norms.stride(),
-        *_norm_strides(value_norms), VALUES=values, PARTS=parts, COLUMNS=head_dim // parts, DP=_padded(head_dim, parts),
+        *_norm_strides(value_norms), VALUES=values, PARTS=parts, COLUMNS=head_dim // parts, DP=padded(head_dim, parts),
         BN=32, PRMT=prmt,
     )  # fmt: skip
     return scratch
@@ -252,7 +195,7 @@ def _elements(x: torch.Tensor, packed: bool, widest: int) -> tuple[torch.Tensor,
     if not packed:
         return x, 1
     head_dim = 2 * x.shape[-1]
-    parts = min((p for p in (4, 2) if p <= widest and _fits(x, p)), key=lambda p: (p * _padded(head_dim, p), -p))
+    parts = choose_parts(head_dim, (parts for parts in (4, 2) if parts <= widest and _fits(x, parts)))
     return x.view(_ELEMENT[parts]), parts
 
 
@@ -263,11 +206,6 @@ def _fits(x: torch.Tensor, parts: int) -> bool:
         return True
     aligned = (x.data_ptr() | x.shape[-1]) % size == 0
     return aligned and x.stride(-1) == 1 and all(stride % size == 0 for stride in x.stride()[:-1])
-
-
-def _padded(head_dim: int, parts: int) -> int:
-    """Columns of one part of a tile: a power of two, at least the 16 that a matrix instruction contracts over."""
-    return max(16, triton.next_power_of_2(head_dim // parts))
 
 
 def _norm_strides(norms: torch.Tensor | None) -> tuple[int, ...]:

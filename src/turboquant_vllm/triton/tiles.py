@@ -1,9 +1,9 @@
 """Pieces that all attention kernels share: loading a tile of keys or values, and the online-softmax loop.
 
-Dense and packed operands differ in one place, ``load_tile``: it returns a tile as a tuple of *parts*, tensors ``[BN, DP]``
-that together hold the tile's ``D`` coordinates. A dense tile is one part. Part j of a packed tile holds coordinates
-``PARTS * w + j`` (see :mod:`turboquant_vllm.triton.levels`), so queries and accumulators are kept in the same order,
-and a product over D is a sum of products over parts.
+Operands differ in two places. ``locate`` finds their rows, in whole tensors or in pages. ``load_tile`` returns a tile as a
+tuple of *parts*, tensors ``[BN, DP]`` that together hold the tile's ``D`` coordinates. A dense tile is one part. Part j of
+a packed tile holds coordinates ``PARTS * w + j`` (see :mod:`turboquant_vllm.triton.levels`), so queries and accumulators
+are kept in the same order, and a product over D is a sum of products over parts.
 """
 
 from __future__ import annotations
@@ -15,10 +15,38 @@ from turboquant_vllm.triton.levels import look_up
 
 
 @triton.jit
-def load_tile(base, stride_n, stride_d, n, n_end, columns, centroids, inverse, table, DP: tl.constexpr,
-              COLUMNS: tl.constexpr, MASKED: tl.constexpr, DTYPE: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
-    """Rows ``n`` of keys or values as a tuple of parts ``[BN, DP]``; rows from ``n_end`` on, and padding, are zeros."""
-    pointers = base + n[:, None] * stride_n + columns[None, :] * stride_d  # [BN, DP]
+def find_keys(n0, n, n_end, pages, num_pages, PAGE: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr):
+    """The page (int64, of the tile or ``[BN]``) and the place in it (int64 ``[BN]``) of keys ``n = n0 .. n0 + BN``.
+
+    ``pages`` points to the sequence's row of the block table. An entry that names no page is taken for the nearest that
+    exists, so that nothing outside the pages is ever read.
+    """
+    if PAGE % BN == 0:  # tiles begin at multiples of BN
+        page = tl.load(pages + n0 // PAGE)
+    elif MASKED:
+        page = tl.load(pages + n // PAGE, mask=n < n_end, other=0)
+    else:
+        page = tl.load(pages + n // PAGE)
+    return tl.minimum(tl.maximum(page, 0), num_pages - 1).to(tl.int64), (n % PAGE).to(tl.int64)
+
+
+@triton.jit
+def locate(base, stride, page_stride, page, place):
+    """Pointers ``[BN]`` to rows of keys or values; ``page`` is None where they are in no pages."""
+    if page is not None:
+        base += page * page_stride
+    return base + place * stride
+
+
+@triton.jit
+def load_tile(rows, stride_d, n, n_end, columns, levels, DP: tl.constexpr, COLUMNS: tl.constexpr, MASKED: tl.constexpr,
+              DTYPE: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
+    """Keys or values ``n``, at pointers ``rows``, as a tuple of parts ``[BN, DP]``.
+
+    Those from ``n_end`` on, and padding, are zeros. ``levels`` is ``(centroids, inverse, table)`` of
+    :func:`turboquant_vllm.triton.levels.look_up`.
+    """
+    pointers = rows[:, None] + columns[None, :] * stride_d  # [BN, DP]
     if MASKED:
         mask = n[:, None] < n_end
         if DP != COLUMNS:
@@ -29,18 +57,18 @@ def load_tile(base, stride_n, stride_d, n, n_end, columns, centroids, inverse, t
     else:
         tile = tl.load(pointers)
     if tile.dtype.is_int():
-        return look_up(tile, centroids, inverse, table, DTYPE, PRMT)
+        return look_up(tile, levels[0], levels[1], levels[2], DTYPE, PRMT)
     else:
         return (tile.to(DTYPE),)
 
 
 @triton.jit
-def load_norms(base, stride_n, n, n_end, MASKED: tl.constexpr):
-    """Norms ``[BN]`` of rows ``n``; zero from ``n_end`` on."""
+def load_norms(pointers, n, n_end, MASKED: tl.constexpr):
+    """Norms ``[BN]`` of keys or values ``n``; zero from ``n_end`` on."""
     if MASKED:
-        return tl.load(base + n * stride_n, mask=n < n_end, other=0.0)
+        return tl.load(pointers, mask=n < n_end, other=0.0)
     else:
-        return tl.load(base + n * stride_n)
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -88,18 +116,20 @@ def product(a, b, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def attend(start, stop, q, row_scale, first, last, softcap, top, total, value_scale, acc, n_end,
-           k_base, k_stride_n, k_stride_d, k_norms, k_norms_stride, v_base, v_stride_n, v_stride_d, v_norms, v_norms_stride,
-           centroids, inverse, table,
-           K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr,
-           K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, SWAP: tl.constexpr,
+def attend(start, stop, n_end, q, row_scale, first, last, softcap, state, keys, values, pages, num_pages, levels,
+           K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr, K_PARTS: tl.constexpr,
+           V_PARTS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, SWAP: tl.constexpr,
            BN: tl.constexpr, STAGES: tl.constexpr, PRMT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """Take keys ``start .. stop`` into the running softmax of BM query rows: the loop of every attention kernel.
 
-    Scores are in units of ``row_scale`` (float32 ``[BM]``, in log2), which makes the queries fit half precision at no
-    cost: it multiplies inside the exponent. ``top`` is the largest so far, in log2. Values are in units of ``value_scale``,
-    the largest value norm so far, which makes the weights fit. ``last`` is the last key that each row sees, and with
-    WINDOW ``first`` the first; only MASKED steps look at them. ``softcap`` is None, or caps the scores, in log2.
+    ``state`` is ``(top, total, value_scale, acc)``, and so is the result. Scores are in units of ``row_scale`` (float32
+    ``[BM]``, in log2), which makes the queries fit half precision at no cost: it multiplies inside the exponent. ``top`` is
+    the largest so far, in log2. Values are in units of ``value_scale``, the largest value norm so far, which makes the
+    weights fit. ``last`` is the last key that each row sees, and with WINDOW ``first`` the first; only MASKED steps look at
+    them. ``softcap`` is None, or caps the scores, in log2.
+
+    ``keys`` and ``values`` are ``(base, stride, column stride, page stride, norms, norm stride, norm page stride)``, norms
+    None where they are dense. ``pages`` is None, or the sequence's row of the block table; pages have PAGE keys.
 
     SWAP turns every tile over: keys, then coordinates, take the long side of the matrix instruction, and query rows the
     short side of 8. That halves the work where a group has few heads. Shapes below are those without SWAP; ``q`` comes
@@ -107,6 +137,9 @@ def attend(start, stop, q, row_scale, first, last, softcap, top, total, value_sc
     """
     BM: tl.constexpr = row_scale.shape[0]
     KEYS: tl.constexpr = 0 if SWAP else 1  # the axis of keys in a tile of scores
+    top, total, value_scale, acc = state
+    k_base, k_stride, k_column, k_page, k_norms, kn_stride, kn_page = keys
+    v_base, v_stride, v_column, v_page, v_norms, vn_stride, vn_page = values
     unit = row_scale
     if softcap is not None:
         unit = tl.full([BM], 1.0, tl.float32)  # capped scores are in log2 already
@@ -114,14 +147,17 @@ def attend(start, stop, q, row_scale, first, last, softcap, top, total, value_sc
     v_columns = tl.arange(0, V_DP).to(tl.int64)
     for n0 in tl.range(start, stop, BN, num_stages=STAGES):
         n = n0 + tl.arange(0, BN)  # [BN]
-        n64 = n.to(tl.int64)
-        k = load_tile(k_base, k_stride_n, k_stride_d, n64, n_end, k_columns, centroids, inverse, table, K_DP, K_COLUMNS,
+        page, place = None, n.to(tl.int64)
+        if pages is not None:
+            page, place = find_keys(n0, n, n_end, pages, num_pages, PAGE, BN, MASKED)
+        k = load_tile(locate(k_base, k_stride, k_page, page, place), k_column, n, n_end, k_columns, levels, K_DP, K_COLUMNS,
                       MASKED, DTYPE, PRMT)  # fmt: skip
         score = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
         for j in tl.static_range(K_PARTS):
             score = product(q[j], tl.trans(k[j]), score, SWAP)
         if k_norms is not None:
-            score *= per_row(load_norms(k_norms, k_norms_stride, n64, n_end, MASKED), not SWAP)
+            norms = load_norms(locate(k_norms, kn_stride, kn_page, page, place), n, n_end, MASKED)  # [BN]
+            score *= per_row(norms, not SWAP)
         if softcap is not None:
             score = soft_cap(score * per_row(row_scale, SWAP), softcap, PRMT)
         if MASKED:
@@ -137,10 +173,10 @@ def attend(start, stop, q, row_scale, first, last, softcap, top, total, value_sc
         total = total * keep + tl.sum(p, KEYS)
         top = new_top
 
-        v = load_tile(v_base, v_stride_n, v_stride_d, n64, n_end, v_columns, centroids, inverse, table, V_DP, V_COLUMNS,
+        v = load_tile(locate(v_base, v_stride, v_page, page, place), v_column, n, n_end, v_columns, levels, V_DP, V_COLUMNS,
                       MASKED, DTYPE, PRMT)  # fmt: skip
         if v_norms is not None:
-            norms = load_norms(v_norms, v_norms_stride, n64, n_end, MASKED)  # [BN]
+            norms = load_norms(locate(v_norms, vn_stride, vn_page, page, place), n, n_end, MASKED)  # [BN]
             # NaN and Inf are left out here: they reach only the rows that see them, through the weight.
             largest = tl.max(tl.where(tl.abs(norms) < float("inf"), tl.abs(norms), 0.0), 0)
             new_scale = tl.maximum(value_scale, largest)

@@ -1,0 +1,181 @@
+"""The public function of attention over pages: check, choose a backend, call it."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal, overload
+
+import torch
+
+from turboquant_vllm import ops, reference
+from turboquant_vllm.attention import BACKENDS
+from turboquant_vllm.checks import (
+    PagedShape,
+    check_count,
+    check_masks,
+    check_paged_attention,
+    check_paged_contents,
+    check_sm_scale,
+)
+from turboquant_vllm.codec import TQ4Codec
+from turboquant_vllm.paged import PagedTQ4Cache
+
+__all__ = ["choose_paged_backend", "tq4_paged_attention", "why_not_paged"]
+
+
+@overload
+def tq4_paged_attention(
+    q: torch.Tensor,
+    cache: PagedTQ4Cache,
+    codec: TQ4Codec,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    causal: bool = True,
+    sm_scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: Literal[False] = False,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    backend: str = "auto",
+    out: torch.Tensor | None = None,
+) -> torch.Tensor: ...
+
+
+@overload
+def tq4_paged_attention(
+    q: torch.Tensor,
+    cache: PagedTQ4Cache,
+    codec: TQ4Codec,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    causal: bool = True,
+    sm_scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: Literal[True],
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    backend: str = "auto",
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+def tq4_paged_attention(
+    q: torch.Tensor,
+    cache: PagedTQ4Cache,
+    codec: TQ4Codec,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    causal: bool = True,
+    sm_scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    return_lse: bool = False,
+    max_query_len: int | None = None,
+    max_seq_len: int | None = None,
+    backend: str = "auto",
+    out: torch.Tensor | None = None,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of a batch of sequences over a paged cache: decode, prefill, continued prefixes, verification, in any order.
+
+    The new tokens' keys and values are in the cache already. Nothing waits for the GPU, and grids follow from shapes and from
+    ``max_query_len`` and ``max_seq_len`` alone: a CUDA graph may be replayed with other contents within these bounds.
+
+    Args:
+        q: ``[T, H_q, D]``, fp16, bf16 or fp32, any strides: the query tokens of all sequences one after the other.
+        cache: pages of D-dimensional vectors for H_kv heads, written with ``codec``; H_q a multiple of H_kv.
+        codec: gives the rotation and the levels; on q's device.
+        block_table: int32 ``[S, max_pages]``; token t of sequence s is in page ``block_table[s, t // page_size]``.
+        seq_lens: int32 ``[S]``, keys of each sequence, its query tokens among them.
+        cu_seqlens_q: int32 ``[S + 1]``, ascending from 0 to at most T; sequence s has the query tokens
+            ``cu_seqlens_q[s] .. cu_seqlens_q[s + 1]``, none if these are equal.
+        causal: query i of ``q_len`` sees keys ``0 .. seq_len - q_len + i`` of its sequence.
+        sm_scale, sliding_window, softcap, sinks: as in :func:`turboquant_vllm.tq4_attention`.
+        return_lse: also return the log-sum-exp.
+        max_query_len: no sequence has more query tokens; None means T.
+        max_seq_len: no sequence has more keys; None means ``max_pages * page_size``. The closer these two, the less is
+            launched in vain.
+        backend: "auto", "cuda", "triton" or "reference"; a named backend that cannot run raises and never falls back.
+        out: where the result goes, ``[T, H_q, D]`` in q's dtype, any strides.
+
+    Returns:
+        ``[T, H_q, D]`` in q's dtype, ``out`` if that was given; with ``return_lse`` also float32 ``[T, H_q]``, natural
+        logarithm. A query that sees no key gives zeros, and its sink or -inf. Rows from ``cu_seqlens_q[-1]`` on hold anything.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
+        RuntimeError: the named backend cannot run here.
+
+    The contents of ``block_table``, ``seq_lens`` and ``cu_seqlens_q`` are looked at only where the environment variable
+    ``TURBOQUANT_DEBUG`` is 1, which waits for the GPU: then an entry out of range raises ValueError. Otherwise such an entry
+    is taken for the nearest that is in range, so the result is of no use but nothing outside the tensors is read or written.
+    """
+    if not isinstance(cache, PagedTQ4Cache):
+        raise TypeError(f"cache must be a PagedTQ4Cache, got {type(cache).__name__}")
+    if not isinstance(codec, TQ4Codec):
+        raise TypeError(f"codec must be a TQ4Codec, got {type(codec).__name__}")
+    if codec.head_dim != cache.head_dim:
+        raise ValueError(f"codec must have the cache's head_dim {cache.head_dim}, got {codec.head_dim}")
+    shape = check_paged_attention(
+        q, cache.page_size, cache.num_kv_heads, cache.head_dim, cache.device, block_table, seq_lens, cu_seqlens_q, out
+    )
+    if codec.device != q.device:
+        raise ValueError(f"codec must be on {q.device} like q, got {codec.device}")
+    scale = check_sm_scale(sm_scale, shape.head_dim)
+    masks = check_masks(causal, sliding_window, softcap, sinks, shape.num_heads, q.device, causal_name="causal")
+    bounds = []
+    for name, bound, limit in (
+        ("max_query_len", max_query_len, shape.total_tokens),
+        ("max_seq_len", max_seq_len, shape.max_pages * shape.page_size),
+    ):
+        if bound is not None:
+            check_count(name, bound, 0)
+        bounds.append(limit if bound is None else min(bound, limit))
+    if not torch.compiler.is_compiling() and os.environ.get("TURBOQUANT_DEBUG") == "1":
+        check_paged_contents(shape, cache.num_pages, block_table, seq_lens, cu_seqlens_q, *bounds)
+    name, reason = choose_paged_backend(q, shape, backend)
+    if reason:
+        raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+
+    index = (block_table, seq_lens, cu_seqlens_q, codec.centroids, codec.rotation, scale, causal)
+    if name == "reference":
+        result, lse = reference.paged_attention(q, cache, *index, **masks)
+        out = result if out is None else out.copy_(result)
+    else:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+        pages = (cache.buffer, cache.page_size, cache.num_kv_heads)
+        torch.ops.turboquant.triton_paged(q, *pages, *index, *bounds, out, lse, **masks)
+    return (out, lse) if return_lse else out
+
+
+def choose_paged_backend(q: torch.Tensor, shape: PagedShape, backend: str = "auto") -> tuple[str, str]:
+    """The backend that serves a call over pages, and why it cannot (an empty string where it can).
+
+    Raises:
+        ValueError: ``backend`` is no backend's name.
+    """
+    if backend == "auto":
+        return next((name, "") for name in BACKENDS if not why_not_paged(name, q.device, q.dtype, shape))
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    return backend, why_not_paged(backend, q.device, q.dtype, shape)
+
+
+def why_not_paged(backend: str, device: torch.device, dtype: torch.dtype, shape: PagedShape) -> str:
+    """Why ``backend`` cannot serve such a call over pages; empty where it can."""
+    if backend == "cuda":
+        return "the CUDA kernels do not read pages"
+    if backend == "triton":
+        return ops.why_not_triton(device)
+    return ""

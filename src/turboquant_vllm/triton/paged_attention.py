@@ -1,0 +1,136 @@
+"""Paged attention: how one call over a mixed batch becomes a few kernel launches, whatever the batch holds.
+
+Every grid follows from sizes that are known on the host, so nothing waits for the GPU, and a captured graph can be replayed
+with other contents and lengths.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from turboquant_vllm.checks import DECODE_MAX_ROWS
+from turboquant_vllm.triton.config import (
+    LOG2_E,
+    MIN_SPLIT,
+    SPLITS,
+    Config,
+    choose_config,
+    choose_parts,
+    device_guard,
+    padded,
+    uses_prmt,
+)
+from turboquant_vllm.triton.kernels import query_kernel
+from turboquant_vllm.triton.paged_kernels import paged_attention_kernel, paged_merge_kernel
+
+__all__ = ["paged_attention"]
+
+
+def paged_attention(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    page_size: int,
+    num_kv_heads: int,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    centroids: torch.Tensor,
+    rotation: torch.Tensor,
+    sm_scale: float,
+    causal: bool,
+    max_query_len: int,
+    max_seq_len: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    skip_few: bool = False,
+) -> None:
+    """Fill ``out`` and ``lse``; arguments as :func:`turboquant_vllm.reference.paged_attention`, and checked.
+
+    Args:
+        max_query_len, max_seq_len: no sequence has more query tokens or keys.
+        skip_few: leave the sequences with at most :data:`turboquant_vllm.checks.DECODE_MAX_ROWS` query rows per key/value
+            head to another backend; their rows of ``out`` and ``lse`` are not touched.
+    """
+    total_tokens, num_heads, head_dim = q.shape
+    num_seqs, max_pages = block_table.shape
+    group = num_heads // num_kv_heads
+    max_rows = min(max_query_len, total_tokens) * group
+    if out.numel() == 0 or num_seqs == 0:
+        return
+    max_keys = min(max_seq_len, max_pages * page_size) if pages.shape[0] else 0
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
+    sinks = None if sinks is None else sinks.contiguous()
+    cap = None if softcap is None else softcap * LOG2_E
+    nvidia = uses_prmt(q.device.type)
+    # As in dense attention, float32 queries and results are rotated in float64 by PyTorch.
+    exact = q.dtype == torch.float32
+    if exact:
+        q = (q.double() @ rotation.double().T).float()
+    rotated = torch.empty_like(out) if exact else out
+
+    few_rows = min(max_rows, DECODE_MAX_ROWS)
+    few = choose_config(few_rows if few_rows <= 16 else min(group, 16), head_dim, q.dtype.itemsize, True, nvidia)
+    # One order of coordinates for all rows, that of the elements in which codes are read where rows are few.
+    order = choose_parts(head_dim, (4, 2))
+    rows = total_tokens * group
+    queries = torch.empty((num_kv_heads, rows, head_dim), dtype=q.dtype, device=q.device)
+    query_scale = torch.empty((num_kv_heads, rows), dtype=torch.float32, device=q.device)
+    width = max(16, triton.next_power_of_2(head_dim))
+    # The size of a chunk decides the order of a sum, so it may not depend on the batch.
+    rotate = {
+        "D": head_dim,
+        "DP": width,
+        "PARTS": order,
+        "ROTATE": not exact,
+        "CHUNK": min(32, width),
+        "HALF": nvidia and not exact,
+    }
+
+    def attend(config: Config, is_few: bool) -> None:
+        """Serve the sequences of one kind: attend, merge the splits, rotate back."""
+        tiles = triton.cdiv(few_rows, config.block_m) if is_few else 1
+        count = num_seqs * tiles if is_few else rows // config.block_m + num_seqs
+        splits, row_step, slots = 1, 0, rows
+        if is_few:
+            span = max_keys if sliding_window is None else min(max_keys, sliding_window + few_rows + 64)
+            splits = max(1, min(SPLITS, triton.cdiv(span, MIN_SPLIT)))
+            if num_seqs * few_rows < rows:
+                row_step, slots = few_rows, num_seqs * few_rows
+        partial = torch.empty((splits, num_kv_heads, slots, head_dim), dtype=torch.float32, device=q.device)
+        partial_lse = torch.empty((splits, num_kv_heads, slots), dtype=torch.float32, device=q.device)
+        kind = {"FEW": is_few, "FEW_ROWS": DECODE_MAX_ROWS, "SPLITS": SPLITS if is_few else 1, "MIN_SPLIT": MIN_SPLIT}
+        parts = order if config.swap or exact else 2
+        paged_attention_kernel[(count, num_kv_heads, splits)](
+            queries, query_scale, pages.view(torch.int16 if parts == 4 else torch.uint8), pages.view(torch.float32), centroids,
+            block_table, seq_lens, cu_seqlens_q, partial, partial_lse, total_tokens, num_seqs, pages.shape[0], max_keys,
+            pages.stride(0) // 16, block_table.stride(0), slots, row_step, tiles, sliding_window, cap, group, num_kv_heads,
+            D=head_dim, PAGE=page_size, Q_PARTS=order, PARTS=parts, DP=padded(head_dim, parts), CAUSAL=causal,
+            SWAP=config.swap, BM=config.block_m, BN=config.block_n, STAGES=config.num_stages, PRMT=nvidia and not exact,
+            num_warps=config.num_warps, **kind,
+        )  # fmt: skip
+        block = 16 if is_few else 64
+        tiles = triton.cdiv(few_rows, block) if is_few else 1
+        count = num_seqs * tiles if is_few else rows // block + num_seqs
+        paged_merge_kernel[(count, num_kv_heads)](
+            partial, partial_lse, sinks, rotation, seq_lens, cu_seqlens_q, rotated, lse, total_tokens, num_seqs, max_keys,
+            slots, row_step, tiles, sliding_window, group, num_kv_heads, *rotated.stride(), *lse.stride(), BM=block,
+            UNROLL=4 if is_few else 1, num_warps=4 if is_few and head_dim <= 128 else 8, **kind, **rotate,
+        )  # fmt: skip
+
+    with device_guard(q.device):
+        block = 16 if rows <= 64 else 64
+        query_kernel[(num_kv_heads, triton.cdiv(rows, block))](
+            q, rotation, queries, query_scale, rows, group, num_kv_heads, sm_scale * LOG2_E, 0, q.stride(1), q.stride(0),
+            q.stride(2), BM=block, num_warps=4 if block == 16 and head_dim <= 128 else 8, **rotate,
+        )  # fmt: skip
+        if not skip_few:
+            attend(few, True)
+        if max_rows > DECODE_MAX_ROWS:
+            attend(choose_config(2 * DECODE_MAX_ROWS, head_dim, q.dtype.itemsize, True, nvidia), False)
+    if exact:
+        out.copy_(rotated.double() @ rotation.double())

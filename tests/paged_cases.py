@@ -1,0 +1,173 @@
+"""Random batches over paged caches, and what each of their sequences is alone: for the tests of every backend.
+
+A backend under test is a function ``run(batch) -> (out, lse)``, see :class:`Batch`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from attention_cases import Case, check, levels_and_rotation
+from turboquant_vllm import PagedTQ4Cache, reference
+
+Run = Callable[["Batch"], tuple[torch.Tensor, torch.Tensor]]
+HALF, FULL = torch.float16, torch.float32
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One call over pages, and the sequences that its pages hold: codes and norms ``[1, H_kv, N_kv, ...]`` each."""
+
+    q: torch.Tensor
+    cache: PagedTQ4Cache
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    centroids: torch.Tensor
+    rotation: torch.Tensor
+    sm_scale: float
+    sequences: list[dict[str, torch.Tensor]]
+    causal: bool = True
+    sliding_window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+    def replace(self, **changes: Any) -> Batch:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def masks(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("sliding_window", "softcap", "sinks")}
+
+    @property
+    def tokens(self) -> list[slice]:
+        """Each sequence's query tokens."""
+        starts = self.cu_seqlens_q.tolist()
+        return [slice(begin, end) for begin, end in itertools.pairwise(starts)]
+
+    def alone(self, index: int) -> Case:
+        """One sequence as a call of dense attention."""
+        q = self.q[self.tokens[index]].transpose(0, 1)[None]
+        return Case(q=q, **self.sequences[index], **self.shared, is_causal=self.causal)
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        return {"centroids": self.centroids, "rotation": self.rotation, "sm_scale": self.sm_scale, **self.masks}
+
+    def only(self, index: int) -> Batch:
+        """A batch of one of the sequences, in the same pages."""
+        length = self.q[self.tokens[index]].shape[0]
+        return self.replace(
+            q=self.q[self.tokens[index]],
+            block_table=self.block_table[index : index + 1],
+            seq_lens=self.seq_lens[index : index + 1],
+            cu_seqlens_q=torch.tensor([0, length], dtype=torch.int32, device=self.q.device),
+            sequences=self.sequences[index : index + 1],
+        )
+
+
+def random_batch(
+    generator: torch.Generator,
+    lengths: Sequence[tuple[int, int]],
+    *,
+    dtype: torch.dtype,
+    device: str | torch.device = "cpu",
+    num_kv_heads: int = 2,
+    group: int = 2,
+    head_dim: int = 64,
+    page_size: int = 16,
+    spare_tokens: int = 0,
+    **options: Any,
+) -> Batch:
+    """Sequences of ``lengths`` (query tokens, keys), scattered over pages whose unused slots and gaps are poison.
+
+    Entries of the block table that no sequence uses name no page, and ``spare_tokens`` query tokens belong to none.
+    """
+    used = [-(-keys // page_size) for _, keys in lengths]
+    num_pages = sum(used) + 3
+    width = PagedTQ4Cache.page_bytes(page_size, num_kv_heads, head_dim)
+    # All bits set: NaN as a norm, the last level as a code.
+    memory = torch.full((num_pages, width + 48), 255, dtype=torch.uint8, device=device)
+    cache = PagedTQ4Cache(memory[:, 16:-32], page_size, num_kv_heads, head_dim)
+    assert cache.k_norms.isnan().all()
+    pages = torch.randperm(num_pages, generator=generator).tolist()
+    table = torch.randint(-(2**31), 2**31, (len(lengths), max(used, default=0) + 2), generator=generator).int().to(device)
+    table = torch.where((table >= 0) & (table < num_pages), -1, table)
+    sequences = []
+    for index, (_, keys) in enumerate(lengths):
+        own, pages = pages[: used[index]], pages[used[index] :]
+        table[index, : used[index]] = torch.tensor(own, dtype=torch.int32)
+        rows = (num_kv_heads, keys)
+        sequence = {}
+        for name, view in zip(("k", "k_norms", "v", "v_norms"), _views(cache), strict=True):
+            if name.endswith("norms"):
+                x = math.sqrt(head_dim) * torch.exp(0.3 * torch.randn(rows, generator=generator))
+            else:
+                x = torch.randint(256, (*rows, head_dim // 2), generator=generator, dtype=torch.uint8)
+            x = x.to(device)
+            for number, page in enumerate(own):
+                some = x[:, number * page_size : (number + 1) * page_size]
+                view[page, :, : some.shape[1]] = some
+            sequence[name] = x[None]
+        sequences.append(sequence)
+    starts = [0]
+    for tokens, _ in lengths:
+        starts.append(starts[-1] + tokens)
+    q = torch.randn(starts[-1] + spare_tokens, num_kv_heads * group, head_dim, generator=generator).to(device, dtype)
+    centroids, rotation = levels_and_rotation(head_dim, device)
+    return Batch(
+        q=q,
+        cache=cache,
+        block_table=table,
+        seq_lens=torch.tensor([keys for _, keys in lengths], dtype=torch.int32, device=device),
+        cu_seqlens_q=torch.tensor(starts, dtype=torch.int32, device=device),
+        centroids=centroids,
+        rotation=rotation,
+        sm_scale=1 / math.sqrt(head_dim),
+        sequences=sequences,
+        **options,
+    )
+
+
+def _views(cache: PagedTQ4Cache) -> tuple[torch.Tensor, ...]:
+    return cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms
+
+
+def check_batch(run: Run, batch: Batch, *, gate: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a batch and compare each sequence with what it is alone in float64; ``gate`` as in :func:`attention_cases.check`."""
+    out, lse = run(batch)
+    assert (out.shape, out.dtype) == (batch.q.shape, batch.q.dtype)
+    assert (lse.shape, lse.dtype) == (batch.q.shape[:2], torch.float32)
+    for index, tokens in enumerate(batch.tokens):
+        if tokens.start < tokens.stop:
+            check_sequence(batch.alone(index), out[tokens], lse[tokens], gate=gate)
+    return out, lse
+
+
+def check_sequence(case: Case, out: torch.Tensor, lse: torch.Tensor, *, gate: bool = True) -> None:
+    """The rows ``[tokens, H_q, ...]`` that a batch gave for one of its sequences are right."""
+    check(lambda *_: (out.transpose(0, 1)[None], lse.T[None]), case, gate=gate)
+
+
+def run_reference(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    return reference.paged_attention(*arguments(batch), **batch.masks)
+
+
+def arguments(batch: Batch) -> tuple[Any, ...]:
+    """Those of :func:`turboquant_vllm.reference.paged_attention`, without masks."""
+    index = (batch.block_table, batch.seq_lens, batch.cu_seqlens_q)
+    return (batch.q, batch.cache, *index, batch.centroids, batch.rotation, batch.sm_scale, batch.causal)
+
+
+def operator_arguments(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> tuple[Any, ...]:
+    """Those of ``turboquant::triton_paged``, with the bounds that the shapes give."""
+    q, cache, *rest = arguments(batch)
+    bounds = (q.shape[0], batch.block_table.shape[1] * cache.page_size)
+    return (q, cache.buffer, cache.page_size, cache.num_kv_heads, *rest, *bounds, out, lse, *batch.masks.values())

@@ -1,0 +1,92 @@
+"""Triton's paged kernels in its interpreter: float32 and float16 (the interpreter rounds bfloat16 wrongly)."""
+
+from __future__ import annotations
+
+from importlib import metadata
+
+import hypothesis
+import pytest
+import torch
+from hypothesis import strategies as st
+from packaging.version import Version
+
+from paged_cases import check_batch, operator_arguments, random_batch
+from paged_contract import PagedContract
+
+VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
+pytestmark = [
+    pytest.mark.triton_interpreter,
+    pytest.mark.skipif(
+        VERSIONS["triton"] < Version("3.7") and VERSIONS["numpy"] >= Version("2.4"),
+        reason="the interpreter of Triton 3.6 needs numpy < 2.4",
+    ),
+]
+
+HALF, FULL = torch.float16, torch.float32
+SETTINGS = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+
+@pytest.fixture
+def run(interpreter):
+    def call(batch, **options):
+        out = torch.full_like(batch.q, float("nan"), memory_format=torch.contiguous_format)
+        lse = torch.full(batch.q.shape[:2], float("nan"))
+        path = "triton.paged_attention:paged_attention"
+        interpreter.call(path, *operator_arguments(batch, out, lse), *options.values())  # fills out and lse, which it shares
+        return out, lse
+
+    return call
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=["fp16", "fp32"])
+class TestContract(PagedContract):
+    pass
+
+
+@hypothesis.given(data=st.data())
+@SETTINGS
+def test_any_batch(run, data):
+    draw = data.draw
+    lengths = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 60)), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    sizes = {
+        "dtype": draw(st.sampled_from([HALF, FULL])),
+        "num_kv_heads": draw(st.integers(1, 2)),
+        "group": draw(st.integers(1, 5)),
+        "head_dim": 16 * draw(st.integers(1, 6)),
+        "page_size": draw(st.sampled_from([16, 32, 48, 64])),
+        "spare_tokens": draw(st.integers(0, 3)),
+        "sliding_window": draw(st.none() | st.integers(1, 50)),
+        "softcap": draw(st.none() | st.floats(0.5, 50)),
+    }
+    batch = random_batch(generator, lengths, **sizes)
+    if draw(st.booleans()):
+        batch = batch.replace(sinks=torch.randn(batch.q.shape[1], generator=generator))
+    # Against a table of tolerances: PyTorch's luck on a handful of numbers is no measure.
+    check_batch(run, batch, gate=False)
+
+
+@pytest.mark.parametrize("group", [4, 20, 40])
+def test_rows_of_the_others_are_left_alone(run, generator, group):
+    batch = random_batch(generator, [(1, 40), (9, 9), (2, 30)], dtype=HALF, num_kv_heads=1, group=group)
+    out, lse = run(batch, skip_few=True)
+    whole, whole_lse = run(batch)
+    for tokens in batch.tokens:
+        if (tokens.stop - tokens.start) * group <= 32:
+            assert out[tokens].isnan().all()
+            assert lse[tokens].isnan().all()
+        else:
+            assert torch.equal(out[tokens], whole[tokens])
+            assert torch.equal(lse[tokens], whole_lse[tokens])
+
+
+def test_tokens_of_no_sequence_are_left_alone(run, generator):
+    batch = random_batch(generator, [(1, 40), (40, 40)], dtype=HALF, spare_tokens=3)
+    out, lse = run(batch)
+    assert out[41:].isnan().all()
+    assert lse[41:].isnan().all()
