@@ -1,8 +1,8 @@
 """One small call of every variant of the native decode, for NVIDIA's compute-sanitizer:
 
-    for tool in memcheck racecheck initcheck synccheck; do
-        compute-sanitizer --tool $tool --kernel-name kernel_substring=tq4 python benchmarks/sanitize.py
-    done
+for tool in memcheck racecheck initcheck synccheck; do
+    compute-sanitizer --tool $tool --kernel-name kernel_substring=tq4 python benchmarks/sanitize.py
+done
 """
 
 from __future__ import annotations
