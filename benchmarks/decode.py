@@ -1,5 +1,8 @@
 """Time of the native decode against PyTorch's best dense attention: `python benchmarks/decode.py [--out FOLDER]`.
 
+`--contexts` measures whole calls over context lengths instead (`benchmarks/plot_decode.py` draws them), `--once` runs each
+case once and measures nothing, for a profiler.
+
 Scope "kernel": the first kernel alone, attending with queries that were rotated before, without joining and rotating back.
 Scope "call": the whole operator. Both sides run in CUDA graphs, in the same dtype, with a cold L2. Each case is checked
 against float64 before it is timed.
@@ -63,6 +66,9 @@ CASES = [
 ]
 
 
+CONTEXTS = [Case(f"batch{b}", b, 32, 8, 1024 << i) for b, steps in ((1, 9), (16, 7)) for i in range(steps)]
+
+
 def arguments(case: Case) -> tuple[Any, ...]:
     """Random arguments of the operator."""
     rows = (case.batch, case.num_kv_heads, case.kv_len)
@@ -95,8 +101,8 @@ def check(args: tuple[Any, ...]) -> float:
     return worst
 
 
-def measure(case: Case, bandwidth: float, rep: int) -> list[dict[str, Any]]:
-    """Both rows of one case."""
+def measure(case: Case, bandwidth: float, rep: int, scopes: tuple[str, ...] = ("kernel", "call")) -> list[dict[str, Any]]:
+    """One row for each scope."""
     args = arguments(case)
     error = check(args)
     out, lse = torch.empty_like(args[0]), torch.empty(args[0].shape[:-1], device="cuda")
@@ -105,14 +111,14 @@ def measure(case: Case, bandwidth: float, rep: int) -> list[dict[str, Any]]:
         "kernel": graphed(attend),
         "call": graphed(lambda: torch.ops.turboquant.cuda_decode(*args)),
     }
-    ours = {scope: median_ms(function, rep) for scope, function in run.items()}
+    ours = {scope: median_ms(run[scope], rep) for scope in scopes}
     q = args[0]
     # The dense side attends to every key: the same bytes, and its causal mask is aligned to the other corner.
     shape = (case.batch, case.num_kv_heads, case.kv_len, case.head_dim)
     k, v = (torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(2))
     dense, backend, _ = best_dense_ms(q, k, v, False, rep=rep, graph=True)
     rows = []
-    for scope in ("kernel", "call"):
+    for scope in scopes:
         speed = case.bytes / ours[scope] / 1e6
         rows.append(
             {
@@ -138,25 +144,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--cases", default=",".join(case.id for case in CASES), help="ids, separated by commas")
     parser.add_argument("--rep", type=int, default=60, help="milliseconds of each measurement")
+    parser.add_argument("--contexts", action="store_true", help="whole calls over context lengths")
+    parser.add_argument("--once", action="store_true", help="run each case once, measure nothing")
     options = parser.parse_args()
     torch.manual_seed(0)
+    cases = CONTEXTS if options.contexts else [case for case in CASES if case.id in options.cases.split(",")]
+    if options.once:
+        for case in cases:
+            torch.ops.turboquant.cuda_decode(*arguments(case))
+        return
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
     print(f"read bandwidth {bandwidth:.0f} GB/s")
-    print("id    scope   ours_ms  dense_ms  backend    ratio  share  error")
+    print("id     context scope   ours_ms  dense_ms  backend    ratio  share  error")
     rows: list[dict[str, Any]] = []
-    for case in CASES:
-        if case.id not in options.cases.split(","):
-            continue
-        for row in measure(case, bandwidth, options.rep):
+    for case in cases:
+        for row in measure(case, bandwidth, options.rep, ("call",) if options.contexts else ("kernel", "call")):
             rows.append(row)
             print(
-                f"{row['id']:5} {row['scope']:6} {row['ours_ms']:8.4f} {row['best_fp16_ms']:9.4f}  {row['best_backend']:9} "
-                f"{row['ratio']:6.2f} {row['read_bandwidth_share']:6.3f}  {row['max_abs_err']:.1e}",
+                f"{row['id']:7} {case.kv_len:6} {row['scope']:6} {row['ours_ms']:8.4f} {row['best_fp16_ms']:9.4f}  "
+                f"{row['best_backend']:9} {row['ratio']:6.2f} {row['read_bandwidth_share']:6.3f}  {row['max_abs_err']:.1e}",
                 flush=True,
             )
         torch.cuda.empty_cache()
-    write_results(options.out / "decode-h200.json", environment(read_bandwidth_gb_per_s=round(bandwidth, 1)), rows)
+    name = "decode-contexts-h200.json" if options.contexts else "decode-h200.json"
+    write_results(options.out / name, environment(read_bandwidth_gb_per_s=round(bandwidth, 1)), rows)
 
 
 if __name__ == "__main__":

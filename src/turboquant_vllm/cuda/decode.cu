@@ -111,6 +111,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   extern __shared__ __align__(1024) char smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, r = lane >> 2, c = lane & 3;
   const int tiles = p.work.tiles, worker = blockIdx.x * p.active + warp;
+#if __CUDA_ARCH__ >= 900
+  // The second kernel's blocks may take their places as soon as blocks of this one leave them.
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
   const float level = p.centroids[lane & 15];
   const int first_pass = p.work.pass_of(p.work.begin(blockIdx.x * p.active));
   const int last_pass = p.work.pass_of(p.work.begin((blockIdx.x + 1) * p.active) - 1);
@@ -343,27 +347,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       }
     }
 
-#if __CUDA_ARCH__ >= 900
-    if (now >= end) asm volatile("griddepcontrol.launch_dependents;");
-#endif
     {
-    // The segment's normalised rows, and the log2 of each row's sum of exp2. Where they go is worked out here, and the
-    // thread's number read anew, so that none of it takes a register in the loop above.
-    int tid;
-    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
-    const int r = tid % 32 / 4, c = tid % 4, pass = p.work.pass_of(now - 1), first_row = p.heads.first_row(pass);
-    const int slot = p.work.slot(blockIdx.x * p.active + tid / 32, pass, now - 1 - pass * tiles);
+      // The segment's normalised rows, and the log2 of each row's sum of exp2. Where they go is worked out here, and the
+      // thread's number read anew, so that none of it takes a register in the loop above.
+      int tid;
+      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
+      const int r = tid % 32 / 4, c = tid % 4, pass = p.work.pass_of(now - 1), first_row = p.heads.first_row(pass);
+      const int slot = p.work.slot(blockIdx.x * p.active + tid / 32, pass, now - 1 - pass * tiles);
 #pragma unroll
-    for (int t = 0; t < NT; t++) {
-      const float total = warp_sum(l[t], 4), factor = total == 0 ? 0 : v_ref * (level_scale / total);
-      const i64 row = (i64)slot * (4 * NT) + t * 4 + c;
-      if (first_row + t * 4 + c >= p.heads.rows) continue;
-      if (r == 0) p.parts_lse[row] = total == 0 ? -INFINITE : m[t] + lg2(total);
+      for (int t = 0; t < NT; t++) {
+        const float total = warp_sum(l[t], 4), factor = total == 0 ? 0 : v_ref * (level_scale / total);
+        const i64 row = (i64)slot * (4 * NT) + t * 4 + c;
+        if (first_row + t * 4 + c >= p.heads.rows) continue;
+        if (r == 0) p.parts_lse[row] = total == 0 ? -INFINITE : m[t] + lg2(total);
 #pragma unroll
-      for (int j = 0; j < MTILES; j++)
-        ((float4*)p.parts)[row * (D / 4) + r * (D / 32) + j] =
-            make_float4(o[t][j][0] * factor, o[t][j][1] * factor, o[t][j][2] * factor, o[t][j][3] * factor);
-    }
+        for (int j = 0; j < MTILES; j++)
+          ((float4*)p.parts)[row * (D / 4) + r * (D / 32) + j] =
+              make_float4(o[t][j][0] * factor, o[t][j][1] * factor, o[t][j][2] * factor, o[t][j][3] * factor);
+      }
     }
   }
 }
