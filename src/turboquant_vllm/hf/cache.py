@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from turboquant_vllm.hf.files import fill_layers, read_cache, write_cache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 
 __all__ = ["TurboQuantCache"]
@@ -68,6 +71,41 @@ class TurboQuantCache(DynamicCache):
                 # Releases before 5.23 fill a dense layer with zeros and leave it as long as it was.
                 layer.keys = layer.values = None
                 layer.is_initialized = False
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write keys and values of all layers to a safetensors file, packed where they are packed, with a checksum.
+
+        Raises:
+            ValueError: a layer holds something else, such as the state of linear attention.
+            OSError: the file cannot be written; what stood at ``path`` before stands there still.
+        """
+        write_cache(path, self.layers, self.seed)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], config: Any, *, device: torch.device | str = "cpu", **options: Any
+    ) -> TurboQuantCache:
+        """A cache with the contents of a file of :meth:`save`.
+
+        Args:
+            path: the file.
+            config: of the model that filled the cache.
+            device: of layers that are kept dense. Packed ones are read into the CPU's memory, and each moves to the device
+                of its layer when it is used.
+            options: further arguments of the class; seed and skip_layers are those of the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not such a file, another version, a wrong checksum, or the cache of another kind of model.
+        """
+        seed, descriptions, tensors = read_cache(path)
+        expected = len(DynamicCache(config=config).layers)
+        if len(descriptions) != expected:
+            raise ValueError(f"{path}: expected {expected} layers, got {len(descriptions)}")
+        skipped = [index for index, layer in enumerate(descriptions) if layer.get("kind") == "dense"]
+        cache = cls(config, **{**options, "seed": seed, "skip_layers": skipped})
+        fill_layers(path, cache.layers, seed, descriptions, tensors, device)
+        return cache
 
     @property
     def packed_layers(self) -> list[int]:

@@ -132,6 +132,11 @@ class PackedLayer(CacheLayerMixin):
         """Bytes of the storage, with its room for more tokens."""
         return 0 if self.storage is None else self.storage.nbytes
 
+    @property
+    def kept(self) -> int:
+        """Tokens that later calls can see."""
+        return self.get_seq_length()
+
     def get_seq_length(self) -> int:
         """Tokens seen."""
         return 0 if self.storage is None else len(self.storage)
@@ -149,6 +154,10 @@ class PackedLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Forget everything; the next call may have another batch size."""
         self.storage = None
+
+    def restore(self, storage: PackedStorage, dtype: torch.dtype, length: int) -> None:
+        """Take over storage of states in ``dtype`` that is what is left of ``length`` tokens."""
+        self.storage, self.dtype = storage, dtype
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` tokens, or all beyond the first ``tokens_to_remove`` if that is positive."""
@@ -218,16 +227,23 @@ class PackedSlidingLayer(PackedLayer):
     def _returned(self, count: int) -> int:
         return min(self.length, self.window - 1 + count)
 
+    @property
+    def kept(self) -> int:
+        return min(self.length, self.window - 1)
+
     def get_seq_length(self) -> int:
         return self.length
+
+    def restore(self, storage: PackedStorage, dtype: torch.dtype, length: int) -> None:
+        super().restore(storage, dtype, length)
+        self.length = length
 
     def get_max_length(self) -> int:
         """The window."""
         return self.window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        kept = min(self.length, self.window - 1)
-        return kept + query_length, self.length - kept
+        return self.kept + query_length, self.length - self.kept
 
     def reset(self) -> None:
         super().reset()

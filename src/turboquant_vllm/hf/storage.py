@@ -59,13 +59,19 @@ class PackedStorage:
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Compress ``[B, H_kv, n, D]`` keys and values behind the last token."""
         count = keys.shape[2]
-        if self.stop + count > self.capacity:
-            self._grow(count)
+        self._make_room(count)
         if count <= _FEW_TOKENS:
             self._write(slice(None), self.codec.compress(torch.stack((keys, values))))
         else:
             self._write(0, self.codec.compress(keys))
             self._write(1, self.codec.compress(values))
+        self.stop += count
+
+    def put(self, packed: TQ4Tensor) -> None:
+        """Append keys and values that are packed already, ``[2, B, H_kv, n, D]``."""
+        count = packed.norms.shape[3]
+        self._make_room(count)
+        self._write(slice(None), packed)
         self.stop += count
 
     def last(self, count: int) -> tuple[TQ4Tensor, TQ4Tensor]:
@@ -100,8 +106,10 @@ class PackedStorage:
         self.codes[which][..., tokens, :] = new.codes
         self.norms[which][..., tokens] = new.norms
 
-    def _grow(self, count: int) -> None:
-        """Move what is in use to the front of buffers with room for ``count`` more tokens, and some to spare."""
+    def _make_room(self, count: int) -> None:
+        """Where ``count`` more tokens do not fit, move what is in use to the front of larger buffers, with room to spare."""
+        if self.stop + count <= self.capacity:
+            return
         needed = len(self) + count
         used = slice(self.start, self.stop)
         old_codes, old_norms = self.codes[:, :, :, used], self.norms[:, :, :, used]
