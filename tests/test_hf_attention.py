@@ -38,7 +38,7 @@ class Layer(torch.nn.Module):
 
 
 def pack(x):
-    return PackedTensor(CODEC.compress(x), CODEC, x.dtype)
+    return PackedTensor.of(CODEC.compress(x), CODEC, x.dtype)
 
 
 @pytest.fixture

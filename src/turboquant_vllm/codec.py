@@ -149,6 +149,16 @@ class TQ4Codec:
         other.companding = self.companding.to(device)
         return other
 
+    @staticmethod
+    def from_tables(
+        rotation: torch.Tensor, centroids: torch.Tensor, boundaries: torch.Tensor, *, seed: int, kind: RotationKind
+    ) -> TQ4Codec:
+        """A codec of tables that another one made, of that seed and kind; nothing is checked."""
+        codec = object.__new__(TQ4Codec)
+        codec.head_dim, codec.seed, codec.rotation_kind = rotation.shape[0], seed, kind
+        codec.rotation, codec.centroids, codec.boundaries = rotation, centroids, boundaries
+        return codec
+
     def compress(self, x: torch.Tensor) -> TQ4Tensor:
         """Compress vectors.
 

@@ -9,8 +9,9 @@ import torch
 from turboquant_vllm import reference
 from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.checks import check_sm_scale
+from turboquant_vllm.codec import TQ4Tensor
 from turboquant_vllm.hf.dense import dense_attention
-from turboquant_vllm.hf.tensors import CausalMask, PackedTensor
+from turboquant_vllm.hf.tensors import CausalMask, PackedTensor, unpack
 
 __all__ = ["ATTENTION_NAME", "attention_forward", "register"]
 
@@ -109,11 +110,12 @@ def _attend(
     masks: dict[str, Any] = {"is_causal": is_causal, "sliding_window": window, "softcap": softcap, "sinks": sinks}
     if not (isinstance(key, PackedTensor) and isinstance(value, PackedTensor)):
         return dense_attention(query, _dense(key), _dense(value), sm_scale=sm_scale, **masks)
+    keys, codec = unpack(key)
+    values, _ = unpack(value)
     if query.dtype == torch.float64:  # which no kernel takes
         scale = check_sm_scale(sm_scale, query.shape[-1])
-        operands = (*key.packed, *value.packed, key.codec.centroids, key.codec.rotation)
-        return reference.attention(query, *operands, sm_scale=scale, **masks)[0]
-    return tq4_attention(query, key.packed, value.packed, key.codec, sm_scale=sm_scale, **masks)
+        return reference.attention(query, *keys, *values, codec.centroids, codec.rotation, scale, **masks)[0]
+    return tq4_attention(query, keys, values, codec, sm_scale=sm_scale, **masks)
 
 
 def _attend_padded(
@@ -141,8 +143,9 @@ def _part(x: torch.Tensor, sequences: slice, keys: slice | torch.Tensor) -> torc
     """Some keys of some sequences, packed where they are packed."""
     if not isinstance(x, PackedTensor):
         return x[sequences, :, keys]
-    codes, norms = (t[sequences, :, keys] for t in x.packed)
-    return PackedTensor(type(x.packed)(codes, norms), x.codec, x.dtype)
+    packed, codec = unpack(x)
+    codes, norms = (t[sequences, :, keys] for t in packed)
+    return PackedTensor.of(TQ4Tensor(codes, norms), codec, x.dtype)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

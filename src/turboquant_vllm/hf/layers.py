@@ -102,7 +102,7 @@ class PackedLayer(CacheLayerMixin):
         assert self.storage is not None
         keys, values = self.storage.last(count)
         codec = self.storage.codec
-        return PackedTensor(keys, codec, self.dtype), PackedTensor(values, codec, self.dtype)
+        return PackedTensor.of(keys, codec, self.dtype), PackedTensor.of(values, codec, self.dtype)
 
     def _come_home(self, states: torch.Tensor) -> None:
         """Bring storage that was loaded or offloaded to the device where the layer computes."""
