@@ -11,7 +11,7 @@ from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.checks import check_sm_scale
 from turboquant_vllm.codec import TQ4Tensor
 from turboquant_vllm.hf.dense import dense_attention
-from turboquant_vllm.hf.tensors import CausalMask, PackedTensor, unpack
+from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
 
 __all__ = ["ATTENTION_NAME", "attention_forward", "register"]
 
@@ -149,4 +149,4 @@ def _part(x: torch.Tensor, sequences: slice, keys: slice | torch.Tensor) -> torc
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x.dense() if isinstance(x, PackedTensor) else x
+    return x.dense() if isinstance(x, DeferredTensor) else x

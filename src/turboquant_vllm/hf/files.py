@@ -15,8 +15,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from turboquant_vllm.codec import TQ4Tensor
 from turboquant_vllm.files import read_tensors, write_tensors
-from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
-from turboquant_vllm.hf.storage import PackedStorage, codec_for
+from turboquant_vllm.hf.layers import PackedLayer
+from turboquant_vllm.hf.static import DenseStaticLayer, PagedLayer
+from turboquant_vllm.hf.storage import codec_for
 
 __all__ = ["fill_layers", "read_cache", "write_cache"]
 
@@ -39,15 +40,18 @@ def write_cache(path: str | os.PathLike[str], layers: list[Any], seed: int) -> N
     for index, layer in enumerate(layers):
         description = _describe(index, layer)
         descriptions.append(description)
-        if isinstance(layer, PackedLayer) and layer.storage is not None:
-            keys, values = layer.storage.last(layer.kept)
-            codec = layer.storage.codec
+        if not layer.is_initialized or layer.keys is None:
+            continue
+        if description["kind"] == "packed":
+            keys, values, _ = layer.export()
+            codec = layer.codec
             tensors[f"{index}.codes"] = torch.stack((keys.codes, values.codes))
             tensors[f"{index}.norms"] = torch.stack((keys.norms, values.norms))
             tensors[f"rotation.{codec.head_dim}"], tensors[f"centroids.{codec.head_dim}"] = codec.rotation, codec.centroids
             description["dtype"] = str(layer.dtype).removeprefix("torch.")
-        elif not isinstance(layer, PackedLayer) and layer.is_initialized and layer.keys is not None:
-            tensors[f"{index}.keys"], tensors[f"{index}.values"] = layer.keys, layer.values
+        else:
+            length = description["length"] if layer.is_compileable else None
+            tensors[f"{index}.keys"], tensors[f"{index}.values"] = (x[:, :, :length] for x in (layer.keys, layer.values))
     header = {"seed": seed, "layers": descriptions}
     write_tensors(path, tensors, {"format": _FORMAT, "version": _VERSION, "cache": json.dumps(header)})
 
@@ -80,37 +84,35 @@ def fill_layers(
         for name in ("kind", "window"):
             if found.get(name) != expected.get(name):
                 raise ValueError(f"{path}: layer {index}: expected {name} {expected.get(name)}, got {found.get(name)}")
-        if isinstance(layer, PackedLayer):
-            if f"{index}.codes" in tensors:
-                codes, norms = tensors[f"{index}.codes"], tensors[f"{index}.norms"]
-                _check_tables(path, 2 * codes.shape[-1], seed, tensors)
-                layer.restore(_storage(path, index, codes, norms, seed), getattr(torch, found["dtype"]), found["length"])
+        if f"{index}.codes" in tensors:
+            packed = _packed(path, index, tensors)
+            _check_tables(path, packed.head_dim, seed, tensors)
+            layer.restore(packed, getattr(torch, found["dtype"]), found["length"])
         elif f"{index}.keys" in tensors:
-            keys, values = (tensors[f"{index}.{name}"].to(device) for name in ("keys", "values"))
-            layer.update(keys, values)
-            if layer.is_sliding:
+            layer.update(*(tensors[f"{index}.{name}"].to(device) for name in ("keys", "values")))
+            if type(layer) is DynamicSlidingWindowLayer:
                 layer.cumulative_length = found["length"]
 
 
 def _describe(index: int, layer: Any) -> dict[str, Any]:
     """Kind, window and length of a layer."""
-    if isinstance(layer, PackedLayer):
-        window = layer.window if isinstance(layer, PackedSlidingLayer) else None
-        return {"kind": "packed", "window": window, "length": layer.get_seq_length()}
     if type(layer).__name__ == "DummyLayer":  # one that uses another layer's keys and values, or has no attention
         return {"kind": "none", "length": 0}
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if isinstance(layer, (PackedLayer, PagedLayer)):
+        kind, window = "packed", layer.window
+    elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DenseStaticLayer):
+        kind, window = "dense", getattr(layer, "sliding_window", None)
+    else:
         raise ValueError(f"layer {index}: expected keys and values to be saved, got a {type(layer).__name__}")
-    return {"kind": "dense", "window": getattr(layer, "sliding_window", None), "length": layer.get_seq_length()}
+    return {"kind": kind, "window": window, "length": int(layer.get_seq_length())}
 
 
-def _storage(path: Any, index: int, codes: torch.Tensor, norms: torch.Tensor, seed: int) -> PackedStorage:
+def _packed(path: Any, index: int, tensors: Tensors) -> TQ4Tensor:
+    codes, norms = tensors[f"{index}.codes"], tensors[f"{index}.norms"]
     if codes.dtype != torch.uint8 or norms.dtype != torch.float32 or codes.dim() != 5 or codes.shape[:-1] != norms.shape:
         got = f"{codes.dtype} {list(codes.shape)} and {norms.dtype} {list(norms.shape)}"
         raise ValueError(f"{path}: layer {index}: expected uint8 codes and float32 norms of 5 and 4 dimensions, got {got}")
-    storage = PackedStorage(codec_for(2 * codes.shape[-1], seed, torch.device("cpu")), *codes.shape[1:3])
-    storage.put(TQ4Tensor(codes, norms))
-    return storage
+    return TQ4Tensor(codes, norms)
 
 
 def _check_tables(path: Any, head_dim: int, seed: int, tensors: Tensors) -> None:

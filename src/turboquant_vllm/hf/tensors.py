@@ -73,7 +73,7 @@ class PackedTensor(DeferredTensor):
         dtype: torch.dtype,
     ) -> PackedTensor:
         shape = (*codes.shape[:-1], 2 * codes.shape[-1])
-        make = torch.Tensor._make_wrapper_subclass  # type: ignore[attr-defined]
+        make: Any = torch.Tensor._make_wrapper_subclass
         self: PackedTensor = make(cls, shape, dtype=dtype, device=codes.device)
         self.codes, self.norms = codes, norms
         self.rotation, self.centroids, self.boundaries = rotation, centroids, boundaries
