@@ -1,17 +1,19 @@
-"""Keys and values in pages: the tensor that stands for them, and reading and writing them."""
+"""Keys and values in pages: the tensor that stands for them, and the operators that read and write them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch.library import Library
 
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.hf.storage import compress_both
 from turboquant_vllm.hf.tensors import DeferredTensor
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.rotation import RotationKind
 
-__all__ = ["PAGE_SIZE", "PagedTensor", "read_pages", "unpack_pages", "write_pages"]
+__all__ = ["PAGE_SIZE", "PagedTensor", "packed_places", "put_places"]
 
 PAGE_SIZE = 64
 
@@ -79,14 +81,15 @@ class PagedTensor(DeferredTensor):
         return PagedTensor(buffer, block_table, length, *tables, which, heads, tokens, dtype)
 
     def dense(self) -> torch.Tensor:
-        _, codec = unpack_pages(self)
-        packed = read_pages(self.buffer, self.block_table, self.heads, self.which)
-        return codec.decompress(TQ4Tensor(*packed), self.dtype)[:, :, : self.shape[2]]
+        tables = (self.rotation, self.centroids, self.kind == "hadamard")
+        read = torch.ops.turboquant.read_pages
+        return read(self.buffer, self.block_table, self.heads, self.which, self.shape[2], *tables, self.dtype)
 
     def moved(self, device: torch.device) -> PagedTensor:
-        _, codec = unpack_pages(self)
         buffer, table, length = (x.to(device) for x in (self.buffer, self.block_table, self.length))
-        return PagedTensor.of(buffer, table, length, codec.to(device), self.which, self.heads, self.shape[2], self.dtype)
+        tables = (x.to(device) for x in (self.rotation, self.centroids, self.boundaries))
+        codec = TQ4Codec.from_tables(*tables, seed=self.seed, kind=self.kind)
+        return PagedTensor.of(buffer, table, length, codec, self.which, self.heads, self.shape[2], self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = ["buffer", "block_table", "length", "rotation", "centroids", "boundaries"]
@@ -98,13 +101,7 @@ class PagedTensor(DeferredTensor):
         return PagedTensor(*own, inner["rotation"], inner["centroids"], inner["boundaries"], *context)
 
 
-def unpack_pages(x: PagedTensor) -> tuple[PagedTQ4Cache, TQ4Codec]:
-    """The pages, and what reads them."""
-    codec = TQ4Codec.from_tables(x.rotation, x.centroids, x.boundaries, seed=x.seed, kind=x.kind)
-    return _cache(x.buffer, x.heads), codec
-
-
-def read_pages(buffer: Any, block_table: torch.Tensor, heads: int, which: int) -> tuple[torch.Tensor, torch.Tensor]:
+def packed_places(buffer: torch.Tensor, block_table: torch.Tensor, heads: int, which: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes ``[B, H_kv, N, D // 2]`` and norms ``[B, H_kv, N]`` of all places of all sequences: a copy."""
     cache = _cache(buffer, heads)
     codes, norms = ((cache.k_codes, cache.k_norms), (cache.v_codes, cache.v_norms))[which]
@@ -112,7 +109,7 @@ def read_pages(buffer: Any, block_table: torch.Tensor, heads: int, which: int) -
     return codes[table].transpose(1, 2).flatten(2, 3), norms[table].transpose(1, 2).flatten(2, 3)
 
 
-def write_pages(buffer: torch.Tensor, block_table: torch.Tensor, positions: torch.Tensor, packed: TQ4Tensor) -> None:
+def put_places(buffer: torch.Tensor, block_table: torch.Tensor, positions: torch.Tensor, packed: TQ4Tensor) -> None:
     """Write keys and values ``[2, B, H_kv, n, D]`` to places ``positions [n]`` of all sequences."""
     cache = _cache(buffer, packed.codes.shape[2])
     pages, places = block_table[:, positions // PAGE_SIZE].long(), positions % PAGE_SIZE
@@ -124,3 +121,71 @@ def write_pages(buffer: torch.Tensor, block_table: torch.Tensor, positions: torc
 def _cache(buffer: torch.Tensor, heads: int) -> PagedTQ4Cache:
     head_dim = buffer.shape[1] // (heads * PAGE_SIZE) - 8
     return PagedTQ4Cache(buffer, page_size=PAGE_SIZE, num_kv_heads=heads, head_dim=head_dim)
+
+
+# The operators, opaque to torch.compile
+
+
+def _read_pages(
+    buffer: torch.Tensor,
+    block_table: torch.Tensor,
+    heads: int,
+    which: int,
+    tokens: int,
+    rotation: torch.Tensor,
+    centroids: torch.Tensor,
+    signs: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    codes, norms = (x[:, :, :tokens] for x in packed_places(buffer, block_table, heads, which))
+    return torch.ops.turboquant.decompress(codes, norms, centroids, rotation, signs, dtype)
+
+
+def _read_pages_fake(
+    buffer: torch.Tensor,
+    block_table: torch.Tensor,
+    heads: int,
+    which: int,
+    tokens: int,
+    rotation: torch.Tensor,
+    centroids: torch.Tensor,
+    signs: bool,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return buffer.new_empty((block_table.shape[0], heads, tokens, rotation.shape[0]), dtype=dtype)
+
+
+def _write_pages(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    buffer: torch.Tensor,
+    block_table: torch.Tensor,
+    positions: torch.Tensor,
+    rotation: torch.Tensor,
+    centroids: torch.Tensor,
+    boundaries: torch.Tensor,
+    signs: bool,
+) -> None:
+    codec = TQ4Codec.from_tables(rotation, centroids, boundaries, seed=0, kind="hadamard" if signs else "haar")
+    put_places(buffer, block_table, positions, compress_both(codec, keys, values))
+
+
+def _write_pages_fake(*_: Any) -> None:
+    pass
+
+
+_LIBRARY = Library("turboquant", "FRAGMENT")
+_LIBRARY.define(
+    "read_pages(Tensor buffer, Tensor block_table, int heads, int which, int tokens, Tensor rotation, Tensor centroids, "
+    "bool signs, ScalarType dtype) -> Tensor"
+)
+_LIBRARY.define(
+    "write_pages(Tensor keys, Tensor values, Tensor(a!) buffer, Tensor block_table, Tensor positions, Tensor rotation, "
+    "Tensor centroids, Tensor boundaries, bool signs) -> ()"
+)
+for _name, _run, _fake in (
+    ("read_pages", _read_pages, _read_pages_fake),
+    ("write_pages", _write_pages, _write_pages_fake),
+):
+    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"turboquant::{_name}", _fake, lib=_LIBRARY)

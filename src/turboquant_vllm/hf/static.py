@@ -13,8 +13,8 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.layers import check_states, to_remove
-from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, read_pages, write_pages
-from turboquant_vllm.hf.storage import codec_for, compress_both
+from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, packed_places, put_places
+from turboquant_vllm.hf.storage import codec_for
 from turboquant_vllm.paged import PagedTQ4Cache
 
 __all__ = ["DenseStaticLayer", "PagedLayer"]
@@ -106,7 +106,9 @@ class PagedLayer(CacheLayerMixin):
     def _write(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
         assert self.codec is not None
         assert self.buffer is not None
-        write_pages(self.buffer, self.block_table, positions, compress_both(self.codec, keys, values))
+        codec, write = self.codec, torch.ops.turboquant.write_pages
+        tables = (codec.rotation, codec.centroids, codec.boundaries, codec.rotation_kind == "hadamard")
+        write(keys, values, self.buffer, self.block_table, positions, *tables)
 
     def _paged(self, which: int) -> PagedTensor:
         assert self.buffer is not None
@@ -186,11 +188,12 @@ class PagedLayer(CacheLayerMixin):
 
     def export(self) -> tuple[TQ4Tensor, TQ4Tensor, int]:
         """Keys and values ``[B, H_kv, n, D]`` that later calls can see, and how many tokens there were; waits for a GPU."""
+        assert self.buffer is not None
         length = int(self.cumulative_length)
         kept = length if self.window is None else min(length, self.window - 1)
         tokens = slice(length - kept, length)
         keys, values = (
-            TQ4Tensor(*(x[:, :, tokens] for x in read_pages(self.buffer, self.block_table, self.num_heads, which)))
+            TQ4Tensor(*(x[:, :, tokens] for x in packed_places(self.buffer, self.block_table, self.num_heads, which)))
             for which in (0, 1)
         )
         return keys, values, length
@@ -204,7 +207,7 @@ class PagedLayer(CacheLayerMixin):
         _, batch, num_heads, count, head_dim = packed.shape
         self._allocate(batch, num_heads, head_dim, dtype, packed.device)
         assert self.buffer is not None
-        write_pages(self.buffer, self.block_table, torch.arange(length - count, length), packed)
+        put_places(self.buffer, self.block_table, torch.arange(length - count, length), packed)
         self.cumulative_length.fill_(length)
         self.empty = length == 0
 
