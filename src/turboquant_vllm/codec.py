@@ -150,13 +150,11 @@ class TQ4Codec:
         return other
 
     @staticmethod
-    def from_tables(
-        rotation: torch.Tensor, centroids: torch.Tensor, boundaries: torch.Tensor, *, seed: int, kind: RotationKind
-    ) -> TQ4Codec:
-        """A codec of tables that another one made, of that seed and kind; nothing is checked."""
+    def reader(rotation: torch.Tensor, centroids: torch.Tensor, kind: RotationKind) -> TQ4Codec:
+        """A codec that reads what the owner of these tables wrote, and writes nothing; for code that torch.compile follows."""
         codec = object.__new__(TQ4Codec)
-        codec.head_dim, codec.seed, codec.rotation_kind = rotation.shape[0], seed, kind
-        codec.rotation, codec.centroids, codec.boundaries = rotation, centroids, boundaries
+        codec.head_dim, codec.rotation_kind = rotation.shape[0], kind
+        codec.rotation, codec.centroids = rotation, centroids
         return codec
 
     def compress(self, x: torch.Tensor) -> TQ4Tensor:

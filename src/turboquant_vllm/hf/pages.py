@@ -8,7 +8,6 @@ import torch
 from torch.library import Library
 
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
-from turboquant_vllm.hf.storage import compress_both
 from turboquant_vllm.hf.tensors import DeferredTensor
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.rotation import RotationKind
@@ -35,8 +34,6 @@ class PagedTensor(DeferredTensor):
     length: torch.Tensor
     rotation: torch.Tensor
     centroids: torch.Tensor
-    boundaries: torch.Tensor
-    seed: int
     kind: RotationKind
     which: int
     heads: int
@@ -49,8 +46,6 @@ class PagedTensor(DeferredTensor):
         length: torch.Tensor,
         rotation: torch.Tensor,
         centroids: torch.Tensor,
-        boundaries: torch.Tensor,
-        seed: int,
         kind: RotationKind,
         which: int,
         heads: int,
@@ -61,8 +56,8 @@ class PagedTensor(DeferredTensor):
         make: Any = torch.Tensor._make_wrapper_subclass
         self: PagedTensor = make(cls, shape, dtype=dtype, device=buffer.device)
         self.buffer, self.block_table, self.length = buffer, block_table, length
-        self.rotation, self.centroids, self.boundaries = rotation, centroids, boundaries
-        self.seed, self.kind, self.which, self.heads = seed, kind, which, heads
+        self.rotation, self.centroids, self.kind = rotation, centroids, kind
+        self.which, self.heads = which, heads
         return self
 
     @staticmethod
@@ -77,7 +72,7 @@ class PagedTensor(DeferredTensor):
         dtype: torch.dtype,
     ) -> PagedTensor:
         """The first ``tokens`` places of each sequence, to be read in ``dtype``."""
-        tables = (codec.rotation, codec.centroids, codec.boundaries, codec.seed, codec.rotation_kind)
+        tables = (codec.rotation, codec.centroids, codec.rotation_kind)
         return PagedTensor(buffer, block_table, length, *tables, which, heads, tokens, dtype)
 
     def dense(self) -> torch.Tensor:
@@ -85,20 +80,14 @@ class PagedTensor(DeferredTensor):
         read = torch.ops.turboquant.read_pages
         return read(self.buffer, self.block_table, self.heads, self.which, self.shape[2], *tables, self.dtype)
 
-    def moved(self, device: torch.device) -> PagedTensor:
-        buffer, table, length = (x.to(device) for x in (self.buffer, self.block_table, self.length))
-        tables = (x.to(device) for x in (self.rotation, self.centroids, self.boundaries))
-        codec = TQ4Codec.from_tables(*tables, seed=self.seed, kind=self.kind)
-        return PagedTensor.of(buffer, table, length, codec, self.which, self.heads, self.shape[2], self.dtype)
-
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        names = ["buffer", "block_table", "length", "rotation", "centroids", "boundaries"]
-        return names, (self.seed, self.kind, self.which, self.heads, self.shape[2], self.dtype)
+        names = ["buffer", "block_table", "length", "rotation", "centroids"]
+        return names, (self.kind, self.which, self.heads, self.shape[2], self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> PagedTensor:
         own = (inner["buffer"], inner["block_table"], inner["length"])
-        return PagedTensor(*own, inner["rotation"], inner["centroids"], inner["boundaries"], *context)
+        return PagedTensor(*own, inner["rotation"], inner["centroids"], *context)
 
 
 def packed_places(buffer: torch.Tensor, block_table: torch.Tensor, heads: int, which: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -156,18 +145,9 @@ def _read_pages_fake(
 
 
 def _write_pages(
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    buffer: torch.Tensor,
-    block_table: torch.Tensor,
-    positions: torch.Tensor,
-    rotation: torch.Tensor,
-    centroids: torch.Tensor,
-    boundaries: torch.Tensor,
-    signs: bool,
+    codes: torch.Tensor, norms: torch.Tensor, buffer: torch.Tensor, block_table: torch.Tensor, positions: torch.Tensor
 ) -> None:
-    codec = TQ4Codec.from_tables(rotation, centroids, boundaries, seed=0, kind="hadamard" if signs else "haar")
-    put_places(buffer, block_table, positions, compress_both(codec, keys, values))
+    put_places(buffer, block_table, positions, TQ4Tensor(codes, norms))
 
 
 def _write_pages_fake(*_: Any) -> None:
@@ -179,10 +159,7 @@ _LIBRARY.define(
     "read_pages(Tensor buffer, Tensor block_table, int heads, int which, int tokens, Tensor rotation, Tensor centroids, "
     "bool signs, ScalarType dtype) -> Tensor"
 )
-_LIBRARY.define(
-    "write_pages(Tensor keys, Tensor values, Tensor(a!) buffer, Tensor block_table, Tensor positions, Tensor rotation, "
-    "Tensor centroids, Tensor boundaries, bool signs) -> ()"
-)
+_LIBRARY.define("write_pages(Tensor codes, Tensor norms, Tensor(a!) buffer, Tensor block_table, Tensor positions) -> ()")
 for _name, _run, _fake in (
     ("read_pages", _read_pages, _read_pages_fake),
     ("write_pages", _write_pages, _write_pages_fake),

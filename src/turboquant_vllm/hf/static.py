@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.layers import check_states, to_remove
 from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, packed_places, put_places
-from turboquant_vllm.hf.storage import codec_for
+from turboquant_vllm.hf.storage import codec_for, compress_both
 from turboquant_vllm.paged import PagedTQ4Cache
 
 __all__ = ["DenseStaticLayer", "PagedLayer"]
@@ -106,9 +106,8 @@ class PagedLayer(CacheLayerMixin):
     def _write(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
         assert self.codec is not None
         assert self.buffer is not None
-        codec, write = self.codec, torch.ops.turboquant.write_pages
-        tables = (codec.rotation, codec.centroids, codec.boundaries, codec.rotation_kind == "hadamard")
-        write(keys, values, self.buffer, self.block_table, positions, *tables)
+        packed = compress_both(self.codec, keys, values)
+        torch.ops.turboquant.write_pages(packed.codes, packed.norms, self.buffer, self.block_table, positions)
 
     def _paged(self, which: int) -> PagedTensor:
         assert self.buffer is not None

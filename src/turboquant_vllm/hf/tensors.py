@@ -29,7 +29,9 @@ class DeferredTensor(torch.Tensor):
 
     def moved(self, device: torch.device) -> DeferredTensor:
         """The same tensor on another device, still without storage."""
-        raise NotImplementedError
+        names, context = self.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner = {name: getattr(self, name).to(device) for name in names}
+        return self.__tensor_unflatten__(inner, context, None, None)  # type: ignore[attr-defined]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
@@ -49,15 +51,13 @@ class PackedTensor(DeferredTensor):
     """Keys or values ``[B, H_kv, N, D]`` in 4 bits.
 
     torch.compile follows a tensor of this kind from where it is made to where it is read, so it is made of tensors and
-    constants alone: codes, norms, and what makes a codec. :meth:`of` makes one from a codec.
+    constants alone; :meth:`of` makes one from a codec.
     """
 
     codes: torch.Tensor
     norms: torch.Tensor
     rotation: torch.Tensor
     centroids: torch.Tensor
-    boundaries: torch.Tensor
-    seed: int
     kind: RotationKind
 
     @staticmethod
@@ -67,8 +67,6 @@ class PackedTensor(DeferredTensor):
         norms: torch.Tensor,
         rotation: torch.Tensor,
         centroids: torch.Tensor,
-        boundaries: torch.Tensor,
-        seed: int,
         kind: RotationKind,
         dtype: torch.dtype,
     ) -> PackedTensor:
@@ -76,37 +74,29 @@ class PackedTensor(DeferredTensor):
         make: Any = torch.Tensor._make_wrapper_subclass
         self: PackedTensor = make(cls, shape, dtype=dtype, device=codes.device)
         self.codes, self.norms = codes, norms
-        self.rotation, self.centroids, self.boundaries = rotation, centroids, boundaries
-        self.seed, self.kind = seed, kind
+        self.rotation, self.centroids, self.kind = rotation, centroids, kind
         return self
 
     @staticmethod
     def of(packed: TQ4Tensor, codec: TQ4Codec, dtype: torch.dtype) -> PackedTensor:
         """Vectors that ``codec`` has compressed, to be read in ``dtype``."""
-        tables = (codec.rotation, codec.centroids, codec.boundaries)
-        return PackedTensor(packed.codes, packed.norms, *tables, codec.seed, codec.rotation_kind, dtype)
+        return PackedTensor(packed.codes, packed.norms, codec.rotation, codec.centroids, codec.rotation_kind, dtype)
 
     def dense(self) -> torch.Tensor:
         packed, codec = unpack(self)
         return codec.decompress(packed, self.dtype)
 
-    def moved(self, device: torch.device) -> PackedTensor:
-        packed, codec = unpack(self)
-        return PackedTensor.of(packed.to(device), codec.to(device), self.dtype)
-
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["codes", "norms", "rotation", "centroids", "boundaries"], (self.seed, self.kind, self.dtype)
+        return ["codes", "norms", "rotation", "centroids"], (self.kind, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> PackedTensor:
-        tables = (inner["rotation"], inner["centroids"], inner["boundaries"])
-        return PackedTensor(inner["codes"], inner["norms"], *tables, *context)
+        return PackedTensor(inner["codes"], inner["norms"], inner["rotation"], inner["centroids"], *context)
 
 
 def unpack(x: PackedTensor) -> tuple[TQ4Tensor, TQ4Codec]:
     """Codes and norms, and what reads them. A function, since torch.compile follows no property of a tensor."""
-    codec = TQ4Codec.from_tables(x.rotation, x.centroids, x.boundaries, seed=x.seed, kind=x.kind)
-    return TQ4Tensor(x.codes, x.norms), codec
+    return TQ4Tensor(x.codes, x.norms), TQ4Codec.reader(x.rotation, x.centroids, x.kind)
 
 
 class CausalMask(DeferredTensor):
