@@ -136,7 +136,7 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
 
     Args:
         config: of the model, ``model.config``.
-        max_cache_len: tokens that fit, prompt and continuation together.
+        max_cache_len: tokens that fit, prompt and continuation together; rounded up to a multiple of 64.
         seed, skip_layers, exact_prefill: as for :class:`TurboQuantCache`.
 
     Raises:

@@ -23,12 +23,17 @@ __all__ = ["DenseStaticLayer", "PagedLayer"]
 MAX_CHUNK = 256
 
 
+def whole_pages(tokens: int) -> int:
+    """``tokens`` rounded up to whole pages."""
+    return -(-tokens // PAGE_SIZE) * PAGE_SIZE
+
+
 class PagedLayer(CacheLayerMixin):
     """A layer with room for ``max_cache_len`` tokens in 4 bits.
 
     Args:
         index: of the layer in the model, for messages.
-        max_cache_len: tokens that fit.
+        max_cache_len: tokens that fit, rounded up to whole pages.
         window: how many tokens a query sees, itself included; None for all.
         seed: of the rotation.
         exact_prefill: whether the first call's own tokens are seen exactly by that call.
@@ -40,7 +45,8 @@ class PagedLayer(CacheLayerMixin):
     def __init__(
         self, index: int, max_cache_len: int, *, window: int | None = None, seed: int, exact_prefill: bool = True
     ) -> None:
-        self.index, self.max_cache_len, self.window = index, max_cache_len, window
+        # Whole pages: a token too many is then outside of the block table, which no device overlooks.
+        self.index, self.max_cache_len, self.window = index, whole_pages(max_cache_len), window
         self.seed, self.exact_prefill = seed, exact_prefill
         self.empty = True
         self.codec: TQ4Codec | None = None
@@ -119,7 +125,7 @@ class PagedLayer(CacheLayerMixin):
 
     def _allocate(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         needed = self.max_cache_len if self.window is None else min(self.max_cache_len, self.window + MAX_CHUNK)
-        pages, table_pages = -(-needed // PAGE_SIZE), -(-self.max_cache_len // PAGE_SIZE)
+        pages, table_pages = whole_pages(needed) // PAGE_SIZE, self.max_cache_len // PAGE_SIZE
         width = PagedTQ4Cache.page_bytes(PAGE_SIZE, num_heads, head_dim)
         self.num_heads = num_heads
         with torch.inference_mode(False):
@@ -265,7 +271,7 @@ class DenseStaticLayer(StaticLayer):
     """A dense layer beside packed ones, whose first call returns its own states, as theirs does."""
 
     def __init__(self, max_cache_len: int) -> None:
-        super().__init__(max_cache_len=max_cache_len)
+        super().__init__(max_cache_len=whole_pages(max_cache_len))
         self.empty = True
 
     def update(
