@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 from common import RESULTS, environment, write_results
-from turboquant_vllm.hf import TurboQuantCache, register
+from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache, register
 
 DTYPE = torch.bfloat16
 CASES = [(1, 8192), (1, 32768), (1, 131072), (8, 8192), (8, 32768), (8, 131072)]
@@ -43,7 +43,7 @@ def make_model(layers: int) -> Any:
 
 
 def fill(cache: Any, model: Any, batch: int, tokens: int) -> None:
-    """Fill a cache with random keys and values."""
+    """Fill a new cache with random keys and values."""
     config = model.config
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
     k, v = (torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(2))
@@ -164,7 +164,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=16, help="tokens that are timed")
-    parser.add_argument("--parts", default="eager,memory", help="of eager, compiled and memory")
+    parser.add_argument("--parts", default="eager,compiled,memory", help="of eager, compiled and memory")
     parser.add_argument("--cases", default=",".join(f"{b}x{n}" for b, n in CASES), help="batch x context, separated by commas")
     options = parser.parse_args()
     parts = options.parts.split(",")
@@ -180,6 +180,13 @@ def main() -> None:
         rows += decode_rows(model, caches, options.steps, cases)
     if "memory" in parts:
         rows += memory_rows(model, MEMORY_TOKENS)
+    if "compiled" in parts:
+        room = options.steps + 16
+        caches = {
+            "static": ("sdpa", lambda tokens: StaticCache(config=model.config, max_cache_len=tokens + room)),
+            "turboquant-static": ("tq4", lambda tokens: TurboQuantStaticCache(model.config, max_cache_len=tokens + room)),
+        }
+        rows += decode_rows(model, caches, options.steps, cases)
     env = environment(transformers=transformers.__version__, layers=options.layers)
     write_results(options.out / "hf-h200.json", env, rows)
 

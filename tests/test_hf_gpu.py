@@ -7,8 +7,8 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_models import VOCABULARY, make_model, reference_cache, stock_attention
-from turboquant_vllm.hf import TurboQuantCache
+from hf_models import VOCABULARY, generated, make_model, reference_cache, stock_attention
+from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 
 pytestmark = pytest.mark.gpu
@@ -73,6 +73,23 @@ def test_generate_runs_in_every_way(family, options, generator):
         **options,
     )
     assert out.shape[1] == 36
+
+
+def test_generate_compiles_into_cuda_graphs(generator):
+    model = make_model("llama", "tq4", torch.float32).to(DEVICE)
+    ids = torch.randint(3, VOCABULARY, (2, 20), generator=generator).to(DEVICE)
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    cache = TurboQuantStaticCache(model.config, max_cache_len=64)
+    results = []
+    for compiled in (False, True, True):
+        results.append(generated(model, cache, ids, attention_mask=mask, max_new_tokens=12, disable_compile=not compiled))
+        cache.reset()
+    for again in results[1:]:
+        assert torch.equal(again.sequences, results[0].sequences)
+        for got, want in zip(again.logits, results[0].logits, strict=True):
+            # fp32 rounding, and codes that it changes.
+            assert (got - want).abs().max() < 5e-3 * want.abs().max()
 
 
 @pytest.mark.parametrize("exact_prefill", [True, False])
