@@ -186,3 +186,23 @@ def reference_cache(
             continue
         cache.layers[index].exact_prefill = exact_prefill
     return cache
+
+
+def assert_same(actual: torch.Tensor, expected: torch.Tensor) -> None:
+    """Models normalise in float32, also where all else is float64; quantisation moves these logits 10000 times as far."""
+    error = (actual - expected).abs().max() / expected.abs().max()
+    assert error < 1e-6, f"relative error {error:.1e}"
+
+
+def generated(model: Any, cache: Any, ids: torch.Tensor, **options: Any) -> Any:
+    """Result of eight greedy tokens, with the logits of each step."""
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, **options}
+    return model.generate(
+        ids, past_key_values=cache, output_logits=True, return_dict_in_generate=True, eos_token_id=None, **options
+    )
+
+
+def assert_same_generation(actual: Any, expected: Any) -> None:
+    assert torch.equal(actual.sequences, expected.sequences)
+    for ours, theirs in zip(actual.logits, expected.logits, strict=True):
+        assert_same(ours, theirs)

@@ -9,19 +9,17 @@ The work is done by the operators of :mod:`turboquant_vllm.ops`, on whatever dev
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from turboquant_vllm import ops  # noqa: F401  (registers the operators)
 from turboquant_vllm.checks import check_device, check_dtype, check_head_dim, check_packed, check_shape
 from turboquant_vllm.codebook import companding, lloyd_max
+from turboquant_vllm.files import read_tensors, write_tensors
 from turboquant_vllm.rotation import RotationKind, haar, randomized_hadamard, rotation_kind
 
 __all__ = ["SCALES", "TQ4Codec", "TQ4Tensor"]
@@ -151,6 +149,14 @@ class TQ4Codec:
         other.companding = self.companding.to(device)
         return other
 
+    @staticmethod
+    def reader(rotation: torch.Tensor, centroids: torch.Tensor, kind: RotationKind) -> TQ4Codec:
+        """A codec that reads what the owner of these tables wrote, and writes nothing; for code that torch.compile follows."""
+        codec = object.__new__(TQ4Codec)
+        codec.head_dim, codec.rotation_kind = rotation.shape[0], kind
+        codec.rotation, codec.centroids = rotation, centroids
+        return codec
+
     def compress(self, x: torch.Tensor) -> TQ4Tensor:
         """Compress vectors.
 
@@ -193,18 +199,8 @@ class TQ4Codec:
         """
         codes, norms = self._check(t)
         tensors = {"codes": codes, "norms": norms, "centroids": self.centroids, "rotation": self.rotation}
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
         header = {"head_dim": self.head_dim, "seed": self.seed, "rotation_kind": self.rotation_kind}
-        metadata = {"format": _FORMAT, "version": _VERSION, "codec": json.dumps(header), "sha256": _checksum(tensors)}
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            save_file(tensors, partial, metadata=metadata)
-            os.replace(partial, path)
-        except SafetensorError as error:
-            raise OSError(f"{path}: cannot be written: {error}") from error
-        finally:
-            partial.unlink(missing_ok=True)
+        write_tensors(path, tensors, {"format": _FORMAT, "version": _VERSION, "codec": json.dumps(header)})
 
     def load(self, path: str | os.PathLike[str]) -> TQ4Tensor:
         """Read a file of :meth:`save` to the codec's device.
@@ -258,34 +254,9 @@ class TQ4Codec:
         return TQ4Tensor(t.codes, norms)
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
     """Tensors and header of a file that :meth:`TQ4Codec.save` wrote; ValueError for anything else."""
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected a safetensors file, got {error}") from error
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"{path}: expected format {_FORMAT!r}, got {metadata.get('format')!r}")
-    if metadata.get("version") != _VERSION:
-        raise ValueError(f"{path}: expected format version {_VERSION}, got {metadata.get('version')}")
-    if set(tensors) != {"codes", "norms", "centroids", "rotation"}:
-        raise ValueError(f"{path}: expected codes, norms, centroids and rotation, got {sorted(tensors)}")
-    checksum = _checksum(tensors)
-    if metadata.get("sha256") != checksum:
-        raise ValueError(f"{path}: expected checksum {metadata.get('sha256')}, got {checksum}")
+    tensors, metadata = read_tensors(path, _FORMAT, _VERSION, ("codes", "norms", "centroids", "rotation"))
     try:
         header = json.loads(metadata["codec"])
         header = {name: header[name] for name in ("head_dim", "seed", "rotation_kind")}

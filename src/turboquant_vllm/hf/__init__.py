@@ -8,6 +8,6 @@ model.generate(**inputs, past_key_values=TurboQuantCache(model.config))
 """
 
 from turboquant_vllm.hf.attention import ATTENTION_NAME, attention_forward, register
-from turboquant_vllm.hf.cache import TurboQuantCache
+from turboquant_vllm.hf.cache import TurboQuantCache, TurboQuantStaticCache
 
-__all__ = ["ATTENTION_NAME", "TurboQuantCache", "attention_forward", "register"]
+__all__ = ["ATTENTION_NAME", "TurboQuantCache", "TurboQuantStaticCache", "attention_forward", "register"]

@@ -9,8 +9,9 @@ import torch
 from turboquant_vllm import reference
 from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.checks import check_sm_scale
+from turboquant_vllm.codec import TQ4Tensor
 from turboquant_vllm.hf.dense import dense_attention
-from turboquant_vllm.hf.tensors import CausalMask, PackedTensor
+from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
 
 __all__ = ["ATTENTION_NAME", "attention_forward", "register"]
 
@@ -73,7 +74,8 @@ def attention_forward(
             raise ValueError(f"{name}: expected None, got {type(kwargs[name]).__name__}")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    options: dict[str, Any] = {"sm_scale": scaling, "softcap": softcap, "sinks": s_aux}
+    sinks = None if s_aux is None else s_aux.float()
+    options: dict[str, Any] = {"sm_scale": scaling, "softcap": softcap, "sinks": sinks}
 
     if attention_mask is None:
         window = sliding_window if is_causal else None
@@ -104,24 +106,16 @@ def _attend(
     """Attention of queries that are the last of their sequences, ``[B, H_q, N_q, D]``."""
     if window is not None and key.shape[2] <= window:
         window = None
-    causal = is_causal and query.shape[2] > 1
-    packed = softcap is None and window is None
-    if not (packed and isinstance(key, PackedTensor) and isinstance(value, PackedTensor)):
-        options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "sinks": sinks}
-        return dense_attention(query, _dense(key), _dense(value), is_causal=is_causal, window=window, **options)
+    is_causal = is_causal and (query.shape[2] > 1 or window is not None)
+    masks: dict[str, Any] = {"is_causal": is_causal, "sliding_window": window, "softcap": softcap, "sinks": sinks}
+    if not (isinstance(key, PackedTensor) and isinstance(value, PackedTensor)):
+        return dense_attention(query, _dense(key), _dense(value), sm_scale=sm_scale, **masks)
+    keys, codec = unpack(key)
+    values, _ = unpack(value)
     if query.dtype == torch.float64:  # which no kernel takes
         scale = check_sm_scale(sm_scale, query.shape[-1])
-        operands = (*key.packed, *value.packed, key.codec.centroids, key.codec.rotation)
-        out, lse = reference.attention(query, *operands, sm_scale=scale, is_causal=causal)
-    else:
-        out, lse = tq4_attention(
-            query, key.packed, value.packed, key.codec, sm_scale=sm_scale, is_causal=causal, return_lse=True
-        )
-    if sinks is None:
-        return out
-    # A logit without a value takes its share of the weights.
-    share = torch.sigmoid(lse - sinks.to(lse.dtype)[:, None])
-    return (out * share.unsqueeze(-1)).to(out.dtype)
+        return reference.attention(query, *keys, *values, codec.centroids, codec.rotation, scale, **masks)[0]
+    return tq4_attention(query, keys, values, codec, sm_scale=sm_scale, **masks)
 
 
 def _attend_padded(
@@ -149,9 +143,10 @@ def _part(x: torch.Tensor, sequences: slice, keys: slice | torch.Tensor) -> torc
     """Some keys of some sequences, packed where they are packed."""
     if not isinstance(x, PackedTensor):
         return x[sequences, :, keys]
-    codes, norms = (t[sequences, :, keys] for t in x.packed)
-    return PackedTensor(type(x.packed)(codes, norms), x.codec, x.dtype)
+    packed, codec = unpack(x)
+    codes, norms = (t[sequences, :, keys] for t in packed)
+    return PackedTensor.of(TQ4Tensor(codes, norms), codec, x.dtype)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
-    return x.dense() if isinstance(x, PackedTensor) else x
+    return x.dense() if isinstance(x, DeferredTensor) else x

@@ -1,19 +1,77 @@
-"""TurboQuantCache: a cache for transformers' ``generate`` that keeps keys and values in 4 bits per coordinate."""
+"""TurboQuantCache and TurboQuantStaticCache: caches for transformers that keep keys and values in 4 bits per coordinate."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
 
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+import torch
+from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
 
+from turboquant_vllm.checks import check_count
+from turboquant_vllm.hf.files import fill_layers, read_cache, write_cache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
+from turboquant_vllm.hf.static import DenseStaticLayer, PagedLayer
 
-__all__ = ["TurboQuantCache"]
+__all__ = ["TurboQuantCache", "TurboQuantStaticCache"]
 
 
-class TurboQuantCache(DynamicCache):
+class _SavedCache:
+    """What both caches offer beside transformers' methods."""
+
+    layers: list[Any]
+    seed: int
+
+    def __init__(self, config: Any, **options: Any) -> None:
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write keys and values of all layers to a safetensors file, packed where they are packed, with a checksum.
+
+        Raises:
+            ValueError: a layer holds something else, such as the state of linear attention.
+            OSError: the file cannot be written; what stood at ``path`` before stands there still.
+        """
+        write_cache(path, self.layers, self.seed)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], config: Any, *, device: torch.device | str = "cpu", **options: Any) -> Self:
+        """A cache with the contents of a file of :meth:`save`.
+
+        Args:
+            path: the file.
+            config: of the model that filled the cache.
+            device: of layers that are kept dense. Packed ones are read into the CPU's memory, and each moves to the device
+                of its layer when it is used.
+            options: further arguments of the class; seed and skip_layers are those of the file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: not such a file, another version, a wrong checksum, or the cache of another kind of model.
+        """
+        seed, descriptions, tensors = read_cache(path)
+        expected = len(DynamicCache(config=config).layers)
+        if len(descriptions) != expected:
+            raise ValueError(f"{path}: expected {expected} layers, got {len(descriptions)}")
+        skipped = [index for index, layer in enumerate(descriptions) if layer.get("kind") == "dense"]
+        cache = cls(config, **{**options, "seed": seed, "skip_layers": skipped})
+        fill_layers(path, cache.layers, seed, descriptions, tensors, device)
+        return cache
+
+    @property
+    def packed_layers(self) -> list[int]:
+        """The layers that are kept in 4 bits."""
+        return [index for index, layer in enumerate(self.layers) if isinstance(layer, (PackedLayer, PagedLayer))]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the keys and values of all layers take, packed or dense."""
+        return sum(layer_bytes(layer) for layer in self.layers)
+
+
+class TurboQuantCache(_SavedCache, DynamicCache):
     """A growing cache in 4 bits: ``model.generate(..., past_key_values=TurboQuantCache(model.config))``.
 
     It serves every attention implementation of transformers. With ``attn_implementation="tq4"`` (see
@@ -45,7 +103,7 @@ class TurboQuantCache(DynamicCache):
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ) -> None:
-        super().__init__(config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        DynamicCache.__init__(self, config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         check_seed(seed)
         self.seed = seed
         skipped = check_layers("skip_layers", skip_layers, len(self.layers))
@@ -69,15 +127,46 @@ class TurboQuantCache(DynamicCache):
                 layer.keys = layer.values = None
                 layer.is_initialized = False
 
-    @property
-    def packed_layers(self) -> list[int]:
-        """The layers that are kept in 4 bits."""
-        return [index for index, layer in enumerate(self.layers) if isinstance(layer, PackedLayer)]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that the keys and values of all layers take, packed or dense."""
-        return sum(layer_bytes(layer) for layer in self.layers)
+class TurboQuantStaticCache(_SavedCache, StaticCache):
+    """A cache of fixed size in 4 bits, for compiled generation: ``TurboQuantStaticCache(model.config, max_cache_len=4096)``.
+
+    Its tensors stay where they are and its lengths are on the device, so ``generate`` compiles the model with it, into CUDA
+    graphs. Layers with a sliding window have room for little more than the window.
+
+    Args:
+        config: of the model, ``model.config``.
+        max_cache_len: tokens that fit, prompt and continuation together; rounded up to a multiple of 64.
+        seed, skip_layers, exact_prefill: as for :class:`TurboQuantCache`.
+
+    Raises:
+        TypeError, ValueError: ``skip_layers``, ``seed`` or ``max_cache_len`` is out of range.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        max_cache_len: int,
+        *,
+        seed: int = 0,
+        skip_layers: Iterable[int] = (),
+        exact_prefill: bool = True,
+    ) -> None:
+        check_count("max_cache_len", max_cache_len, 1)
+        check_seed(seed)
+        StaticCache.__init__(self, config=config, max_cache_len=max_cache_len)
+        self.seed = seed
+        skipped = check_layers("skip_layers", skip_layers, len(self.layers))
+        if stays_dense(config):
+            return
+        windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+        for index, layer in enumerate(self.layers):
+            if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
+                continue
+            if index in skipped:
+                self.layers[index] = DenseStaticLayer(max_cache_len)
+                continue
+            self.layers[index] = PagedLayer(index, max_cache_len, window=windows[index], seed=seed, exact_prefill=exact_prefill)
 
 
 def stays_dense(config: Any) -> bool:
@@ -87,7 +176,7 @@ def stays_dense(config: Any) -> bool:
 
 def layer_bytes(layer: Any) -> int:
     """Bytes of the keys and values of a layer, packed or dense."""
-    if isinstance(layer, PackedLayer):
+    if isinstance(layer, (PackedLayer, PagedLayer)):
         return layer.nbytes
     return sum(x.nbytes for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None)
 

@@ -1,4 +1,4 @@
-"""Attention over dense keys and values with everything that models ask for, in memory that grows with the keys alone."""
+"""Attention over dense keys and values with everything that models ask for."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-__all__ = ["dense_attention"]
+from turboquant_vllm import ops, reference
+from turboquant_vllm.checks import MAX_HEAD_DIM, check_sm_scale
 
-_BLOCK = 1024  # queries at a time, where a mask is needed
+__all__ = ["dense_attention"]
 
 
 def dense_attention(
@@ -19,10 +20,10 @@ def dense_attention(
     *,
     sm_scale: float | None = None,
     is_causal: bool = False,
-    window: int | None = None,
-    mask: torch.Tensor | None = None,
+    sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention, ``[B, H_q, N_q, D_v]``, over ``key [B, H_kv, N_kv, D]`` and ``value [B, H_kv, N_kv, D_v]``.
 
@@ -30,34 +31,28 @@ def dense_attention(
         query: ``[B, H_q, N_q, D]``.
         sm_scale: factor on the scores; None means ``1 / sqrt(D)``.
         is_causal: query i sees keys ``0 .. N_kv - N_q + i``.
-        window: and of these only the last ``window``.
-        mask: instead of the two, bool or additive, broadcast to ``[B, H_q, N_q, N_kv]``.
+        sliding_window: and of these only the last ``sliding_window``.
         softcap: scores become ``softcap * tanh(score / softcap)``.
-        sinks: ``[H_q]``, logits that take part in the softmax and have no value.
+        sinks: float32 ``[H_q]``, logits that take part in the softmax and have no value.
+        mask: instead of ``is_causal`` and ``sliding_window``; bool or additive, broadcast to ``[B, H_q, N_q, N_kv]``.
     """
-    q_len, kv_len = query.shape[2], key.shape[2]
-    options: dict[str, Any] = {"sm_scale": sm_scale, "softcap": softcap, "sinks": sinks}
-    if mask is not None:
-        return _masked(query, key, value, mask, **options)
-    everything = not is_causal or q_len == 1
-    if window is None and softcap is None and sinks is None and (everything or q_len == kv_len):
+    q_len, kv_len, head_dim = query.shape[2], key.shape[2], query.shape[3]
+    plain = sliding_window is None and softcap is None and sinks is None
+    if mask is None and plain and (not is_causal or q_len == kv_len):
         grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, scale=sm_scale, is_causal=not everything, enable_gqa=grouped)
-    if not is_causal:
-        return _masked(query, key, value, None, **options)
-    blocks = []
-    for start in range(0, q_len, _BLOCK):
-        stop = min(start + _BLOCK, q_len)
-        last = torch.arange(kv_len - q_len + start, kv_len - q_len + stop, device=query.device)[:, None]
-        first_key = max(0, kv_len - q_len + start + 1 - window) if window is not None else 0
-        last_key = max(first_key, kv_len - q_len + stop)
-        keys = slice(first_key, last_key)
-        column = torch.arange(first_key, last_key, device=query.device)
-        sees = column <= last
-        if window is not None:
-            sees &= column > last - window
-        blocks.append(_masked(query[:, :, start:stop], key[:, :, keys], value[:, :, keys], sees, **options))
-    return torch.cat(blocks, 2)
+        return F.scaled_dot_product_attention(query, key, value, scale=sm_scale, is_causal=is_causal, enable_gqa=grouped)
+    if mask is None and value.shape[-1] == head_dim:
+        triton = query.dtype != torch.float64 and head_dim <= MAX_HEAD_DIM and head_dim % 2 == 0
+        triton = triton and ops.triton_runs_on(query.device)
+        attend: Any = torch.ops.turboquant.triton_attention if triton else reference.attention
+        scale = check_sm_scale(sm_scale, head_dim)
+        operands = (query, key, None, value, None, None, None, scale, is_causal, sliding_window, softcap, sinks)
+        return attend(*operands)[0]
+    if mask is None and is_causal:
+        mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
+        if sliding_window is not None:
+            mask = mask.triu(kv_len - q_len - sliding_window + 1)
+    return _masked(query, key, value, mask, sm_scale=sm_scale, softcap=softcap, sinks=sinks)
 
 
 def _masked(
@@ -75,7 +70,9 @@ def _masked(
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=sm_scale, enable_gqa=group > 1)
     key, value = (x.repeat_interleave(group, 1) if group > 1 else x for x in (key, value))
-    scores = (query @ key.mT) * (query.shape[-1] ** -0.5 if sm_scale is None else sm_scale)
+    scores = (query @ key.mT) * check_sm_scale(sm_scale, query.shape[-1])
+    if query.dtype != torch.float64:
+        scores = scores.float()
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:

@@ -12,10 +12,11 @@ import torch
 from transformers.cache_utils import CacheLayerMixin
 
 from turboquant_vllm.checks import MAX_HEAD_DIM
+from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.storage import PackedStorage, codec_for
 from turboquant_vllm.hf.tensors import PackedTensor
 
-__all__ = ["PackedLayer", "PackedSlidingLayer", "check_states"]
+__all__ = ["PackedLayer", "PackedSlidingLayer", "check_states", "to_remove"]
 
 MIN_HEAD_DIM = 16  # of a codec
 
@@ -53,6 +54,7 @@ class PackedLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
     is_sliding = False
+    window: int | None = None
 
     def __init__(self, index: int, *, seed: int, exact_prefill: bool = True) -> None:
         self.index, self.seed, self.exact_prefill = index, seed, exact_prefill
@@ -102,7 +104,7 @@ class PackedLayer(CacheLayerMixin):
         assert self.storage is not None
         keys, values = self.storage.last(count)
         codec = self.storage.codec
-        return PackedTensor(keys, codec, self.dtype), PackedTensor(values, codec, self.dtype)
+        return PackedTensor.of(keys, codec, self.dtype), PackedTensor.of(values, codec, self.dtype)
 
     def _come_home(self, states: torch.Tensor) -> None:
         """Bring storage that was loaded or offloaded to the device where the layer computes."""
@@ -111,6 +113,12 @@ class PackedLayer(CacheLayerMixin):
         self.storage.move(self.device)
 
     # What there is
+
+    @property
+    def codec(self) -> TQ4Codec:
+        """What reads the storage."""
+        assert self.storage is not None
+        return self.storage.codec
 
     @property
     def is_initialized(self) -> bool:
@@ -132,6 +140,11 @@ class PackedLayer(CacheLayerMixin):
         """Bytes of the storage, with its room for more tokens."""
         return 0 if self.storage is None else self.storage.nbytes
 
+    @property
+    def _kept(self) -> int:
+        """Tokens that later calls can see."""
+        return self.get_seq_length()
+
     def get_seq_length(self) -> int:
         """Tokens seen."""
         return 0 if self.storage is None else len(self.storage)
@@ -150,10 +163,21 @@ class PackedLayer(CacheLayerMixin):
         """Forget everything; the next call may have another batch size."""
         self.storage = None
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` tokens, or all beyond the first ``tokens_to_remove`` if that is positive."""
+    def export(self) -> tuple[TQ4Tensor, TQ4Tensor, int]:
+        """Keys and values ``[B, H_kv, n, D]`` that later calls can see, and how many tokens there were."""
+        assert self.storage is not None
+        return *self.storage.last(self._kept), self.get_seq_length()
+
+    def restore(self, packed: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
+        """Take over keys and values ``[2, B, H_kv, n, D]`` that are what is left of ``length`` tokens."""
+        self.dtype = dtype
+        self.storage = PackedStorage(codec_for(packed.head_dim, self.seed, packed.device), *packed.shape[1:3])
+        self.storage.put(packed)
+
+    def crop(self, tokensto_remove: int) -> None:
+        """Remove the last ``-tokensto_remove`` tokens, or all beyond the first ``tokensto_remove`` if that is positive."""
         if self.storage is not None:
-            self.storage.remove_last(_to_remove(tokens_to_remove, self.get_seq_length()))
+            self.storage.remove_last(to_remove(tokensto_remove, self.get_seq_length()))
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace sequence i by sequence ``beam_idx[i]``."""
@@ -192,6 +216,8 @@ class PackedSlidingLayer(PackedLayer):
 
     is_sliding = True
 
+    window: int
+
     def __init__(self, index: int, window: int, *, seed: int, exact_prefill: bool = True) -> None:
         super().__init__(index, seed=seed, exact_prefill=exact_prefill)
         self.window = window
@@ -218,22 +244,29 @@ class PackedSlidingLayer(PackedLayer):
     def _returned(self, count: int) -> int:
         return min(self.length, self.window - 1 + count)
 
+    @property
+    def _kept(self) -> int:
+        return min(self.length, self.window - 1)
+
     def get_seq_length(self) -> int:
         return self.length
+
+    def restore(self, packed: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
+        super().restore(packed, dtype, length)
+        self.length = length
 
     def get_max_length(self) -> int:
         """The window."""
         return self.window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        kept = min(self.length, self.window - 1)
-        return kept + query_length, self.length - kept
+        return self._kept + query_length, self.length - self._kept
 
     def reset(self) -> None:
         super().reset()
         self.length = 0
 
-    def crop(self, tokens_to_remove: int) -> None:
+    def crop(self, tokensto_remove: int) -> None:
         """As :meth:`PackedLayer.crop`.
 
         Raises:
@@ -241,7 +274,7 @@ class PackedSlidingLayer(PackedLayer):
         """
         if self.storage is None:
             return
-        count = _to_remove(tokens_to_remove, self.length)
+        count = to_remove(tokensto_remove, self.length)
         kept = min(self.length - count, self.window - 1)
         if len(self.storage) - count < kept:
             raise RuntimeError(
@@ -253,6 +286,6 @@ class PackedSlidingLayer(PackedLayer):
         self.length -= count
 
 
-def _to_remove(tokens_to_remove: int, length: int) -> int:
-    tokens_to_remove = int(tokens_to_remove)  # some releases pass a tensor
-    return max(0, length - tokens_to_remove) if tokens_to_remove > 0 else min(-tokens_to_remove, length)
+def to_remove(tokensto_remove: int, length: int) -> int:
+    tokensto_remove = int(tokensto_remove)  # some releases pass a tensor
+    return max(0, length - tokensto_remove) if tokensto_remove > 0 else min(-tokensto_remove, length)

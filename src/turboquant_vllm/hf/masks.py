@@ -38,7 +38,7 @@ def attention_mask(
 
     Returns:
         A :class:`CausalMask` for causal and sliding-window attention; a bool tensor ``[B, 1, q_length, kv_length]`` for
-        chunked attention longer than a chunk; for bidirectional attention that or None.
+        caches of fixed size, and for chunked attention longer than a chunk; for bidirectional attention that or None.
 
     Raises:
         ValueError: any other mask: bidirectional blocks, packed sequences, functions that a model adds.
@@ -51,6 +51,8 @@ def attention_mask(
     if mask_function is bidirectional_mask_function:
         return write(**{**kwargs, "allow_is_causal_skip": False})
     write = partial(write, allow_is_causal_skip=False)
+    if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
+        return write()  # a cache of fixed size in use, whose keys do not end with the last query
     kind, size = _kind(mask_function)
     if kind == "chunked":
         assert size is not None

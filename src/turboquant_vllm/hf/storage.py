@@ -8,11 +8,11 @@ import torch
 
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 
-__all__ = ["PackedStorage", "codec_for"]
+__all__ = ["PackedStorage", "codec_for", "compress_both"]
 
 # Room beyond what is needed when buffers are made: few copies later, and at most a thirty-second of memory unused.
 _SPARE_TOKENS, _SPARE_SHARE = 256, 32
-# Up to this many new tokens, keys and values are compressed in one call on a copy of both.
+# Up to this many new tokens, keys and values are compressed in one call, on a copy.
 _FEW_TOKENS = 64
 
 
@@ -21,6 +21,14 @@ def codec_for(head_dim: int, seed: int, device: torch.device) -> TQ4Codec:
     """The codec that all layers of that head dimension on that device share."""
     with torch.inference_mode(False):
         return TQ4Codec(head_dim, seed=seed, device=device)
+
+
+def compress_both(codec: TQ4Codec, keys: torch.Tensor, values: torch.Tensor) -> TQ4Tensor:
+    """Keys and values ``[B, H_kv, n, D]`` as one compressed tensor ``[2, B, H_kv, n, D]``."""
+    if keys.shape[2] <= _FEW_TOKENS:
+        return codec.compress(torch.stack((keys, values)))
+    packed = codec.compress(keys), codec.compress(values)
+    return TQ4Tensor(torch.stack([x.codes for x in packed]), torch.stack([x.norms for x in packed]))
 
 
 class PackedStorage:
@@ -58,14 +66,15 @@ class PackedStorage:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Compress ``[B, H_kv, n, D]`` keys and values behind the last token."""
-        count = keys.shape[2]
-        if self.stop + count > self.capacity:
-            self._grow(count)
-        if count <= _FEW_TOKENS:
-            self._write(slice(None), self.codec.compress(torch.stack((keys, values))))
-        else:
-            self._write(0, self.codec.compress(keys))
-            self._write(1, self.codec.compress(values))
+        self.put(compress_both(self.codec, keys, values))
+
+    def put(self, packed: TQ4Tensor) -> None:
+        """Append keys and values that are packed already, ``[2, B, H_kv, n, D]``."""
+        count = packed.norms.shape[3]
+        self._make_room(count)
+        tokens = slice(self.stop, self.stop + count)
+        self.codes[:, :, :, tokens] = packed.codes
+        self.norms[:, :, :, tokens] = packed.norms
         self.stop += count
 
     def last(self, count: int) -> tuple[TQ4Tensor, TQ4Tensor]:
@@ -95,13 +104,10 @@ class PackedStorage:
             self.codes = self.codes.to(device, non_blocking=True)
             self.norms = self.norms.to(device, non_blocking=True)
 
-    def _write(self, which: slice | int, new: TQ4Tensor) -> None:
-        tokens = slice(self.stop, self.stop + new.norms.shape[-1])
-        self.codes[which][..., tokens, :] = new.codes
-        self.norms[which][..., tokens] = new.norms
-
-    def _grow(self, count: int) -> None:
-        """Move what is in use to the front of buffers with room for ``count`` more tokens, and some to spare."""
+    def _make_room(self, count: int) -> None:
+        """Where ``count`` more tokens do not fit, move what is in use to the front of larger buffers, with room to spare."""
+        if self.stop + count <= self.capacity:
+            return
         needed = len(self) + count
         used = slice(self.start, self.stop)
         old_codes, old_norms = self.codes[:, :, :, used], self.norms[:, :, :, used]

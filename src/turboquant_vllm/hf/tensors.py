@@ -15,8 +15,9 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.rotation import RotationKind
 
-__all__ = ["CausalMask", "DeferredTensor", "PackedTensor"]
+__all__ = ["CausalMask", "DeferredTensor", "PackedTensor", "find_parts", "unpack"]
 
 
 class DeferredTensor(torch.Tensor):
@@ -28,7 +29,9 @@ class DeferredTensor(torch.Tensor):
 
     def moved(self, device: torch.device) -> DeferredTensor:
         """The same tensor on another device, still without storage."""
-        raise NotImplementedError
+        names, context = self.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner = {name: getattr(self, name).to(device) for name in names}
+        return self.__tensor_unflatten__(inner, context, None, None)  # type: ignore[attr-defined]
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"{type(self).__name__}(shape={list(self.shape)}, dtype={self.dtype}, device={str(self.device)!r})"
@@ -47,43 +50,53 @@ class DeferredTensor(torch.Tensor):
 class PackedTensor(DeferredTensor):
     """Keys or values ``[B, H_kv, N, D]`` in 4 bits.
 
-    Attributes:
-        packed: the codes and norms, views of a cache's storage.
-        codec: reads them.
+    torch.compile follows a tensor of this kind from where it is made to where it is read, so it is made of tensors and
+    constants alone; :meth:`of` makes one from a codec.
     """
 
-    packed: TQ4Tensor
-    codec: TQ4Codec
+    codes: torch.Tensor
+    norms: torch.Tensor
+    rotation: torch.Tensor
+    centroids: torch.Tensor
+    kind: RotationKind
 
     @staticmethod
-    def __new__(cls, packed: TQ4Tensor, codec: TQ4Codec, dtype: torch.dtype) -> PackedTensor:
-        make = torch.Tensor._make_wrapper_subclass
-        self = make(cls, packed.shape, dtype=dtype, device=packed.device)
-        self.packed, self.codec = packed, codec
+    def __new__(
+        cls,
+        codes: torch.Tensor,
+        norms: torch.Tensor,
+        rotation: torch.Tensor,
+        centroids: torch.Tensor,
+        kind: RotationKind,
+        dtype: torch.dtype,
+    ) -> PackedTensor:
+        shape = (*codes.shape[:-1], 2 * codes.shape[-1])
+        make: Any = torch.Tensor._make_wrapper_subclass
+        self: PackedTensor = make(cls, shape, dtype=dtype, device=codes.device)
+        self.codes, self.norms = codes, norms
+        self.rotation, self.centroids, self.kind = rotation, centroids, kind
         return self
 
-    def dense(self) -> torch.Tensor:
-        return self.codec.decompress(self.packed, self.dtype)
+    @staticmethod
+    def of(packed: TQ4Tensor, codec: TQ4Codec, dtype: torch.dtype) -> PackedTensor:
+        """Vectors that ``codec`` has compressed, to be read in ``dtype``."""
+        return PackedTensor(packed.codes, packed.norms, codec.rotation, codec.centroids, codec.rotation_kind, dtype)
 
-    def moved(self, device: torch.device) -> PackedTensor:
-        return PackedTensor(self.packed.to(device), self.codec.to(device), self.dtype)
+    def dense(self) -> torch.Tensor:
+        packed, codec = unpack(self)
+        return codec.decompress(packed, self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["codes", "norms"], (self.codec, self.dtype)
+        return ["codes", "norms", "rotation", "centroids"], (self.kind, self.dtype)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> PackedTensor:
-        return PackedTensor(TQ4Tensor(inner["codes"], inner["norms"]), *context)
+        return PackedTensor(inner["codes"], inner["norms"], inner["rotation"], inner["centroids"], *context)
 
-    @property
-    def codes(self) -> torch.Tensor:
-        """Of the packed vectors."""
-        return self.packed.codes
 
-    @property
-    def norms(self) -> torch.Tensor:
-        """Of the packed vectors."""
-        return self.packed.norms
+def unpack(x: PackedTensor) -> tuple[TQ4Tensor, TQ4Codec]:
+    """Codes and norms, and what reads them. A function, since torch.compile follows no property of a tensor."""
+    return TQ4Tensor(x.codes, x.norms), TQ4Codec.reader(x.rotation, x.centroids, x.kind)
 
 
 class CausalMask(DeferredTensor):

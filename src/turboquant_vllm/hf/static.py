@@ -1,0 +1,292 @@
+"""The layers of a cache of fixed size, for torch.compile and CUDA graphs: pages that never move, and lengths on the device.
+
+A layer's tokens are pages of a :class:`turboquant_vllm.paged.PagedTQ4Cache`, which its attention reads, under a block table
+that never changes: page p of a sequence is its p-th. A sliding window needs few pages, which its block table uses in turn.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers.cache_utils import CacheLayerMixin, StaticLayer
+
+from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.hf.layers import check_states, to_remove
+from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, packed_places, put_places
+from turboquant_vllm.hf.storage import codec_for, compress_both
+from turboquant_vllm.paged import PagedTQ4Cache
+
+__all__ = ["DenseStaticLayer", "PagedLayer"]
+
+# Tokens that one call may append to a window that is in use.
+MAX_CHUNK = 256
+
+
+def whole_pages(tokens: int) -> int:
+    """``tokens`` rounded up to whole pages."""
+    return -(-tokens // PAGE_SIZE) * PAGE_SIZE
+
+
+class PagedLayer(CacheLayerMixin):
+    """A layer with room for ``max_cache_len`` tokens in 4 bits.
+
+    Args:
+        index: of the layer in the model, for messages.
+        max_cache_len: tokens that fit, rounded up to whole pages.
+        window: how many tokens a query sees, itself included; None for all.
+        seed: of the rotation.
+        exact_prefill: whether the first call's own tokens are seen exactly by that call.
+    """
+
+    is_compileable = True
+    is_croppable = True
+
+    def __init__(
+        self, index: int, max_cache_len: int, *, window: int | None = None, seed: int, exact_prefill: bool = True
+    ) -> None:
+        # Whole pages: a token too many is then outside of the block table, which no device overlooks.
+        self.index, self.max_cache_len, self.window = index, whole_pages(max_cache_len), window
+        self.seed, self.exact_prefill = seed, exact_prefill
+        self.empty = True
+        self.codec: TQ4Codec | None = None
+        self.buffer: torch.Tensor | None = None
+        self.dtype: torch.dtype = torch.float32
+        self.device = torch.device("cpu")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.max_cache_len} tokens, {self.nbytes} bytes)"
+
+    # What update keeps and returns
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Make pages for states like these, ``[B, H_kv, n, D]``."""
+        check_states(self.index, key_states, value_states)
+        batch, num_heads, _, head_dim = key_states.shape
+        if head_dim % 16:
+            raise ValueError(
+                f"layer {self.index}: expected a head dimension that is a multiple of 16 for a static cache, got {head_dim}; "
+                f"keep the layer dense: skip_layers=({self.index},)"
+            )
+        self._allocate(batch, num_heads, head_dim, key_states.dtype, key_states.device)
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store ``[B, H_kv, n, D]`` states behind the last, and return the keys and values that their queries may see.
+
+        The first call returns the states as they came, later calls all ``max_cache_len`` places, of which the mask hides those
+        that are not in use.
+        """
+        if self.buffer is None:
+            self.lazy_initialization(key_states, value_states)
+        elif self.buffer.device != key_states.device:
+            self._move(key_states.device)
+        check_states(self.index, key_states, value_states)
+        count, first = key_states.shape[2], self.empty
+        self._check_room(count, first and self.exact_prefill)
+        skipped = max(0, count - self._places) if first and self.exact_prefill else 0
+        positions = torch.arange(skipped, count, device=self.device) + self.cumulative_length
+        self._write(key_states[:, :, skipped:], value_states[:, :, skipped:], positions)
+        self.cumulative_length.add_(count)
+        self.empty = False
+        if first and self.exact_prefill:
+            return key_states, value_states
+        return self._paged(0), self._paged(1)
+
+    @property
+    def _places(self) -> int:
+        """Tokens of a sequence that there are pages for."""
+        assert self.buffer is not None
+        return self.buffer.shape[0] // self.block_table.shape[0] * PAGE_SIZE
+
+    def _check_room(self, count: int, fresh: bool) -> None:
+        if self.window is None:
+            if count > self.max_cache_len:
+                raise ValueError(f"layer {self.index}: expected at most {self.max_cache_len} tokens, got {count}")
+        elif not fresh and count > MAX_CHUNK and self._places < self.max_cache_len:
+            raise ValueError(
+                f"layer {self.index}: expected at most {MAX_CHUNK} tokens at a time behind a sliding window in use, got {count}"
+            )
+
+    def _write(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
+        assert self.codec is not None
+        assert self.buffer is not None
+        packed = compress_both(self.codec, keys, values)
+        torch.ops.turboquant.write_pages(packed.codes, packed.norms, self.buffer, self.block_table, positions)
+
+    def _paged(self, which: int) -> PagedTensor:
+        assert self.buffer is not None
+        assert self.codec is not None
+        return PagedTensor.of(
+            self.buffer, self.block_table, self.cumulative_length, self.codec, which, self.num_heads, self.max_cache_len,
+            self.dtype,
+        )  # fmt: skip
+
+    def _allocate(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
+        needed = self.max_cache_len if self.window is None else min(self.max_cache_len, self.window + MAX_CHUNK)
+        pages, table_pages = whole_pages(needed) // PAGE_SIZE, self.max_cache_len // PAGE_SIZE
+        width = PagedTQ4Cache.page_bytes(PAGE_SIZE, num_heads, head_dim)
+        self.num_heads = num_heads
+        with torch.inference_mode(False):
+            self.buffer = torch.zeros((batch * pages, width), dtype=torch.uint8, device=device)
+            turns = torch.arange(table_pages, dtype=torch.int32, device=device) % pages
+            self.block_table = turns + torch.arange(batch, dtype=torch.int32, device=device)[:, None] * pages
+            self.cumulative_length = torch.zeros((), dtype=torch.long, device=device)
+        self.dtype = dtype
+        self.codec = codec_for(head_dim, self.seed, device)
+        self._settle(device)
+
+    def _settle(self, device: torch.device) -> None:
+        """Say that these tensors stay where they are, which CUDA graphs need to know."""
+        self.device = device
+        if not torch.compiler.is_compiling():
+            for x in (self.buffer, self.block_table, self.cumulative_length):
+                torch._dynamo.mark_static_address(x)
+
+    def _move(self, device: torch.device) -> None:
+        assert self.buffer is not None
+        assert self.codec is not None
+        self.buffer = self.buffer.to(device, non_blocking=True)
+        self.block_table, self.cumulative_length = self.block_table.to(device), self.cumulative_length.to(device)
+        self.codec = codec_for(self.codec.head_dim, self.seed, device)
+        self._settle(device)
+
+    # What there is
+
+    @property
+    def is_sliding(self) -> bool:
+        """Whether queries see a window."""
+        return self.window is not None
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether there are pages."""
+        return self.buffer is not None
+
+    @property
+    def keys(self) -> PagedTensor | None:
+        """All places for keys, ``[B, H_kv, max_cache_len, D]``, in 4 bits."""
+        return None if self.buffer is None else self._paged(0)
+
+    @property
+    def values(self) -> PagedTensor | None:
+        """All places for values, ``[B, H_kv, max_cache_len, D]``, in 4 bits."""
+        return None if self.buffer is None else self._paged(1)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the pages."""
+        return 0 if self.buffer is None else self.buffer.nbytes
+
+    def get_seq_length(self) -> int | torch.Tensor:
+        """Tokens seen: 0, or a tensor on the layer's device."""
+        return 0 if self.empty else self.cumulative_length
+
+    def get_max_length(self) -> int:
+        """Tokens that fit."""
+        return self.max_cache_len
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """How many keys the next call of ``query_length`` tokens returns, and the position of the first."""
+        return (query_length if self.empty and self.exact_prefill else self.max_cache_len), 0
+
+    def export(self) -> tuple[TQ4Tensor, TQ4Tensor, int]:
+        """Keys and values ``[B, H_kv, n, D]`` that later calls can see, and how many tokens there were; waits for a GPU."""
+        assert self.buffer is not None
+        length = int(self.cumulative_length)
+        kept = length if self.window is None else min(length, self.window - 1)
+        tokens = slice(length - kept, length)
+        keys, values = (
+            TQ4Tensor(*(x[:, :, tokens] for x in packed_places(self.buffer, self.block_table, self.num_heads, which)))
+            for which in (0, 1)
+        )
+        return keys, values, length
+
+    # What changes it
+
+    def restore(self, packed: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
+        """Take over keys and values ``[2, B, H_kv, n, D]`` that are what is left of ``length`` tokens."""
+        if length > self.max_cache_len and self.window is None:
+            raise ValueError(f"layer {self.index}: expected at most {self.max_cache_len} tokens, got {length}")
+        _, batch, num_heads, count, head_dim = packed.shape
+        self._allocate(batch, num_heads, head_dim, dtype, packed.device)
+        assert self.buffer is not None
+        put_places(self.buffer, self.block_table, torch.arange(length - count, length), packed)
+        self.cumulative_length.fill_(length)
+        self.empty = length == 0
+
+    def reset(self) -> None:
+        """Forget all tokens; the pages stay where they are."""
+        self.empty = True
+        if self.buffer is not None:
+            self.cumulative_length.zero_()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Remove the last ``-tokens_to_remove`` tokens, or all beyond the first ``tokens_to_remove`` if that is positive.
+
+        Raises:
+            RuntimeError: the pages of tokens that a window would show again have been used for others.
+        """
+        if self.empty:
+            return
+        length = int(self.cumulative_length)
+        count = to_remove(tokens_to_remove, length)
+        if self.window is not None and self.window - 1 + count > self._places < length:
+            raise RuntimeError(f"layer {self.index}: cannot remove {count} tokens behind a window of {self.window}")
+        self.cumulative_length.sub_(count)
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        """Replace sequence i by sequence ``beam_idx[i]``."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the sequences of an index, int64 ``[n]``, or of a mask, bool ``[B]``; as many as there were stay in place."""
+        if self.buffer is None:
+            return
+        sequences = self.buffer.unflatten(0, (self.block_table.shape[0], -1))
+        chosen = sequences[torch.as_tensor(indices, device=self.device)]
+        if chosen.shape == sequences.shape:
+            sequences.copy_(chosen)
+            return
+        assert self.codec is not None
+        length = self.cumulative_length
+        self._allocate(chosen.shape[0], self.num_heads, self.codec.head_dim, self.dtype, self.device)
+        self.buffer.copy_(chosen.flatten(0, 1))
+        self.cumulative_length.copy_(length)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence ``repeats`` times, one behind the other."""
+        if self.buffer is not None:
+            self.batch_select_indices(torch.arange(self.block_table.shape[0]).repeat_interleave(repeats))
+
+    def offload(self) -> None:
+        """Nothing: the pages must stay where they are."""
+
+    def prefetch(self) -> None:
+        """Nothing: the pages stay where they are."""
+
+
+class DenseStaticLayer(StaticLayer):
+    """A dense layer beside packed ones, whose first call returns its own states, as theirs does."""
+
+    def __init__(self, max_cache_len: int) -> None:
+        super().__init__(max_cache_len=whole_pages(max_cache_len))
+        self.empty = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        first, self.empty = self.empty, False
+        returned = super().update(key_states, value_states, *args, **kwargs)
+        return (key_states, value_states) if first else returned
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return (query_length, 0) if self.empty else super().get_mask_sizes(query_length)
+
+    def get_seq_length(self) -> Any:
+        return 0 if self.empty else super().get_seq_length()
+
+    def reset(self) -> None:
+        super().reset()
+        self.empty = True
