@@ -26,10 +26,11 @@ def main() -> None:
             k_norms, v_norms = (torch.rand(shape) + 1 for _ in range(2))
             q = torch.randn(2, 3 * group, q_len, head_dim).half()
             want, _ = reference.attention(q, k, k_norms, v, v_norms, codec.centroids, codec.rotation, 0.1, True)
-            packed = [x.cuda() for x in (k, k_norms, v, v_norms)]
+            k, k_norms, v, v_norms = (x.cuda() for x in (k, k_norms, v, v_norms))
             for dtype, split_len in ((torch.float16, None), (torch.float16, 32), (torch.bfloat16, None)):
                 query = q.to(dtype).cuda()  # written by a copy: initcheck follows the kernels of this project alone
-                out, _ = decode(query, *packed, centroids, rotation, sm_scale=0.1, is_causal=True, split_len=split_len)
+                tensors = (query, k, k_norms, v, v_norms, centroids, rotation)
+                out, _ = decode(*tensors, sm_scale=0.1, is_causal=True, split_len=split_len)
                 if dtype == torch.float16:
                     worst = max(worst, (out.cpu() - want).abs().max().item() / want.abs().max().item())
     print(f"largest error in float16, relative to the largest magnitude: {worst:.1e}")

@@ -150,6 +150,8 @@ def test_rotation_folded_into_the_weights(run, generator, dtype, head_dim, split
     out, lse = run(*rotated.arguments, pre_rotated=True, rotated_output=True, split_len=split_len)
     compare(out, want.double() @ rotation.T, dtype)
     compare(lse, want_lse, dtype, at_least=1.0, what="lse")
+    again, _ = torch.ops.turboquant.cuda_decode(*rotated.arguments, pre_rotated=True, rotated_output=True)
+    compare(again, want.double() @ rotation.T, dtype)
 
 
 @pytest.mark.parametrize("split_len", [0, 8, 24, -16])

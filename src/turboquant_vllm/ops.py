@@ -143,14 +143,15 @@ def _triton_paged(*args: Any) -> None:
     _kernel("turboquant_vllm.triton.paged_attention:paged_attention")(*args)
 
 
-def _cuda_decode(*args: Any) -> Any:
+def _cuda_decode(*args: Any, pre_rotated: bool = False, rotated_output: bool = False) -> Any:
     plain, masks = args[:9], args[9:]
     if any(mask is not None for mask in masks):
         raise ValueError("the CUDA kernels have no sliding_window, softcap or sinks")
-    return _kernel("turboquant_vllm.cuda.decode:decode")(*plain)
+    run = _kernel("turboquant_vllm.cuda.decode:decode")
+    return run(*plain, pre_rotated=pre_rotated, rotated_output=rotated_output)
 
 
-def _attention_fake(q: torch.Tensor, *args: Any) -> Any:
+def _attention_fake(q: torch.Tensor, *args: Any, **options: Any) -> Any:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
@@ -167,12 +168,15 @@ _define(
     _decompress,
     _decompress_fake,
 )
-for _name, _run in (("triton_attention", _triton_attention), ("cuda_decode", _cuda_decode)):
+for _name, _run, _options in (
+    ("triton_attention", _triton_attention, ""),
+    ("cuda_decode", _cuda_decode, ", *, bool pre_rotated=False, bool rotated_output=False"),
+):
     _define(
         _name,
         "(Tensor q, Tensor k, Tensor? k_norms, Tensor v, Tensor? v_norms, Tensor? centroids, Tensor? rotation, "
-        "float sm_scale, bool is_causal, int? sliding_window=None, float? softcap=None, Tensor? sinks=None) "
-        "-> (Tensor, Tensor)",
+        "float sm_scale, bool is_causal, int? sliding_window=None, float? softcap=None, Tensor? sinks=None"
+        f"{_options}) -> (Tensor, Tensor)",
         _run,
         _attention_fake,
     )
