@@ -80,11 +80,11 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
   }
   __syncthreads();
   for (int n0 = warp * 8; n0 < D; n0 += COMBINE_THREADS / 4) {
-    float y[4] = {0, 0, 0, 0}, largest[2] = {0, 0};
+    float y[4] = {0, 0, 0, 0};
 #pragma unroll 1
     for (int k0 = 0; k0 < D; k0 += TURN) {
       if (D == 256) load_turn(turn, p.rotation, n0, k0, true, p.rotated_output);
-      rotate_rows<false>(y, largest, merged + k0, turn);
+      rotate_rows<false>(y, merged + k0, turn);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {

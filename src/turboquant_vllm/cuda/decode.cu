@@ -70,29 +70,37 @@ __device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, 
 #pragma unroll 1
   for (int done = 0; done < all; done += HELD * WARPS) {
     const int tiles = min((all - done + 15) / 16, HELD * WARPS / 16);
+    if (done) load_rows(rows, p, first, done, all);
 #pragma unroll
-    for (int i = 0; i < HELD * (D / 32); i++)
-      raw[(warp + i / (D / 32) * WARPS) * ROW_PITCH + lane + i % (D / 32) * 32] =
-          from_half(rows.at[i / (D / 32)][i % (D / 32) / 2] >> i % 2 * 16, p.is_bf16);
-    if (done + HELD * WARPS < all) load_rows(rows, p, first, done + HELD * WARPS, all);
+    for (int i = 0; i < HELD; i++) {
+      float* row = raw + (warp + i * WARPS) * ROW_PITCH;
+      float largest = 0;
+#pragma unroll
+      for (int j = 0; j < D / 32; j++) {
+        const float x = from_half(rows.at[i][j / 2] >> j % 2 * 16, p.is_bf16);
+        row[lane + 32 * j] = x, largest = fmaxf(largest, fabsf(x));
+      }
+      // sqrt(D) times the largest magnitude bounds every rotated coordinate
+      largest = power_below(warp_max(largest, 1) * (D == 64 ? 8 : 16));
+      if (lane == 0) row[D] = largest;
+    }
     __syncthreads();
 #pragma unroll TURNS_HELD
     for (int group = 0; group < TURNS; group++) {
       const int n0 = (warp + group * WARPS) * 8;
       Turn& columns = turn[min(group, TURNS_HELD - 1)];
       for (int tile = 0; tile < tiles && n0 < D; tile++) {
-        float y[4] = {0, 0, 0, 0}, largest[2] = {0, 0};
+        float y[4] = {0, 0, 0, 0};
 #pragma unroll 1
         for (int k0 = 0; k0 < D; k0 += TURN) {
           if (TURNS > TURNS_HELD) load_turn(columns, p.rotation, n0, k0, false, p.pre_rotated);
-          rotate_rows<true>(y, largest, raw + tile * 16 * ROW_PITCH + k0, columns);
+          rotate_rows<true>(y, raw + tile * 16 * ROW_PITCH + k0, columns);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-          // sqrt(D) times the largest magnitude bounds every rotated coordinate
-          const float top = power_below(warp_max(largest[i], 1, 4) * (D == 64 ? 8 : 16)), inverse = inverse_power(top);
           const int at = done + tile * 16 + (lane >> 2) + 8 * i, row = at % (4 * NT);
           if (at >= all) continue;
+          const float top = raw[(at - done) * ROW_PITCH + D], inverse = inverse_power(top);
           const int byte = n0 / 2 + (lane & 3), c = D == 64 ? byte >> 3 : (byte >> 4) & 3;
           const int step = D == 64 ? (byte & 7) >> 1 : 8 * (byte >> 6) + ((byte & 15) >> 1);
           const int column = 2 * (row & 3) + ((row >> 2) & 1);
@@ -185,10 +193,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   // Levels in fp16, over a power of two that the row scales and the result give back.
   const float level_scale = power_below(warp_max(fabsf(level), 1));
   rotate_query(p, smem, query_rows, turn, first_pass, rows, level_scale * p.scale_log2);
-  for (int b = warp; b < 256; b += WARPS) {
+  // A warp writes four entries at a time, each lane four copies of one.
+  for (int b = warp * 4 + (lane >> 3); b < 256; b += WARPS * 4) {
     const float inverse = inverse_power(level_scale);
     const float first = __shfl_sync(~0u, level, b >> 4), second = __shfl_sync(~0u, level, b & 15);
-    *(u32*)(smem + b * 256 + lane * 4) = half2_bits(first * inverse, second * inverse);
+    const u32 entry = half2_bits(first * inverse, second * inverse);
+    *(uint4*)(smem + b * 256 + (lane & 7) * 16) = make_uint4(entry, entry, entry, entry);
   }
   __syncthreads();
   auto levels = [&](u32 word, int byte) { return lds_table(prmt(word, lane4, 0x5504u | (byte << 4)) + base); };

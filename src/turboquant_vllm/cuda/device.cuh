@@ -95,17 +95,15 @@ __device__ __forceinline__ void load_turn(Turn& turn, const float* rotation, int
 }
 
 // Adds 16 rows times 8 columns to the C fragment y: lane (r, c) has columns 2 * c, 2 * c + 1 of row r, then of row r + 8.
-// `largest` follows this lane's largest magnitude of both rows. HALF: the rows came from half precision.
+// HALF: the rows came from half precision.
 template <bool HALF>
-__device__ __forceinline__ void rotate_rows(float* y, float* largest, const float* rows, const Turn& turn) {
+__device__ __forceinline__ void rotate_rows(float* y, const float* rows, const Turn& turn) {
   const int r = (threadIdx.x >> 2) % 8, c = threadIdx.x & 3;
   float y1[4] = {0, 0, 0, 0}, y2[4] = {0, 0, 0, 0};  // three sums side by side: a product need not wait for the last
 #pragma unroll
   for (int i = 0; i < TURN / 16; i++) {
     const float4 x0 = *(const float4*)(rows + r * ROW_PITCH + 16 * i + 4 * c);
     const float4 x1 = *(const float4*)(rows + (r + 8) * ROW_PITCH + 16 * i + 4 * c);
-    largest[0] = fmaxf(fmaxf(fmaxf(largest[0], fabsf(x0.x)), fmaxf(fabsf(x0.y), fabsf(x0.z))), fabsf(x0.w));
-    largest[1] = fmaxf(fmaxf(fmaxf(largest[1], fabsf(x1.x)), fmaxf(fabsf(x1.y), fabsf(x1.z))), fabsf(x1.w));
 #pragma unroll
     for (int s = 0; s < 2; s++) {
       const float a[4] = {s ? x0.z : x0.x, s ? x1.z : x1.x, s ? x0.w : x0.y, s ? x1.w : x1.y};
