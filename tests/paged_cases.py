@@ -38,13 +38,14 @@ class Batch:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    windows: torch.Tensor | None = None
 
     def replace(self, **changes: Any) -> Batch:
         return dataclasses.replace(self, **changes)
 
     @property
     def masks(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("sliding_window", "softcap", "sinks")}
+        return {name: getattr(self, name) for name in ("sliding_window", "softcap", "sinks", "windows")}
 
     @property
     def tokens(self) -> list[slice]:
@@ -55,7 +56,10 @@ class Batch:
     def alone(self, index: int) -> Case:
         """One sequence as a call of dense attention."""
         q = self.q[self.tokens[index]].transpose(0, 1)[None]
-        return Case(q=q, **self.sequences[index], **self.shared, is_causal=self.causal)
+        shared = self.shared
+        if (windows := shared.pop("windows")) is not None:
+            shared["sliding_window"] = int(windows[index])
+        return Case(q=q, **self.sequences[index], **shared, is_causal=self.causal)
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -68,6 +72,7 @@ class Batch:
             q=self.q[self.tokens[index]],
             block_table=self.block_table[index : index + 1],
             seq_lens=self.seq_lens[index : index + 1],
+            windows=None if self.windows is None else self.windows[index : index + 1],
             cu_seqlens_q=torch.tensor([0, length], dtype=torch.int32, device=self.q.device),
             sequences=self.sequences[index : index + 1],
         )

@@ -17,6 +17,15 @@ MIXED = [(1, 37), (40, 40), (24, 70), (4, 90), (0, 0), (0, 20), (1, 1), (1, 32),
 
 
 class PagedContract:
+    def test_windows_of_single_sequences(self, run, device, dtype, generator):
+        lengths = [*MIXED, (1, 1500), (3, 1500), (1, 40)]
+        windows = torch.randint(1, 70, (len(lengths),), generator=generator, dtype=torch.int32)
+        windows[-3:] = torch.tensor([1400, 900, 0])  # the last sequence sees nothing
+        batch = random_batch(generator, lengths, dtype=dtype, device=device).replace(windows=windows.to(device))
+        out, lse = check_batch(run, batch)
+        assert (out[-1] == 0).all()
+        assert (lse[-1] == float("-inf")).all()
+
     @pytest.mark.parametrize("order", ["as-listed", "reversed"])
     def test_mixed_batch(self, run, device, dtype, generator, order):
         lengths = MIXED if order == "as-listed" else MIXED[::-1]

@@ -27,7 +27,7 @@ from hf_models import (
 )
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache
-from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor
+from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, find_spans, written_out
 from turboquant_vllm.hf.static import MAX_CHUNK, DenseStaticLayer, PagedLayer
 
 HEADS, DIM, WINDOW = 2, 32, 100
@@ -306,3 +306,47 @@ def test_a_file_that_is_too_long_is_refused(tmp_path, states):
     cache.save(tmp_path / "long")
     with pytest.raises(ValueError, match="layer 0: expected at most 64 tokens, got 70"):
         TurboQuantStaticCache.load(tmp_path / "long", config, max_cache_len=19)
+
+
+# Attention over pages
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "gemma2"])
+def test_decoding_decompresses_nothing(family, monkeypatch):
+    def refuse(self):
+        raise AssertionError("keys or values were decompressed")
+
+    monkeypatch.setattr(PagedTensor, "dense", refuse)
+    model = make_model(family, dtype=torch.float32)
+    ids, mask = torch.arange(3, 33).repeat(2, 1), torch.ones(2, 30, dtype=torch.long)
+    mask[1, :4] = 0
+    cache = TurboQuantStaticCache(model.config, max_cache_len=40)
+    model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+    for step in range(20, 23):
+        model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=cache)
+
+
+@torch.no_grad()
+def test_padding_between_visible_keys_changes_nothing(generator):
+    oracle, ours = both("gemma3")
+    ids, mask = tokens(generator, 2, 16), torch.ones(2, 16, dtype=torch.long)
+    mask[1, 6:12] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    expected, static = reference_cache(oracle), TurboQuantStaticCache(ours.config, max_cache_len=40)
+    for start, stop in ((0, 12), (12, 13), (13, 14), (14, 16)):
+        arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
+        want = oracle(ids[:, start:stop], past_key_values=expected, **arguments).logits
+        got = ours(ids[:, start:stop], past_key_values=static, **arguments).logits
+        real = mask[:, start:stop].bool()
+        assert_same(got[real], want[real])
+
+
+def test_spans_stand_for_masks():
+    mask = torch.zeros(4, 1, 1, 9, dtype=torch.bool)
+    mask[0, ..., 2:7] = mask[1, ..., :9] = mask[2, ..., 8:] = True  # the last sequence sees nothing
+    spans = find_spans(mask)
+    assert spans.tolist() == [[[[7, 9, 9, 0, 0]]], [[[5, 9, 1, 0, 0]]], [[[0, 1, 2, 3, 4]]]]
+    assert torch.equal(written_out(spans, 9), mask)
+    mask[0, ..., 4] = False
+    assert find_spans(mask) is None

@@ -68,6 +68,9 @@ def test_public_function(generator):
     masks = {"sliding_window": 9, "softcap": 3.0, "sinks": sinks}
     result = tq4_paged_attention(q, cache, codec, *index, sm_scale=0.3, return_lse=True, backend="reference", **masks)
     check_batch(lambda _: result, batch.replace(sm_scale=0.3, **masks))
+    windows = torch.arange(2, 2 + len(batch.seq_lens), dtype=torch.int32)
+    result = tq4_paged_attention(q, cache, codec, *index, sliding_window=windows, return_lse=True, backend="reference")
+    check_batch(lambda _: result, batch.replace(windows=windows))
     result = tq4_paged_attention(q, cache, codec, *index, causal=False, return_lse=True)
     check_batch(lambda _: result, batch.replace(causal=False))
 
@@ -115,6 +118,13 @@ WRONG = {
     "out-dtype": ({"out": torch.zeros(24, 4, 64).half()}, TypeError, "out must be torch.float32, got torch.float16"),
     "out-shape": ({"out": torch.zeros(4, 24, 64)}, ValueError, r"out must have shape \[24, 4, 64\], got \[4, 24, 64\]"),
     "window": ({"sliding_window": 3, "causal": False}, ValueError, "sliding_window must come with causal=True, got False"),
+    "windows": ({"sliding_window": torch.ones(2).int()}, ValueError, r"sliding_window must have shape \[3\], got \[2\]"),
+    "windows-dtype": ({"sliding_window": torch.ones(3)}, TypeError, "sliding_window must be torch.int32, got torch.float32"),
+    "windows-causal": (
+        {"sliding_window": torch.ones(3).int(), "causal": False},
+        ValueError,
+        "sliding_window must come with causal=True, got False",
+    ),
     "sinks": ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \[4\], got \[2\]"),
     "query-bound": ({"max_query_len": 2.0}, TypeError, "max_query_len must be an int, got float"),
     "key-bound": ({"max_seq_len": -1}, ValueError, "max_seq_len must be at least 0, got -1"),

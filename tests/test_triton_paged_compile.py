@@ -19,13 +19,14 @@ CALLS = {
     "page-48": {"dtype": BF16, "head_dim": 96, "group": 7, "page_size": 48},
     "wide": {"dtype": BF16, "head_dim": 256, "group": 8},
     "float32": {"dtype": FULL, "head_dim": 128, "group": 4},
+    "windows": {"dtype": HALF, "windows": torch.tensor([3, 4], dtype=torch.int32)},
     "masks": {"dtype": HALF, "head_dim": 192, "group": 4, "sliding_window": 100, "softcap": 30.0, "sinks": torch.zeros(8)},
 }
 FITS = {
     "sm_80": ["page-16", "wide"],
     "sm_90": ["page-48", "float32"],
     "sm_100": ["page-64"],
-    "sm_120": ["page-16", "wide", "masks"],
+    "sm_120": ["page-16", "wide", "masks", "windows"],
     "gfx942": ["page-64", "wide", "masks", "float32"],
 }
 

@@ -29,6 +29,7 @@ __all__ = [
     "check_rotation",
     "check_shape",
     "check_sm_scale",
+    "check_windows",
     "why_not_decode",
 ]
 
@@ -187,6 +188,16 @@ def check_masks(
         check_device("sinks", sinks, device, "q")
         masks["sinks"] = sinks
     return masks
+
+
+def check_windows(windows: torch.Tensor, causal: bool, num_seqs: int, device: torch.device) -> torch.Tensor:
+    """Sliding windows of single sequences must be int32 ``[num_seqs]`` on ``device``, and need causal attention."""
+    check_dtype("sliding_window", windows, (torch.int32,))
+    check_shape("sliding_window", windows, (num_seqs,))
+    check_device("sliding_window", windows, device, "q")
+    if not causal:
+        raise ValueError(f"sliding_window must come with causal=True, got {causal}")
+    return windows
 
 
 def check_attention(

@@ -184,7 +184,8 @@ _define(
     "triton_paged",
     "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
     "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "
-    "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, bool skip_few=False) -> ()",
+    "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, Tensor? windows=None, "
+    "bool skip_few=False) -> ()",
     _triton_paged,
     lambda *args: None,
 )

@@ -16,6 +16,7 @@ from turboquant_vllm.checks import (
     check_paged_attention,
     check_paged_contents,
     check_sm_scale,
+    check_windows,
 )
 from turboquant_vllm.codec import TQ4Codec
 from turboquant_vllm.paged import PagedTQ4Cache
@@ -34,7 +35,7 @@ def tq4_paged_attention(
     *,
     causal: bool = True,
     sm_scale: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: Literal[False] = False,
@@ -56,7 +57,7 @@ def tq4_paged_attention(
     *,
     causal: bool = True,
     sm_scale: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: Literal[True],
@@ -77,7 +78,7 @@ def tq4_paged_attention(
     *,
     causal: bool = True,
     sm_scale: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | torch.Tensor | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     return_lse: bool = False,
@@ -100,7 +101,8 @@ def tq4_paged_attention(
         cu_seqlens_q: int32 ``[S + 1]``, ascending from 0 to at most T; sequence s has the query tokens
             ``cu_seqlens_q[s] .. cu_seqlens_q[s + 1]``, none if these are equal.
         causal: query i of ``q_len`` sees keys ``0 .. seq_len - q_len + i`` of its sequence.
-        sm_scale, sliding_window, softcap, sinks: as in :func:`turboquant_vllm.tq4_attention`.
+        sm_scale, sliding_window, softcap, sinks: as in :func:`turboquant_vllm.tq4_attention`; ``sliding_window`` may also be
+            int32 ``[S]``, not negative: one for each sequence, which hides what comes first in some of them, such as padding.
         return_lse: also return the log-sum-exp.
         max_query_len: no sequence has more query tokens; None means T.
         max_seq_len: no sequence has more keys; None means ``max_pages * page_size``. The closer these two, the less is
@@ -132,7 +134,10 @@ def tq4_paged_attention(
     if codec.device != q.device:
         raise ValueError(f"codec must be on {q.device} like q, got {codec.device}")
     scale = check_sm_scale(sm_scale, shape.head_dim)
-    masks = check_masks(causal, sliding_window, softcap, sinks, shape.num_heads, q.device, causal_name="causal")
+    one_window = None if isinstance(sliding_window, torch.Tensor) else sliding_window
+    masks = check_masks(causal, one_window, softcap, sinks, shape.num_heads, q.device, causal_name="causal")
+    if isinstance(sliding_window, torch.Tensor):
+        masks["windows"] = check_windows(sliding_window, causal, shape.num_seqs, q.device)
     bounds = []
     for name, bound, limit in (
         ("max_query_len", max_query_len, shape.total_tokens),

@@ -193,6 +193,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    windows: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch of sequences over pages of packed keys and values, one sequence after the other.
 
@@ -204,6 +205,7 @@ def paged_attention(
         seq_lens: int32 ``[S]``, keys of each sequence, its query tokens among them; at most those that the table has room for.
         cu_seqlens_q: int32 ``[S + 1]``; sequence s has the query tokens ``cu_seqlens_q[s] .. cu_seqlens_q[s + 1]``.
         centroids, rotation, sm_scale, causal, sliding_window, softcap, sinks: as in :func:`attention`.
+        windows: int32 ``[S]``, a sliding window for each sequence, instead of one for all.
 
     Returns:
         out in q's dtype and shape, and lse ``[T, H_q]``; zeros and -inf for tokens of no sequence.
@@ -222,9 +224,8 @@ def paged_attention(
 
         k, k_norms, v, v_norms = (gather(x) for x in (cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms))
         query = q[tokens].transpose(0, 1)[None]
-        some, some_lse = attention(
-            query, k, k_norms, v, v_norms, centroids, rotation, sm_scale, causal, sliding_window, softcap, sinks
-        )
+        window = sliding_window if windows is None else int(windows[sequence])
+        some, some_lse = attention(query, k, k_norms, v, v_norms, centroids, rotation, sm_scale, causal, window, softcap, sinks)
         out[tokens], lse[tokens] = some[0].transpose(0, 1), some_lse[0].T
     return out, lse
 

@@ -11,6 +11,7 @@ from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.checks import check_sm_scale
 from turboquant_vllm.codec import TQ4Tensor
 from turboquant_vllm.hf.dense import dense_attention
+from turboquant_vllm.hf.pages import PagedTensor, attend_pages, written_out
 from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
 
 __all__ = ["ATTENTION_NAME", "attention_forward", "register"]
@@ -80,7 +81,11 @@ def attention_forward(
     if attention_mask is None:
         window = sliding_window if is_causal else None
         output = _attend(query, key, value, is_causal=is_causal, window=window, **options)
+    elif attention_mask.dtype == torch.int32 and isinstance(key, PagedTensor):
+        output = attend_pages(query, key, attention_mask, **options)
     elif not isinstance(attention_mask, CausalMask):
+        if attention_mask.dtype == torch.int32:
+            attention_mask = written_out(attention_mask, key.shape[2])
         output = dense_attention(query, _dense(key), _dense(value), mask=attention_mask, **options)
     elif attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
         want, got = list(attention_mask.shape[2:]), [query.shape[2], key.shape[2]]

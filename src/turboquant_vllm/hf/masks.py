@@ -15,6 +15,7 @@ import torch
 from transformers import masking_utils
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from turboquant_vllm.hf.pages import find_spans
 from turboquant_vllm.hf.tensors import CausalMask
 
 __all__ = ["attention_mask"]
@@ -39,6 +40,7 @@ def attention_mask(
     Returns:
         A :class:`CausalMask` for causal and sliding-window attention; a bool tensor ``[B, 1, q_length, kv_length]`` for
         caches of fixed size, and for chunked attention longer than a chunk; for bidirectional attention that or None.
+        For one query on a cache of fixed size, what :func:`turboquant_vllm.hf.pages.find_spans` makes of that.
 
     Raises:
         ValueError: any other mask: bidirectional blocks, packed sequences, functions that a model adds.
@@ -52,7 +54,12 @@ def attention_mask(
         return write(**{**kwargs, "allow_is_causal_skip": False})
     write = partial(write, allow_is_causal_skip=False)
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
-        return write()  # a cache of fixed size in use, whose keys do not end with the last query
+        # A cache of fixed size in use: its keys do not end with the last query.
+        mask = write()
+        if q_length > 1 or torch.compiler.is_compiling():
+            return mask
+        spans = find_spans(mask)
+        return mask if spans is None else spans
     kind, size = _kind(mask_function)
     if kind == "chunked":
         assert size is not None

@@ -7,12 +7,23 @@ from typing import Any
 import torch
 from torch.library import Library
 
+from turboquant_vllm import reference
+from turboquant_vllm.checks import check_sm_scale
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.tensors import DeferredTensor
 from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.paged_attention import tq4_paged_attention
 from turboquant_vllm.rotation import RotationKind
 
-__all__ = ["PAGE_SIZE", "PagedTensor", "packed_places", "put_places"]
+__all__ = [
+    "PAGE_SIZE",
+    "PagedTensor",
+    "attend_pages",
+    "find_spans",
+    "packed_places",
+    "put_places",
+    "written_out",
+]
 
 PAGE_SIZE = 64
 
@@ -90,6 +101,43 @@ class PagedTensor(DeferredTensor):
         return PagedTensor(*own, inner["rotation"], inner["centroids"], *context)
 
 
+def attend_pages(
+    query: torch.Tensor,
+    key: PagedTensor,
+    spans: torch.Tensor,
+    *,
+    sm_scale: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention of one query a sequence, ``[B, H_q, 1, D]``, to the places that ``spans`` (see :func:`find_spans`) show."""
+    tables = (key.buffer, key.block_table, key.heads, spans, key.rotation, key.centroids)
+    return torch.ops.turboquant.attend_pages(query, *tables, sm_scale, softcap, sinks)
+
+
+def find_spans(mask: torch.Tensor) -> torch.Tensor | None:
+    """The keys that a bool mask ``[B, 1, 1, N]`` shows, or None where they are not next to one another; waits for the device.
+
+    Returns:
+        int32 ``[3, 1, 1, B + 1]``: where the visible keys end, how many they are, and the numbers 0 to B.
+    """
+    visible = mask[:, 0, 0].int()
+    count = visible.sum(-1)
+    stop = torch.where(count > 0, visible.shape[1] - visible.flip(-1).argmax(-1), 0)
+    if not bool(((count == 0) | (stop - visible.argmax(-1) == count)).all()):
+        return None
+    rows = torch.arange(visible.shape[0] + 1, device=mask.device)
+    columns = [torch.nn.functional.pad(x, (0, 1)) for x in (stop, count)]
+    return torch.stack((*columns, rows)).int()[:, None, None]
+
+
+def written_out(spans: torch.Tensor, tokens: int) -> torch.Tensor:
+    """The mask ``[B, 1, 1, tokens]`` that :func:`find_spans` found these spans in."""
+    stop, count = (x[:-1, None, None, None] for x in spans[:2, 0, 0])
+    place = torch.arange(tokens, device=spans.device)
+    return (place < stop) & (place >= stop - count)
+
+
 def packed_places(buffer: torch.Tensor, block_table: torch.Tensor, heads: int, which: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes ``[B, H_kv, N, D // 2]`` and norms ``[B, H_kv, N]`` of all places of all sequences: a copy."""
     cache = _cache(buffer, heads)
@@ -154,13 +202,47 @@ def _write_pages_fake(*_: Any) -> None:
     pass
 
 
+def _attend_pages(
+    query: torch.Tensor,
+    buffer: torch.Tensor,
+    block_table: torch.Tensor,
+    heads: int,
+    spans: torch.Tensor,
+    rotation: torch.Tensor,
+    centroids: torch.Tensor,
+    sm_scale: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    batch, cache = query.shape[0], _cache(buffer, heads)
+    stops, counts, rows = spans[0, 0, 0, :batch], spans[1, 0, 0, :batch], spans[2, 0, 0]
+    q = query[:, :, 0]
+    if query.dtype == torch.float64:  # which no kernel takes
+        scale = check_sm_scale(sm_scale, query.shape[-1])
+        index = (block_table, stops, rows, centroids, rotation, scale, True)
+        return reference.paged_attention(q, cache, *index, softcap=softcap, sinks=sinks, windows=counts)[0].unsqueeze(2)
+    codec = TQ4Codec.reader(rotation, centroids, "haar")
+    masks: dict[str, Any] = {"sliding_window": counts, "softcap": softcap, "sinks": sinks}
+    out = tq4_paged_attention(q, cache, codec, block_table, stops, rows, sm_scale=sm_scale, max_query_len=1, **masks)
+    return out.unsqueeze(2)
+
+
+def _attend_pages_fake(query: torch.Tensor, *_: Any) -> torch.Tensor:
+    return query.new_empty(query.shape)
+
+
 _LIBRARY = Library("turboquant", "FRAGMENT")
+_LIBRARY.define(
+    "attend_pages(Tensor query, Tensor buffer, Tensor block_table, int heads, Tensor spans, Tensor rotation, "
+    "Tensor centroids, float? sm_scale, float? softcap, Tensor? sinks) -> Tensor"
+)
 _LIBRARY.define(
     "read_pages(Tensor buffer, Tensor block_table, int heads, int which, int tokens, Tensor rotation, Tensor centroids, "
     "bool signs, ScalarType dtype) -> Tensor"
 )
 _LIBRARY.define("write_pages(Tensor codes, Tensor norms, Tensor(a!) buffer, Tensor block_table, Tensor positions) -> ()")
 for _name, _run, _fake in (
+    ("attend_pages", _attend_pages, _attend_pages_fake),
     ("read_pages", _read_pages, _read_pages_fake),
     ("write_pages", _write_pages, _write_pages_fake),
 ):

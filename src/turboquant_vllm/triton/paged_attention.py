@@ -46,6 +46,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
+    windows: torch.Tensor | None = None,
     skip_few: bool = False,
 ) -> None:
     """Fill ``out`` and ``lse``; arguments as :func:`turboquant_vllm.reference.paged_attention`, and checked.
@@ -65,6 +66,7 @@ def paged_attention(
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
+    window = sliding_window if windows is None else windows.contiguous()
     cap = None if softcap is None else softcap * LOG2_E
     nvidia = uses_prmt(q.device.type)
     # As in dense attention, float32 queries and results are rotated in float64 by PyTorch.
@@ -108,7 +110,7 @@ def paged_attention(
         paged_attention_kernel[(count, num_kv_heads, splits)](
             queries, query_scale, pages.view(torch.int16 if parts == 4 else torch.uint8), pages.view(torch.float32), centroids,
             block_table, seq_lens, cu_seqlens_q, partial, partial_lse, total_tokens, num_seqs, pages.shape[0], max_keys,
-            pages.stride(0) // 16, block_table.stride(0), slots, row_step, tiles, sliding_window, cap, group, num_kv_heads,
+            pages.stride(0) // 16, block_table.stride(0), slots, row_step, tiles, window, cap, group, num_kv_heads,
             D=head_dim, PAGE=page_size, Q_PARTS=order, PARTS=parts, DP=padded(head_dim, parts), CAUSAL=causal,
             SWAP=config.swap, BM=config.block_m, BN=config.block_n, STAGES=config.num_stages, PRMT=nvidia and not exact,
             num_warps=config.num_warps, **kind,
@@ -118,7 +120,7 @@ def paged_attention(
         count = num_seqs * tiles if is_few else rows // block + num_seqs
         paged_merge_kernel[(count, num_kv_heads)](
             partial, partial_lse, sinks, rotation, seq_lens, cu_seqlens_q, rotated, lse, total_tokens, num_seqs, max_keys,
-            slots, row_step, tiles, sliding_window, group, num_kv_heads, *rotated.stride(), *lse.stride(), BM=block,
+            slots, row_step, tiles, window, group, num_kv_heads, *rotated.stride(), *lse.stride(), BM=block,
             UNROLL=4 if is_few else 1, num_warps=4 if is_few and head_dim <= 128 else 8, **kind, **rotate,
         )  # fmt: skip
 

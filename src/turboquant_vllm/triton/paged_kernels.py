@@ -52,6 +52,15 @@ def _measure(sequence, seq_lens, cu_seqlens_q, total_tokens, max_keys):
 
 
 @triton.jit
+def _window_of(sequence, window):
+    """The sliding window of a sequence: one for all, or one of its own."""
+    if window.dtype.is_ptr():
+        return tl.load(window + sequence)
+    else:
+        return window
+
+
+@triton.jit
 def _not_here(row, rows, FEW: tl.constexpr, FEW_ROWS: tl.constexpr):
     """Whether a sequence has no such row, or its number of rows makes it the other kind's."""
     if FEW:
@@ -106,6 +115,8 @@ def paged_attention_kernel(q, q_scale, codes, norms, centroids, block_table, seq
         program = tl.num_programs(0) - 1 - program  # causal work grows with the row: the longest tiles start first
     sequence, tile = _find_tile(program, cu_seqlens_q, total_tokens, num_seqs, group, row_tiles, FEW, BM)
     begin, q_len, kv_len = _measure(sequence, seq_lens, cu_seqlens_q, total_tokens, max_keys)
+    if window is not None:
+        window = _window_of(sequence, window)
     first, length, splits = _divide(q_len, kv_len, window, SPLITS, MIN_SPLIT)
     head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     rows = q_len * group
@@ -140,6 +151,8 @@ def paged_merge_kernel(partial, partial_lse, sinks, rotation, seq_lens, cu_seqle
     """Merge the splits of BM rows of one sequence, rotate back and unpack to ``out [total_tokens, H_q, D]`` and ``lse``."""
     sequence, tile = _find_tile(tl.program_id(0), cu_seqlens_q, total_tokens, num_seqs, group, row_tiles, FEW, BM)
     begin, q_len, kv_len = _measure(sequence, seq_lens, cu_seqlens_q, total_tokens, max_keys)
+    if window is not None:
+        window = _window_of(sequence, window)
     _, _, splits = _divide(q_len, kv_len, window, SPLITS, MIN_SPLIT)
     head = tl.program_id(1).to(tl.int64)
     rows = q_len * group
