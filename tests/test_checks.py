@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from turboquant_vllm import TQ4Codec, TQ4Tensor, checks, tq4_attention
+from turboquant_vllm import TQ4Codec, TQ4Tensor, checks, merge_attention_states, tq4_attention
 
 B, H_Q, H_KV, N_Q, N_KV, D = 2, 4, 2, 3, 9, 64
 Arguments = dict[str, Any]
@@ -193,3 +193,24 @@ def test_what_the_native_kernels_serve_can_be_traced() -> None:
 
     q = torch.zeros(1, 4, 1, 128, dtype=HALF)
     assert torch.compile(step, fullgraph=True, backend="eager")(q, CODES).sum() == q.numel()
+
+
+OUTS, LSES = torch.zeros(3, 2, 4, 5, 8, dtype=torch.float16), torch.zeros(3, 2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("outs", "lses", "error", "message"),
+    [
+        ([OUTS], LSES, TypeError, "outs must be a torch.Tensor, got list"),
+        (OUTS, 0.0, TypeError, "lses must be a torch.Tensor, got float"),
+        (OUTS.int(), LSES, TypeError, "outs must have a floating dtype, got torch.int32"),
+        (OUTS, LSES.long(), TypeError, "lses must have a floating dtype, got torch.int64"),
+        (OUTS[0, 0, 0, 0], LSES, ValueError, "outs must have shape [parts, ..., head_dim], got [8]"),
+        (OUTS, LSES[:2], ValueError, "lses must have shape [3, 2, 4, 5], got [2, 2, 4, 5]"),
+        (OUTS, LSES[..., None], ValueError, "lses must have shape [3, 2, 4, 5], got [3, 2, 4, 5, 1]"),
+        (OUTS, LSES.to("meta"), ValueError, "lses must be on cpu like outs, got meta"),
+    ],
+)
+def test_what_merge_attention_states_refuses(outs: Any, lses: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=re.escape(message)):
+        merge_attention_states(outs, lses)

@@ -100,16 +100,18 @@ def compiled(target, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from turboquant_vllm.triton import compress, launch
+    from turboquant_vllm.triton import compress, launch, prefill, unpack
 
     backend, arch, warp, shared = TARGETS[target]
     kernels: list[tuple[str, Any]] = []
-    for module in (launch, compress):
+    for module in (launch, compress, prefill, unpack):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction):
                 monkeypatch.setattr(module, name, _Kernel(value, kernels))
-        monkeypatch.setattr(module, "device_guard", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(module, "device_guard", lambda device: contextlib.nullcontext(), raising=False)
         monkeypatch.setattr(module, "uses_prmt", lambda device_type: backend == "cuda")
+    # Room for slices of 128 keys of the calls below, so that results are joined.
+    monkeypatch.setattr(prefill, "SCRATCH_BYTES", 128 * 2 * 2 * 64 * 2)
     # Plans of compress and decompress depend on the device.
     properties = SimpleNamespace(shared_memory_per_block_optin=shared << 10, multi_processor_count=64)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
@@ -193,6 +195,31 @@ def test_compress_and_decompress_fit(generator, target, compiled, dtype, head_di
     decompress(codes, norms, codec.centroids, codec.rotation, signs, dtype)
     assert [function for function, _ in compiled] == ["compress_kernel", "decompress_kernel"]
     check_shared_memory(target, compiled)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"], indirect=True)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(HALF, 128), (BF16, 80), (BF16, 256)])
+def test_slices_for_dense_attention_fit(generator, target, compiled, dtype, head_dim):
+    from turboquant_vllm.triton import prefill
+
+    case = random_case(generator, dtype=dtype, head_dim=head_dim, q_len=200, kv_len=400, is_causal=True)
+    prefill.attention(*case.arguments)
+    assert {function for function, _ in compiled} == {"unpack_both_kernel", "merge_kernel"}
+    check_shared_memory(target, compiled)
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_new_length_compiles_nothing_in_slices_for_dense_attention(generator, compiled):
+    from turboquant_vllm.triton import prefill
+
+    sizes = {"dtype": HALF, "head_dim": 64, "is_causal": True}
+    for q_len, kv_len in ((200, 400), (10, 1010)):  # few parts; so many that some are joined on the way
+        prefill.attention(*random_case(generator, q_len=q_len, kv_len=kv_len, **sizes).arguments)
+    known = {id(kernel) for _, kernel in compiled}
+    for q_len, kv_len in ((1, 1), (1, 300), (16, 16), (17, 256), (201, 127), (300, 1001)):
+        prefill.attention(*random_case(generator, q_len=q_len, kv_len=kv_len, **sizes).arguments)
+        new = [function for function, kernel in compiled if id(kernel) not in known]
+        assert not new, f"compiled again for q_len {q_len}, kv_len {kv_len}: {new}"
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)

@@ -7,12 +7,11 @@ k, v = codec.compress(keys), codec.compress(values)     # [B, H_kv, N_kv, 128] -
 out = tq4_attention(q, k, v, codec, is_causal=True)     # [B, H_q, N_q, 128]
 """
 
-from turboquant_vllm.attention import tq4_attention
+from turboquant_vllm.attention import merge_attention_states, tq4_attention
 from turboquant_vllm.codebook import Codebook, lloyd_max
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
-from turboquant_vllm.reference import merge_attention_states
 
 __version__ = "2.0.0.dev0"
 

@@ -8,10 +8,17 @@ from typing import Any, Literal, overload
 import torch
 
 from turboquant_vllm import ops, reference
-from turboquant_vllm.checks import AttentionShape, check_attention, check_masks, check_sm_scale, why_not_decode
+from turboquant_vllm.checks import (
+    AttentionShape,
+    check_attention,
+    check_masks,
+    check_sm_scale,
+    check_states,
+    why_not_decode,
+)
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 
-__all__ = ["BACKENDS", "choose_backend", "tq4_attention"]
+__all__ = ["BACKENDS", "choose_backend", "merge_attention_states", "tq4_attention"]
 
 BACKENDS = ("cuda", "triton", "reference")
 
@@ -117,6 +124,27 @@ def tq4_attention(
     run = _RUN[name]
     out, lse = run(q, k.codes, k_norms, values, v_norms, codec.centroids, codec.rotation, scale, is_causal, **masks)
     return (out, lse) if return_lse else out
+
+
+def merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Join attention over disjoint sets of keys into attention over their union, on any device.
+
+    So a context can be split over calls or over machines: each part gives what :func:`tq4_attention` returns with
+    ``return_lse``, and the parts in any order give the whole. Sums are float32 (float64 for float64 log-sum-exps).
+
+    Args:
+        outs: ``[S, ..., D]``, any floating dtype: the S partial results.
+        lses: ``[S, ...]``, floating: their log-sum-exps (natural logarithm); -inf marks a part that saw no key, whose
+            ``outs`` are not looked at.
+
+    Returns:
+        out ``[..., D]`` in ``outs``' dtype, and lse ``[...]`` in ``lses``' dtype. Where no part saw a key: zeros and -inf.
+
+    Raises:
+        TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
+    """
+    check_states(outs, lses)
+    return reference.merge_attention_states(outs, lses)
 
 
 def choose_backend(

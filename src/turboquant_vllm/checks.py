@@ -29,6 +29,7 @@ __all__ = [
     "check_rotation",
     "check_shape",
     "check_sm_scale",
+    "check_states",
     "check_windows",
     "why_not_decode",
 ]
@@ -325,6 +326,19 @@ def check_paged_contents(
         for column, page in enumerate(table[sequence][: -(-length // shape.page_size)]):
             if not 0 <= page < num_pages:
                 raise ValueError(f"block_table[{sequence}, {column}] must be from 0 to {num_pages - 1}, got {page}")
+
+
+def check_states(outs: torch.Tensor, lses: torch.Tensor) -> None:
+    """Partial results ``outs [S, ..., head_dim]`` and their log-sum-exps ``lses [S, ...]``, floating, on one device."""
+    for name, tensor in (("outs", outs), ("lses", lses)):
+        if not isinstance(tensor, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.dtype.is_floating_point:
+            raise TypeError(f"{name} must have a floating dtype, got {tensor.dtype}")
+    if outs.dim() < 2:
+        raise ValueError(f"outs must have shape [parts, ..., head_dim], got {list(outs.shape)}")
+    check_shape("lses", lses, outs.shape[:-1])
+    check_device("lses", lses, outs.device, "outs")
 
 
 def why_not_decode(

@@ -136,7 +136,7 @@ def _decompress_fake(
 
 
 def _triton_attention(*args: Any) -> Any:
-    return _kernel("turboquant_vllm.triton.launch:attention")(*args)
+    return _kernel("turboquant_vllm.triton.route:attention")(*args)
 
 
 def _triton_paged(*args: Any) -> None:

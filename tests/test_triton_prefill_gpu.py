@@ -1,0 +1,146 @@
+"""Slices decompressed for PyTorch's dense attention, on a GPU: accuracy, the contract, and what only a real device shows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from attention_cases import check, compare, expected, poisoned_memory, random_case
+from attention_contract import AttentionContract, check_causal_sizes
+
+pytestmark = pytest.mark.gpu
+
+HALF, BF16 = torch.float16, torch.bfloat16
+
+
+@pytest.fixture
+def device():
+    return "cuda"
+
+
+@pytest.fixture
+def prefill(monkeypatch):
+    """The module under test, on whose way calls are led whatever their size."""
+    from turboquant_vllm.triton import prefill
+
+    monkeypatch.setattr(prefill, "MANY_ROWS", 0)
+    return prefill
+
+
+@pytest.fixture
+def run(prefill):
+    from turboquant_vllm.triton.route import attention
+
+    def poisoned(*args):
+        with poisoned_memory():
+            return attention(*args)
+
+    return poisoned
+
+
+class TestContract(AttentionContract):
+    @pytest.fixture
+    def dtype(self):
+        return BF16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group", "q_len"),
+    [
+        (HALF, 64, 4, 300),
+        (HALF, 80, 5, 256),
+        (BF16, 96, 7, 300),
+        (HALF, 128, 4, 512),
+        (BF16, 128, 1, 640),
+        (BF16, 192, 2, 300),
+        (HALF, 256, 8, 128),
+    ],
+)
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_accuracy(run, generator, dtype, head_dim, group, q_len, is_causal):
+    for batch, kv_len in ((2, q_len - 2), (2, q_len), (1, 1021), (1, 3072)):
+        case = random_case(
+            generator, dtype=dtype, device="cuda", batch=batch, group=group, q_len=q_len, kv_len=kv_len,
+            head_dim=head_dim, is_causal=is_causal,
+        )  # fmt: skip
+        check(run, case)
+
+
+def test_causal_sizes(run, generator):
+    check_causal_sizes(run, generator, HALF, "cuda", [1, 2, 63, 64, 127, 128, 129, 200, 256, 257])
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1000, 1000), (512, 1024), (300, 1000), (1000, 300)])
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("dtype", [HALF, BF16], ids=["fp16", "bf16"])
+def test_slices(prefill, monkeypatch, generator, dtype, is_causal, q_len, kv_len):
+    monkeypatch.setattr(prefill, "SCRATCH_BYTES", 256 * 2 * 2 * 128 * 2)  # keys; K and V; heads; head_dim; bytes
+    case = random_case(generator, dtype=dtype, device="cuda", head_dim=128, q_len=q_len, kv_len=kv_len, is_causal=is_causal)
+    with poisoned_memory():
+        check(prefill.attention, case)
+
+
+def test_batch_changes_no_bits_where_the_scratch_is_short(prefill, monkeypatch, generator):
+    monkeypatch.setattr(prefill, "SCRATCH_BYTES", 1536 * 2 * 2 * 64 * 2)  # two sequences at a time
+    case = random_case(generator, dtype=BF16, device="cuda", batch=3, q_len=400, kv_len=500, is_causal=True)
+    out, lse = prefill.attention(*case.arguments)
+    for i in range(3):
+        alone, lse_alone = prefill.attention(*case.batch_entry(i).arguments)
+        assert torch.equal(alone, out[i : i + 1])
+        assert torch.equal(lse_alone, lse[i : i + 1])
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(512, 512), (300, 1000)])
+def test_graph_replays_with_other_contents(prefill, generator, q_len, kv_len):
+    sizes = {"dtype": HALF, "device": "cuda", "group": 4, "q_len": q_len, "kv_len": kv_len, "is_causal": True}
+    case, other = random_case(generator, **sizes), random_case(generator, **sizes)
+    run = torch.ops.turboquant.triton_attention
+    run(*case.arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run(*case.arguments)
+    for contents in (case, other):
+        for name in ("q", "k", "k_norms", "v", "v_norms"):
+            getattr(case, name).copy_(getattr(contents, name))
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        want, want_lse = expected(contents)
+        compare(out, want, HALF)
+        compare(lse, want_lse, HALF, at_least=1.0, what="lse")
+
+
+def test_memory_does_not_grow_with_the_context(prefill, generator):
+    peaks = []
+    for kv_len in (32768, 131072):
+        case = random_case(
+            generator,
+            dtype=HALF,
+            device="cuda",
+            num_kv_heads=8,
+            group=4,
+            q_len=256,
+            kv_len=kv_len,
+            head_dim=128,
+            is_causal=True,
+        )
+        prefill.attention(*case.arguments)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        prefill.attention(*case.arguments)
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= peaks[0]
+    # The scratch, and a handful of tensors of the queries' size.
+    assert peaks[1] <= prefill.SCRATCH_BYTES + 8 * case.q.nbytes
+
+
+def test_device_that_is_not_current(run, generator):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    case = random_case(generator, dtype=HALF, device="cuda:1", q_len=200, kv_len=300, is_causal=True)
+    with torch.cuda.device(0):
+        out, lse = check(run, case)
+    assert out.device == lse.device == torch.device("cuda:1")
