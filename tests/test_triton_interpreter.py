@@ -14,6 +14,7 @@ from attention_cases import LAYOUTS, check, check_gate, expected, lay_out, pytor
 from attention_contract import AttentionContract, check_causal_sizes
 from compression_checks import check_compress, check_decompress, special_vectors
 from mask_contract import MaskContract
+from store_cases import check_store, random_store
 from turboquant_vllm import TQ4Codec
 
 VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
@@ -164,3 +165,21 @@ def test_decompress(interpreter, generator, dtype, head_dim, rotation):
     codec = TQ4Codec(head_dim, rotation=rotation)
     for layout in ("contiguous", "transposed", "odd", "strided"):
         check_decompress(decompress, codec, dtype, generator, 35, layout)
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    ("head_dim", "rotation", "page_size", "layout"),
+    [
+        (64, "hadamard", 16, "contiguous"),
+        (80, "haar", 48, "odd"),
+        (128, "hadamard", 16, "transposed"),
+        (256, "hadamard", 64, "sliced"),
+    ],
+)
+def test_store(interpreter, generator, dtype, head_dim, rotation, page_size, layout):
+    case = random_store(
+        generator, tokens=35, heads=3, head_dim=head_dim, dtype=dtype, page_size=page_size, rotation=rotation, layout=layout,
+        slot_dtype=torch.int32 if page_size == 16 else torch.int64,
+    )  # fmt: skip
+    check_store(lambda case: interpreter.call("triton.store:store", *case.kernel_arguments), case)

@@ -32,10 +32,12 @@ __all__ = [
     "check_states",
     "check_windows",
     "why_not_decode",
+    "why_not_store",
 ]
 
 MAX_HEAD_DIM = 256
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+SLOT_DTYPES = (torch.int32, torch.int64)
 DECODE_HEAD_DIMS, DECODE_MAX_ROWS = (64, 128, 256), 32  # of the native kernels
 
 
@@ -370,6 +372,28 @@ def why_not_decode(
             return f"the CUDA kernels take packed keys and values, got {x.dtype}"
         if x.stride(-1) != 1 or any(x.stride(i) % 16 and x.shape[i] > 1 for i in range(3)):
             return f"the CUDA kernels take codes in whole rows, 16-byte multiples apart, got strides {tuple(x.stride())}"
+    return ""
+
+
+def why_not_store(k: torch.Tensor, v: torch.Tensor, hadamard: bool, num_slots: int) -> str:
+    """Why the native CUDA kernel cannot store ``k, v [tokens, H_kv, D]`` on a device that runs it; empty where it can.
+
+    Args:
+        k, v: keys and values; their addresses are not looked at, as torch.compile knows none.
+        hadamard: whether the rotation is a randomized Hadamard matrix.
+        num_slots: of the cache.
+    """
+    if k.dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernels store fp16 or bf16, got {k.dtype}"
+    if not hadamard or k.shape[-1] not in DECODE_HEAD_DIMS:
+        kind = "hadamard" if hadamard else "haar"
+        return f"the CUDA kernels store with rotation 'hadamard' and head_dim 64, 128 or 256, got {kind!r} and {k.shape[-1]}"
+    if max(num_slots, k.shape[0] * k.shape[1]) >= 2**31:
+        return f"the CUDA kernels store fewer than 2^31 vectors, got {k.shape[0] * k.shape[1]} into {num_slots} slots"
+    for x in (k, v):
+        apart = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
+        if x.stride(-1) != 1 or any(stride % 8 or stride >= 2**31 for stride in apart):
+            return f"the CUDA kernels store whole vectors, 16-byte multiples apart, got strides {tuple(x.stride())}"
     return ""
 
 

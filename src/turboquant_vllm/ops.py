@@ -5,6 +5,7 @@ with ``torch.compile`` and importing this package load neither Triton nor a comp
 
     turboquant::compress            vectors -> codes, norms             Triton on a GPU, else the reference
     turboquant::decompress          codes, norms -> vectors             Triton on a GPU, else the reference
+    turboquant::store               keys, values -> slots of pages      the backend that it is told
     turboquant::triton_attention    attention, packed or dense K and V  Triton
     turboquant::triton_paged        attention over pages, into out      Triton
     turboquant::cuda_decode         attention of few rows, packed K, V  CUDA C++, compiled at first use
@@ -22,6 +23,7 @@ import torch
 from torch.library import Library
 
 from turboquant_vllm import reference
+from turboquant_vllm.paged import PagedTQ4Cache
 
 __all__ = ["has_triton", "triton_runs_on", "why_not_cuda", "why_not_triton"]
 
@@ -135,6 +137,30 @@ def _decompress_fake(
     return codes.new_empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=dtype)
 
 
+def _store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    buffer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    rotation: torch.Tensor,
+    boundaries: torch.Tensor,
+    companding: torch.Tensor,
+    hadamard: bool,
+    page_size: int,
+    backend: str,
+) -> None:
+    if k.shape[0] == 0:
+        return
+    if backend == "cuda":
+        _kernel("turboquant_vllm.cuda.store:store")(k, v, buffer, slot_mapping, rotation, companding, page_size)
+    elif backend == "triton":
+        run = _kernel("turboquant_vllm.triton.store:store")
+        run(k, v, buffer, slot_mapping, rotation, companding, hadamard, page_size)
+    else:
+        cache = PagedTQ4Cache(buffer, page_size=page_size, num_kv_heads=k.shape[1], head_dim=k.shape[2])
+        reference.store(k, v, cache, slot_mapping, rotation, boundaries)
+
+
 def _triton_attention(*args: Any) -> Any:
     return _kernel("turboquant_vllm.triton.route:attention")(*args)
 
@@ -168,6 +194,13 @@ _define(
     _decompress,
     _decompress_fake,
 )
+_LIBRARY.define(
+    "store(Tensor k, Tensor v, Tensor(a!) buffer, Tensor slot_mapping, Tensor rotation, Tensor boundaries, Tensor companding, "
+    "bool hadamard, int page_size, str backend) -> ()"
+)
+_LIBRARY.impl("store", _store, "CompositeExplicitAutograd")
+torch.library.register_fake("turboquant::store", lambda *args: None, lib=_LIBRARY)
+
 for _name, _run, _options in (
     ("triton_attention", _triton_attention, ""),
     ("cuda_decode", _cuda_decode, ", *, bool pre_rotated=False, bool rotated_output=False"),
