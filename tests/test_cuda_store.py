@@ -15,15 +15,17 @@ pytest.importorskip("cuda.core")
 REGISTERS = 65536
 
 
+@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_compiles_without_spills(arch, head_dim, dtype):
-    defines = store.defines(head_dim, dtype)
+def test_compiles_without_spills(arch, head_dim, dtype, slot_dtype):
+    blocks = store.blocks_per_multiprocessor(head_dim, int(arch[3:]) // 10)
+    defines = store.defines(head_dim, dtype, slot_dtype, blocks)
     compiled = runtime.compile_cubin(store.SOURCE.read_text(), arch=arch, name="store.cu", defines=defines)
     used = runtime.resource_usage(compiled)["tq4_store"]
     assert used.spill_stores == used.spill_loads == used.stack_frame == 0, used
-    assert used.registers * store.THREADS * store.blocks_per_multiprocessor(head_dim) <= REGISTERS, used
+    assert used.registers * store.THREADS * blocks <= REGISTERS, used
 
 
 def test_division_by_multiplication(generator):

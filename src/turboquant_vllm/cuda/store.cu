@@ -1,6 +1,7 @@
 // Storing keys and values: rotate by a randomized Hadamard matrix, quantise, pack, straight into pages.
 //
-// The caller defines HEAD_DIM (64, 128, 256), BF16 (0: fp16, 1: bf16) and BLOCKS, how many a multiprocessor runs. A warp takes 8 vectors at a time; nothing is
+// The caller defines HEAD_DIM (64, 128, 256), BF16 (0: fp16, 1: bf16), SLOT (int or long long), and
+// BLOCKS, how many a multiprocessor runs. A warp takes 8 vectors at a time; nothing is
 // shared between warps but the signs of the rotation.
 //
 // The rotation is H diag(s) / sqrt(D). H is a Kronecker product over the bits of a coordinate's number, so each bit may be
@@ -25,10 +26,10 @@ typedef long long i64;
 #define INFINITE __uint_as_float(0x7f800000u)
 
 struct StoreParams {
-  const char* k; const char* v; const int* slots; char* pages; const float* rotation; const float* companding;
+  const char* k; const char* v; const void* slots; char* pages; const float* rotation; const float* companding;
   i64 page_stride;  // this and the other strides in bytes
   u32 k_token, k_head, v_token, v_head, rows, heads, page_size, num_slots, head_inverse, page_inverse;
-  int head_shift, page_shift, slot_words;
+  int head_shift, page_shift;
 };
 
 // Quotient of x < 2^31 by the number whose inverse and shift the host computed.
@@ -139,18 +140,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
 
 #pragma unroll 1
   for (; tile < tiles; tile += step) {
-    // Where the two vectors go; known long before it is needed.
-    u32 head[2], slot[2];
-#pragma unroll
-    for (int v = 0; v < 2; v++) {
-      const u32 row = tile * 8 + 2 * c + v, token = divide(min(row, p.rows - 1), p.head_inverse, p.head_shift);
-      head[v] = row - token * p.heads;
-      const int* at = p.slots + (u64)token * p.slot_words;
-      slot[v] = ~0u;
-      // Slots may be 64 bits wide. None of a cache has anything in the upper half.
-      if (row < p.rows && (p.slot_words == 1 || at[1] == 0)) slot[v] = at[0];
-    }
-
     float y[OUTER][4][4] = {}, gram[2][4] = {};
 #pragma unroll
     for (int o = 0; o < OUTER; o++) {
@@ -166,6 +155,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
       }
     }
     load(tile + step);
+    // Where the two vectors go, known before it is needed.
+    u32 head[2], slot[2];
+#pragma unroll
+    for (int v = 0; v < 2; v++) {
+      const u32 row = tile * 8 + 2 * c + v, token = divide(min(row, p.rows - 1), p.head_inverse, p.head_shift);
+      head[v] = row - token * p.heads;
+      const u64 there = row < p.rows ? (u64)((const SLOT*)p.slots)[token] : ~0ull;
+      slot[v] = there < p.num_slots ? (u32)there : ~0u;
+    }
+
     // What is left: bits 6 and 7.
 #pragma unroll
     for (int bit = 1; bit < OUTER; bit <<= 1) {

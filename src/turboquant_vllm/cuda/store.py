@@ -12,26 +12,34 @@ from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 __all__ = ["SOURCE", "THREADS", "blocks_per_multiprocessor", "defines", "store"]
 
 SOURCE = Path(__file__).with_name("store.cu")
-PARAMS = "P" * 6 + "q" + "I" * 10 + "i" * 3
+PARAMS = "P" * 6 + "q" + "I" * 10 + "i" * 2
 THREADS = 128
 _ROWS = 8 * THREADS // 32  # of a block at a time
 
 
-def defines(head_dim: int, dtype: torch.dtype) -> dict[str, int]:
+def defines(head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, blocks: int) -> dict[str, int | str]:
     """Macros of ``store.cu``."""
-    return {"HEAD_DIM": head_dim, "BF16": int(dtype == torch.bfloat16), "BLOCKS": blocks_per_multiprocessor(head_dim)}
+    return {
+        "HEAD_DIM": head_dim,
+        "BF16": int(dtype == torch.bfloat16),
+        "SLOT": "int" if slot_dtype == torch.int32 else "long long",
+        "BLOCKS": blocks,
+    }
 
 
-def blocks_per_multiprocessor(head_dim: int) -> int:
-    """Blocks that the registers of a multiprocessor have room for."""
-    return {64: 8, 128: 5, 256: 3}[head_dim]
+def blocks_per_multiprocessor(head_dim: int, major: int) -> int:
+    """Blocks that the registers of a multiprocessor of compute capability ``major`` have room for, without spills."""
+    return {64: 8, 128: 5 if major < 10 else 4, 256: 3}[head_dim]
 
 
 @cache
-def _kernel(index: int, head_dim: int, dtype: torch.dtype) -> tuple[Kernel, int]:
+def _kernel(index: int, head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype) -> tuple[Kernel, int]:
     """The kernel, and how many blocks run at once."""
-    kernel = load_kernel(SOURCE, "tq4_store", device=index, params=PARAMS, defines=defines(head_dim, dtype))
-    return kernel, torch.cuda.get_device_properties(index).multi_processor_count * blocks_per_multiprocessor(head_dim)
+    properties = torch.cuda.get_device_properties(index)
+    blocks = blocks_per_multiprocessor(head_dim, properties.major)
+    macros = defines(head_dim, dtype, slot_dtype, blocks)
+    kernel = load_kernel(SOURCE, "tq4_store", device=index, params=PARAMS, defines=macros)
+    return kernel, properties.multi_processor_count * blocks
 
 
 @cache
@@ -81,12 +89,12 @@ def store(
     rows = tokens * heads
     k, v, slots = _aligned(k), _aligned(v), slot_mapping.contiguous()
     rotation, companding = rotation.contiguous(), companding.contiguous()
-    kernel, blocks = _kernel(k.get_device(), head_dim, k.dtype)
+    kernel, blocks = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype)
     (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_size)
     arguments = (
         k.data_ptr(), v.data_ptr(), slots.data_ptr(), buffer.data_ptr(), rotation.data_ptr(), companding.data_ptr(),
         buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size,
-        buffer.shape[0] * page_size, head_inverse, page_inverse, head_shift, page_shift, slots.element_size() // 4,
+        buffer.shape[0] * page_size, head_inverse, page_inverse, head_shift, page_shift,
     )  # fmt: skip
     # Half of the blocks for keys, half for values.
     grid = (min(-(-rows // _ROWS), max(1, blocks // 2)), 2, 1)
