@@ -16,6 +16,7 @@ from compression_checks import check_compress, check_decompress, special_vectors
 from mask_contract import MaskContract
 from store_cases import check_store, random_store
 from turboquant_vllm import TQ4Codec
+from turboquant_vllm.codec import SCALES
 
 VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
 pytestmark = [
@@ -146,11 +147,13 @@ def test_compress(interpreter, generator, dtype, head_dim, rotation):
     def compress(*args):
         return interpreter.call("triton.compress:compress", *args)
 
-    codec = TQ4Codec(head_dim, rotation=rotation)
+    codec = TQ4Codec(head_dim, rotation=rotation, scale="norm")
     x = torch.randn(2, 2, 35, head_dim, generator=generator).to(dtype)
     for layout in ("transposed", "odd"):
         check_compress(compress, lay_out(x, layout), codec)
-    check_compress(compress, special_vectors(head_dim, dtype, generator), codec)
+    special = torch.cat([special_vectors(head_dim, dtype, generator), x[0, 0]])
+    for scale in SCALES:
+        check_compress(compress, special, TQ4Codec(head_dim, rotation=rotation, scale=scale))
     codes, norms = compress(x[:, :, :0], codec.rotation, codec.companding, False)
     assert codes.shape == (2, 2, 0, head_dim // 2)
     assert norms.shape == (2, 2, 0)

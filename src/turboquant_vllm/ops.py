@@ -102,8 +102,8 @@ def _compress(
     centroids: torch.Tensor | None = None,
     scale: str = "norm",
 ) -> Any:
-    if triton_runs_on(x.device) and scale == "norm":
-        return _kernel("turboquant_vllm.triton.compress:compress")(x, rotation, companding, hadamard)
+    if triton_runs_on(x.device):
+        return _kernel("turboquant_vllm.triton.compress:compress")(x, rotation, companding, hadamard, centroids, scale)
     return reference.compress(x, rotation, boundaries, centroids, scale)
 
 

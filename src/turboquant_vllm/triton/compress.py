@@ -14,6 +14,7 @@ from turboquant_vllm.triton.quantise import (
     butterfly,
     curve_of,
     encode_tile,
+    level_bytes,
     load_pieces,
     matrix_unit,
     piece_matrices,
@@ -41,9 +42,9 @@ def _rows_of(tile, tokens, heads, stride_b, stride_h, BM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tiles", "heads", "tokens"])
-def compress_kernel(x, rotation, companding, codes, norms, tiles, heads, tokens, x_b, x_h, x_n, x_d, D: tl.constexpr,
-                    DP: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, HADAMARD: tl.constexpr,
-                    BM: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
+def compress_kernel(x, rotation, companding, centroids, codes, norms, tiles, heads, tokens, x_b, x_h, x_n, x_d,
+                    D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr,
+                    HADAMARD: tl.constexpr, BM: tl.constexpr, PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
     """Vectors ``x [batch, heads, tokens, D]`` to ``codes [rows, D // 2]`` and ``norms [rows]``.
 
     A program makes CHUNK coordinates of every piece of a vector; DP is the padded length of a piece.
@@ -54,11 +55,14 @@ def compress_kernel(x, rotation, companding, codes, norms, tiles, heads, tokens,
     matrices = piece_matrices(rotation, inner, outer, 1, D, DP, 0, D, HADAMARD, DTYPE, PARTS, PIECES)  # [DP, CHUNK]
     unit = matrix_unit(D, HADAMARD)
     curve = curve_of(companding)
+    levels = centroids
+    if PRMT and SCALE != "norm":
+        levels = level_bytes(centroids)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         token, first, base = _rows_of(tile, tokens, heads, x_b, x_h, BM)
         live = token < tokens
         v = load_pieces(x + base + token * x_n, x_d, live, inner, D, DP, PIECES)  # [BM, DP]
-        words, norm = encode_tile(v, live, matrices, unit, curve, BM, D, CHUNK, PARTS, PIECES, PRMT)
+        words, norm = encode_tile(v, live, matrices, unit, curve, levels, BM, D, CHUNK, PARTS, PIECES, PRMT, SCALE)
         for i in tl.static_range(PIECES):
             word = words[i]
             place = words_of(i * DP + tl.program_id(1) * CHUNK, CHUNK)[None, :, :]
@@ -119,9 +123,16 @@ def decompress_kernel(codes, norms, centroids, rotation, out, tiles, heads, toke
 
 
 def compress(
-    x: torch.Tensor, rotation: torch.Tensor, companding: torch.Tensor, hadamard: bool
+    x: torch.Tensor,
+    rotation: torch.Tensor,
+    companding: torch.Tensor,
+    hadamard: bool,
+    centroids: torch.Tensor | None = None,
+    scale: str = "norm",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`turboquant_vllm.reference.compress`, with the boundaries as :func:`turboquant_vllm.codebook.companding`.
+
+    Centroids mirror each other, as the boundaries do: ``c[15 - i] = -c[i]``.
 
     ``hadamard`` says that rotation is a Sylvester-Hadamard matrix times signs of its columns, over sqrt(D).
     """
@@ -131,12 +142,36 @@ def compress(
     if norms.numel():
         x = _as_4d(x.float() if x.dtype == torch.float64 else x)
         plan = plan_tiles(x.shape, head_dim, x.dtype, hadamard, x.device, writes=True)
+        whole = plan.grid[1] == 1  # each program sees all coordinates of its vectors
         with device_guard(x.device):
             compress_kernel[plan.grid](
-                x, rotation, companding, codes, norms, plan.tiles, x.shape[1], x.shape[2], *x.stride(),
-                D=head_dim, HADAMARD=hadamard, PRMT=uses_prmt(x.device.type), **plan.constants,
+                x, rotation, companding, companding if centroids is None else centroids, codes, norms,
+                plan.tiles, x.shape[1], x.shape[2], *x.stride(),
+                D=head_dim, HADAMARD=hadamard, PRMT=uses_prmt(x.device.type),
+                SCALE=scale if whole else "norm", **plan.constants,
             )  # fmt: skip
+        if scale != "norm" and not whole:
+            assert centroids is not None
+            norms = rescaled(x.reshape(*norms.shape, head_dim), codes, norms, centroids, rotation, hadamard, scale)
     return codes, norms
+
+
+def rescaled(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    lengths: torch.Tensor,
+    centroids: torch.Tensor,
+    rotation: torch.Tensor,
+    hadamard: bool,
+    scale: str,
+) -> torch.Tensor:
+    """Norms of a scale other than "norm", of vectors ``x [..., D]`` whose codes and lengths are known."""
+    again = decompress(codes, torch.ones_like(lengths), centroids, rotation, hadamard, torch.float32)
+    units = x.float() / torch.where(lengths == 0, 1.0, lengths).unsqueeze(-1)
+    dot = (units * again).sum(-1)
+    if scale == "least_squares":
+        return lengths * dot / again.square().sum(-1)
+    return lengths / torch.where(lengths == 0, 1.0, dot)
 
 
 def decompress(
