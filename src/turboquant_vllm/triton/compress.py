@@ -141,7 +141,7 @@ def compress(
     norms = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if norms.numel():
         x = _as_4d(x.float() if x.dtype == torch.float64 else x)
-        plan = plan_tiles(x.shape, head_dim, x.dtype, hadamard, x.device, writes=True)
+        plan = plan_tiles(x.shape, head_dim, x.dtype, hadamard, x.device, writes=True, scale=scale)
         whole = plan.grid[1] == 1  # each program sees all coordinates of its vectors
         with device_guard(x.device):
             compress_kernel[plan.grid](
@@ -210,11 +210,18 @@ class Plan:
 
 
 def plan_tiles(
-    shape: torch.Size, head_dim: int, dtype: torch.dtype, hadamard: bool, device: torch.device, *, writes: bool
+    shape: torch.Size,
+    head_dim: int,
+    dtype: torch.dtype,
+    hadamard: bool,
+    device: torch.device,
+    *,
+    writes: bool,
+    scale: str = "norm",
 ) -> Plan:
     """The launch over ``shape [batch, heads, tokens, _]``: a program keeps its columns of the matrix, walks over tiles.
 
-    ``writes`` says that vectors become codes, and not codes vectors.
+    ``writes`` says that vectors become codes, with norms of such a ``scale``, and not codes vectors.
     """
     exact = dtype == torch.float32
     pieces = 2 if hadamard and head_dim > 128 and not exact else 1
@@ -244,7 +251,7 @@ def plan_tiles(
         "num_stages": 1,
     }
     if uses_prmt(device.type) and not exact and head_dim <= 128:
-        constants["maxnreg"] = 96 if writes and hadamard else 128
+        constants["maxnreg"] = 96 if writes and hadamard and scale == "norm" else 128
     return Plan((min(tiles, max(1, programs // chunks)), chunks), tiles, constants)
 
 
