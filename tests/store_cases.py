@@ -32,8 +32,8 @@ class StoreCase:
     @property
     def kernel_arguments(self) -> tuple[Any, ...]:
         """What the Triton kernel's caller takes."""
-        where = (self.cache.buffer, self.slot_mapping)
-        return (self.k, self.v, *where, *self.codec.writing[:1], *self.codec.writing[2:], self.cache.page_size)
+        rotation, _, *rest = self.codec.writing
+        return (self.k, self.v, self.cache.buffer, self.slot_mapping, rotation, *rest, self.cache.page_size)
 
 
 def random_store(
@@ -45,6 +45,7 @@ def random_store(
     dtype: torch.dtype,
     page_size: int = 16,
     rotation: str = "auto",
+    scale: str = "norm",
     layout: str = "contiguous",
     slot_dtype: torch.dtype = torch.int64,
     gap: int = 48,
@@ -68,7 +69,7 @@ def random_store(
         return _lay_out(x.view(tokens, heads, head_dim).to(device), layout)
 
     return StoreCase(
-        vectors(), vectors(), TQ4Codec(head_dim, rotation=rotation, device=device), slots.to(device), cache, memory
+        vectors(), vectors(), TQ4Codec(head_dim, rotation=rotation, scale=scale, device=device), slots.to(device), cache, memory
     )
 
 

@@ -15,13 +15,16 @@ pytest.importorskip("cuda.core")
 REGISTERS = 65536
 
 
-@pytest.mark.parametrize("slot_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize(
+    ("slot_dtype", "scale"),
+    [(torch.int32, "norm"), (torch.int64, "norm"), (torch.int64, "unbiased"), (torch.int32, "least_squares")],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_compiles_without_spills(arch, head_dim, dtype, slot_dtype):
+def test_compiles_without_spills(arch, head_dim, dtype, slot_dtype, scale):
     blocks = store.blocks_per_multiprocessor(head_dim, int(arch[3:]) // 10)
-    defines = store.defines(head_dim, dtype, slot_dtype, blocks)
+    defines = store.defines(head_dim, dtype, slot_dtype, scale, blocks)
     compiled = runtime.compile_cubin(store.SOURCE.read_text(), arch=arch, name="store.cu", defines=defines)
     used = runtime.resource_usage(compiled)["tq4_store"]
     assert used.spill_stores == used.spill_loads == used.stack_frame == 0, used

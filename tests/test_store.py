@@ -29,6 +29,7 @@ def store(case: StoreCase, backend: str = "auto") -> None:
     dtype=st.sampled_from([HALF, BF16, FULL]),
     page_size=st.sampled_from([16, 48, 256]),
     layout=st.sampled_from(["contiguous", "transposed", "odd"]),
+    scale=st.sampled_from(["norm", "least_squares", "unbiased"]),
     slot_dtype=st.sampled_from([torch.int32, torch.int64]),
 )
 def test_reference(seed, **sizes):

@@ -25,12 +25,13 @@ def store(case: StoreCase, backend: str) -> None:
 @pytest.mark.parametrize("dtype", [HALF, BF16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_store(generator, backend, dtype, head_dim, layout):
-    for tokens, heads, page_size, slot_dtype in (
-        (1, 1, 16, torch.int32), (7, 3, 48, torch.int64), (300, 8, 16, torch.int64), (1031, 5, 256, torch.int32),
+    for tokens, heads, page_size, slot_dtype, scale in (
+        (1, 1, 16, torch.int32, "norm"), (7, 3, 48, torch.int64, "unbiased"), (300, 8, 16, torch.int64, "norm"),
+        (1031, 5, 256, torch.int32, "norm"), (333, 2, 16, torch.int64, "unbiased"), (200, 2, 16, torch.int64, "least_squares"),
     ):  # fmt: skip
         case = random_store(
             generator, tokens=tokens, heads=heads, head_dim=head_dim, dtype=dtype, page_size=page_size, layout=layout,
-            slot_dtype=slot_dtype, device="cuda",
+            slot_dtype=slot_dtype, scale=scale, device="cuda",
         )  # fmt: skip
         check_store(lambda case: store(case, backend), case)
 

@@ -183,6 +183,6 @@ def test_decompress(interpreter, generator, dtype, head_dim, rotation):
 def test_store(interpreter, generator, dtype, head_dim, rotation, page_size, layout):
     case = random_store(
         generator, tokens=35, heads=3, head_dim=head_dim, dtype=dtype, page_size=page_size, rotation=rotation, layout=layout,
-        slot_dtype=torch.int32 if page_size == 16 else torch.int64,
+        slot_dtype=torch.int32 if page_size == 16 else torch.int64, scale="norm" if dtype == HALF else "unbiased",
     )  # fmt: skip
     check_store(lambda case: interpreter.call("triton.store:store", *case.kernel_arguments), case)

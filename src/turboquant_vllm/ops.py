@@ -25,7 +25,7 @@ from torch.library import Library
 from turboquant_vllm import reference
 from turboquant_vllm.paged import PagedTQ4Cache
 
-__all__ = ["has_triton", "triton_runs_on", "why_not_cuda", "why_not_triton"]
+__all__ = ["has_triton", "triton_runs_on", "why_not_cuda", "why_not_triton", "why_not_triton_store"]
 
 _LIBRARY = Library("turboquant", "DEF")
 
@@ -77,6 +77,13 @@ def _kernel(path: str) -> Callable[..., Any]:
     """The function at ``module:name``, imported on first use."""
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
+
+
+def why_not_triton_store(k: torch.Tensor, hadamard: bool, scale: str) -> str:
+    """Why the Triton kernel cannot store vectors like ``k`` with norms of ``scale``, on a device that runs it."""
+    if scale == "norm":
+        return ""
+    return str(_kernel("turboquant_vllm.triton.store:why_not")(k, hadamard, scale))
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
@@ -146,19 +153,22 @@ def _store(
     boundaries: torch.Tensor,
     companding: torch.Tensor,
     hadamard: bool,
+    centroids: torch.Tensor,
+    scale: str,
     page_size: int,
     backend: str,
 ) -> None:
     if k.shape[0] == 0:
         return
     if backend == "cuda":
-        _kernel("turboquant_vllm.cuda.store:store")(k, v, buffer, slot_mapping, rotation, companding, page_size)
+        run = _kernel("turboquant_vllm.cuda.store:store")
+        run(k, v, buffer, slot_mapping, rotation, companding, centroids, scale, page_size)
     elif backend == "triton":
         run = _kernel("turboquant_vllm.triton.store:store")
-        run(k, v, buffer, slot_mapping, rotation, companding, hadamard, page_size)
+        run(k, v, buffer, slot_mapping, rotation, companding, hadamard, centroids, scale, page_size)
     else:
         cache = PagedTQ4Cache(buffer, page_size=page_size, num_kv_heads=k.shape[1], head_dim=k.shape[2])
-        reference.store(k, v, cache, slot_mapping, rotation, boundaries)
+        reference.store(k, v, cache, slot_mapping, rotation, boundaries, centroids, scale)
 
 
 def _triton_attention(*args: Any) -> Any:
@@ -194,13 +204,13 @@ _define(
     _decompress,
     _decompress_fake,
 )
-_LIBRARY.define(
-    "store(Tensor k, Tensor v, Tensor(a!) buffer, Tensor slot_mapping, Tensor rotation, Tensor boundaries, Tensor companding, "
-    "bool hadamard, int page_size, str backend) -> ()"
+_define(
+    "store",
+    "(Tensor k, Tensor v, Tensor(a!) buffer, Tensor slot_mapping, Tensor rotation, Tensor boundaries, Tensor companding, "
+    "bool hadamard, Tensor centroids, str scale, int page_size, str backend) -> ()",
+    _store,
+    lambda *args: None,
 )
-_LIBRARY.impl("store", _store, "CompositeExplicitAutograd")
-torch.library.register_fake("turboquant::store", lambda *args: None, lib=_LIBRARY)
-
 for _name, _run, _options in (
     ("triton_attention", _triton_attention, ""),
     ("cuda_decode", _cuda_decode, ", *, bool pre_rotated=False, bool rotated_output=False"),

@@ -90,6 +90,8 @@ def store(
     slot_mapping: torch.Tensor,
     rotation: torch.Tensor,
     boundaries: torch.Tensor,
+    centroids: torch.Tensor | None = None,
+    scale: str = "norm",
 ) -> None:
     """Compress keys and values into the slots of pages.
 
@@ -100,12 +102,13 @@ def store(
             -1, is left out. Of tokens with the same slot, any one may be the last.
         rotation: float32 ``[D, D]``, orthogonal.
         boundaries: float32 ``[15]``, ascending.
+        centroids, scale: as in :func:`compress`.
     """
     kept = (slot_mapping >= 0) & (slot_mapping < cache.num_slots)
     slot = slot_mapping[kept].long()
     page, place = slot // cache.page_size, slot % cache.page_size
     for x, codes, norms in ((k, cache.k_codes, cache.k_norms), (v, cache.v_codes, cache.v_norms)):
-        codes[page, :, place], norms[page, :, place] = compress(x[kept], rotation, boundaries)
+        codes[page, :, place], norms[page, :, place] = compress(x[kept], rotation, boundaries, centroids, scale)
 
 
 def unpack_codes(codes: torch.Tensor) -> torch.Tensor:

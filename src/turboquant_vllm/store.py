@@ -37,8 +37,8 @@ def tq4_store(
         backend: "cuda" (randomized Hadamard, head_dim 64, 128 or 256, fp16 and bf16), "triton", "reference", or "auto", the
             first of these that can serve the call. "reference" waits for the GPU.
 
-    Codes are those of :meth:`TQ4Codec.compress`, but for coordinates within rounding of a boundary. A vector with a NaN or
-    Inf gets norm NaN.
+    Codes and norms are those of :meth:`TQ4Codec.compress`, but for coordinates within rounding of a boundary. A vector
+    with a NaN or Inf gets norm NaN.
 
     Raises:
         TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
@@ -73,8 +73,6 @@ def why_not_backend(backend: str, k: torch.Tensor, v: torch.Tensor, cache: Paged
     if backend == "cuda":
         return ops.why_not_cuda(k.device) or why_not_store(k, v, codec.rotation_kind == "hadamard", cache.num_slots)
     if backend == "triton":
-        if not ops.has_triton():
-            return "the triton package is not installed"
-        if not ops.triton_runs_on(k.device):
-            return f"Triton does not run on {k.device.type} tensors here"
+        hadamard = codec.rotation_kind == "hadamard"
+        return ops.why_not_triton(k.device) or ops.why_not_triton_store(k, hadamard, codec.scale)
     return ""

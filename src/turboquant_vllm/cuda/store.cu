@@ -1,7 +1,7 @@
 // Storing keys and values: rotate by a randomized Hadamard matrix, quantise, pack, straight into pages.
 //
-// The caller defines HEAD_DIM (64, 128, 256), BF16 (0: fp16, 1: bf16), SLOT (int or long long), and
-// BLOCKS, how many a multiprocessor runs. A warp takes 8 vectors at a time; nothing is
+// The caller defines HEAD_DIM (64, 128, 256), BF16 (0: fp16, 1: bf16), SLOT (int or long long),
+// SCALE (0: lengths, 1: least squares, 2: unbiased) and BLOCKS, how many a multiprocessor runs. A warp takes 8 vectors at a time; nothing is
 // shared between warps but the signs of the rotation.
 //
 // The rotation is H diag(s) / sqrt(D). H is a Kronecker product over the bits of a coordinate's number, so each bit may be
@@ -26,7 +26,7 @@ typedef long long i64;
 #define INFINITE __uint_as_float(0x7f800000u)
 
 struct StoreParams {
-  const char* k; const char* v; const void* slots; char* pages; const float* rotation; const float* companding;
+  const char* k; const char* v; const void* slots; char* pages; const float* rotation; const float* companding; const float* centroids;
   i64 page_stride;  // this and the other strides in bytes
   u32 k_token, k_head, v_token, v_head, rows, heads, page_size, num_slots, head_inverse, page_inverse;
   int head_shift, page_shift;
@@ -81,6 +81,11 @@ __device__ __forceinline__ u32 cell(float y, float factor, const float* curve) {
   return __float_as_uint(q);
 }
 
+__device__ __forceinline__ float vector_sum(float x) {  // over the lanes that hold a vector
+  for (int d = 4; d < 32; d <<= 1) x += __shfl_xor_sync(FULL_MASK, x, d);
+  return x;
+}
+
 // Bring a vector of extreme length into a range safe to square, by a power of two; its squared length is |y|^2 / D then.
 // y[outer][pair] holds coordinates 64 outer + 8 g + 2 pair and the next, of two vectors: even 0, even 1, odd 0, odd 1.
 __device__ __forceinline__ void rescale(float (*y)[4][4], int v, float& square, float& back) {
@@ -96,8 +101,7 @@ __device__ __forceinline__ void rescale(float (*y)[4][4], int v, float& square, 
     x *= shift;
     sum = fmaf(x, x, sum);
   }
-  for (int d = 4; d < 32; d <<= 1) sum += __shfl_xor_sync(FULL_MASK, sum, d);
-  square = sum * (1.0f / D);
+  square = vector_sum(sum) * (1.0f / D);
 }
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const __grid_constant__ StoreParams p) {
@@ -127,7 +131,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
     ((u32*)signs)[i] = (__float_as_uint(s.x) >> 31 << 15) | (__float_as_uint(s.y) >> 31 << 31);
   }
   float curve[5];
-  const float scale = p.companding[0] * (D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f);
+  const float unit = D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;  // of y
+  const float scale = p.companding[0] * unit;
+#if SCALE
+  const float level = p.centroids[lane & 15];  // lane i gives level i to all that ask for it
+#endif
 #pragma unroll
   for (int i = 0; i < 5; i++) curve[i] = p.companding[i + 1];
   u32 a[2][4];  // the matrix and its negative
@@ -197,25 +205,40 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
       float inverse;
       asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum[v]));
       if (sum[v] == 0) inverse = 0;
-      // y is sqrt(D) times too large. A vector that is not finite has norm NaN, which attention cannot overlook.
       const float factor = inverse * scale;
       float norm = sum[v] * inverse * back[v];
-      if (!(norm < INFINITE)) norm = __uint_as_float(0x7fc00000u);
       const bool live = slot[v] < p.num_slots;
       const u32 page = divide(slot[v], p.page_inverse, p.page_shift), place = slot[v] - page * p.page_size;
       char* to = p.pages + page * p.page_stride;
       const u32 part = head[v] * chunk;
       char* codes = to + (part + codes_part + place * (D / 2));
+#if SCALE
+      float dot = 0, square = 0;  // of the rotated vector with its levels, of the levels
+#endif
 #pragma unroll
       for (int o = 0; o < OUTER; o++) {
         u32 bytes[4];
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-          bytes[i] = cell(y[o][i][v], factor, curve) * 16 + cell(y[o][i][v + 2], factor, curve);
+          const u32 even = cell(y[o][i][v], factor, curve), odd = cell(y[o][i][v + 2], factor, curve);
+          bytes[i] = even * 16 + odd;
+#if SCALE
+          const float even_level = __shfl_sync(FULL_MASK, level, even), odd_level = __shfl_sync(FULL_MASK, level, odd);
+          dot = fmaf(y[o][i][v], even_level, fmaf(y[o][i][v + 2], odd_level, dot));
+          square = fmaf(even_level, even_level, fmaf(odd_level, odd_level, square));
+#endif
         }
         const u32 low = __byte_perm(bytes[0], bytes[1], 0x0040), high = __byte_perm(bytes[2], bytes[3], 0x0040);
         if (live) *(u32*)(codes + 32 * o) = __byte_perm(low, high, 0x5410);
       }
+#if SCALE == 1
+      norm *= vector_sum(dot) * inverse * unit / vector_sum(square);
+#elif SCALE == 2
+      dot = vector_sum(dot);
+      if (norm != 0) norm /= dot * inverse * unit;
+#endif
+      // A vector that is not finite has norm NaN, which attention cannot overlook.
+      if (!(norm < INFINITE)) norm = __uint_as_float(0x7fc00000u);
       if (live && g == 0) *(float*)(to + (part + norms_part + place * 4)) = norm;
     }
   }

@@ -12,17 +12,19 @@ from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 __all__ = ["SOURCE", "THREADS", "blocks_per_multiprocessor", "defines", "store"]
 
 SOURCE = Path(__file__).with_name("store.cu")
-PARAMS = "P" * 6 + "q" + "I" * 10 + "i" * 2
+PARAMS = "P" * 7 + "q" + "I" * 10 + "i" * 2
 THREADS = 128
+_SCALES = ("norm", "least_squares", "unbiased")
 _ROWS = 8 * THREADS // 32  # of a block at a time
 
 
-def defines(head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, blocks: int) -> dict[str, int | str]:
+def defines(head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, blocks: int) -> dict[str, int | str]:
     """Macros of ``store.cu``."""
     return {
         "HEAD_DIM": head_dim,
         "BF16": int(dtype == torch.bfloat16),
         "SLOT": "int" if slot_dtype == torch.int32 else "long long",
+        "SCALE": _SCALES.index(scale),
         "BLOCKS": blocks,
     }
 
@@ -33,11 +35,11 @@ def blocks_per_multiprocessor(head_dim: int, major: int) -> int:
 
 
 @cache
-def _kernel(index: int, head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype) -> tuple[Kernel, int]:
+def _kernel(index: int, head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str) -> tuple[Kernel, int]:
     """The kernel, and how many blocks run at once."""
     properties = torch.cuda.get_device_properties(index)
     blocks = blocks_per_multiprocessor(head_dim, properties.major)
-    macros = defines(head_dim, dtype, slot_dtype, blocks)
+    macros = defines(head_dim, dtype, slot_dtype, scale, blocks)
     kernel = load_kernel(SOURCE, "tq4_store", device=index, params=PARAMS, defines=macros)
     return kernel, properties.multi_processor_count * blocks
 
@@ -67,6 +69,8 @@ def store(
     slot_mapping: torch.Tensor,
     rotation: torch.Tensor,
     companding: torch.Tensor,
+    centroids: torch.Tensor,
+    scale: str,
     page_size: int,
 ) -> None:
     """As :func:`turboquant_vllm.reference.store`, with the boundaries as :func:`turboquant_vllm.codebook.companding`.
@@ -80,6 +84,8 @@ def store(
         slot_mapping: int32 or int64 ``[tokens]``.
         rotation: float32 ``[D, D]``, a Sylvester-Hadamard matrix times signs of its columns, over sqrt(D).
         companding: float32 ``[6]``.
+        centroids: float32 ``[16]``.
+        scale: "norm", "least_squares" or "unbiased".
         page_size: tokens in a page.
 
     Raises:
@@ -88,12 +94,12 @@ def store(
     tokens, heads, head_dim = k.shape
     rows = tokens * heads
     k, v, slots = _aligned(k), _aligned(v), slot_mapping.contiguous()
-    rotation, companding = rotation.contiguous(), companding.contiguous()
-    kernel, blocks = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype)
+    rotation, companding, centroids = rotation.contiguous(), companding.contiguous(), centroids.contiguous()
+    kernel, blocks = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype, scale)
     (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_size)
     arguments = (
         k.data_ptr(), v.data_ptr(), slots.data_ptr(), buffer.data_ptr(), rotation.data_ptr(), companding.data_ptr(),
-        buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size,
+        centroids.data_ptr(), buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size,
         buffer.shape[0] * page_size, head_inverse, page_inverse, head_shift, page_shift,
     )  # fmt: skip
     # Half of the blocks for keys, half for values.

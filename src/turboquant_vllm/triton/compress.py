@@ -51,7 +51,9 @@ def compress_kernel(x, rotation, companding, centroids, codes, norms, tiles, hea
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     inner = tl.arange(0, DP)
-    outer = product_columns(tl.program_id(1) * CHUNK, CHUNK)
+    # Known to be zero where a program sees all columns, for the sake of registers.
+    start = 0 if CHUNK * PIECES >= D else tl.program_id(1) * CHUNK
+    outer = product_columns(start, CHUNK)
     matrices = piece_matrices(rotation, inner, outer, 1, D, DP, 0, D, HADAMARD, DTYPE, PARTS, PIECES)  # [DP, CHUNK]
     unit = matrix_unit(D, HADAMARD)
     curve = curve_of(companding)
@@ -65,7 +67,7 @@ def compress_kernel(x, rotation, companding, centroids, codes, norms, tiles, hea
         words, norm = encode_tile(v, live, matrices, unit, curve, levels, BM, D, CHUNK, PARTS, PIECES, PRMT, SCALE)
         for i in tl.static_range(PIECES):
             word = words[i]
-            place = words_of(i * DP + tl.program_id(1) * CHUNK, CHUNK)[None, :, :]
+            place = words_of(i * DP + start, CHUNK)[None, :, :]
             to = codes + (first + token)[:, None, None] * (D // 2)
             mask = live[:, None, None]
             if D % 4 == 0:
@@ -224,10 +226,12 @@ def plan_tiles(
     ``writes`` says that vectors become codes, with norms of such a ``scale``, and not codes vectors.
     """
     exact = dtype == torch.float32
-    pieces = 2 if hadamard and head_dim > 128 and not exact else 1
+    pieces = 1
+    if hadamard and head_dim > 128 and not exact:
+        pieces = 2 if writes else 4
     padded = max(32, triton.next_power_of_2(head_dim // pieces))
-    short = writes and padded <= 64  # so little work in a tile that two are better
-    block = 16 if exact else (128 if short else 64)
+    # With so little work in a tile, two at once are better.
+    block = 16 if exact else (128 if pieces * padded <= 64 else 64)
     parts = 1 if hadamard or exact else (3 if dtype == torch.bfloat16 else 2)
     chunk = padded
     room, processors = 1 << 30, 16
@@ -247,11 +251,11 @@ def plan_tiles(
         "PIECES": pieces,
         "PARTS": parts,
         "BM": block,
-        "num_warps": 4,
+        "num_warps": 4 if chunks == 1 else 8,
         "num_stages": 1,
     }
-    if uses_prmt(device.type) and not exact and head_dim <= 128:
-        constants["maxnreg"] = 96 if writes and hadamard and scale == "norm" else 128
+    if uses_prmt(device.type) and not exact and head_dim <= 128 and (hadamard or not writes):
+        constants["maxnreg"] = 96 if writes and scale == "norm" else 128
     return Plan((min(tiles, max(1, programs // chunks)), chunks), tiles, constants)
 
 

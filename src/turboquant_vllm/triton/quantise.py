@@ -194,24 +194,24 @@ def power_of_two_shift(largest):
 
 
 @triton.jit
-def measure(y, live, unit, BM: tl.constexpr, PIECES: tl.constexpr, WIDE: tl.constexpr):
-    """Lengths ``[BM]`` of whole rotated vectors: the vectors, the lengths and the power of two that multiplies both.
+def measure(x, y, live, BM: tl.constexpr, PIECES: tl.constexpr, WIDE: tl.constexpr):
+    """Lengths ``[BM]`` of vectors ``x`` in pieces: y, the lengths, and the power of two that multiplies both.
 
     The factor, 1, 2^-100 or 2^100, keeps the squares of extreme vectors in range, and changes no bits; only dtypes of a
-    WIDE range need one. ``unit`` is what one unit of y stands for; rows that are not ``live`` may be anything.
+    WIDE range need one. Rows that are not ``live`` may be anything.
     """
-    squares = _squares(y, PIECES)
+    squares = _squares(x, PIECES)
     shift = tl.full([BM], 1.0, tl.float32)
     if WIDE:
         usual = (squares > 1e-30) & (squares < 1e30)  # false for NaN
         if tl.min((usual | ~live).to(tl.int32), 0) == 0:
-            largest = tl.abs(y[0])
+            largest = tl.abs(x[0])
             for i in tl.static_range(1, PIECES):
-                largest = tl.maximum(largest, tl.abs(y[i]))
+                largest = tl.maximum(largest, tl.abs(x[i]))
             shift = power_of_two_shift(tl.max(largest, 1))
+            squares = _squares(times(x, shift, PIECES), PIECES)
             y = times(y, shift, PIECES)
-            squares = _squares(y, PIECES)
-    return y, tl.sqrt_rn(squares) * unit, shift
+    return y, tl.sqrt_rn(squares), shift
 
 
 @triton.jit
@@ -331,15 +331,13 @@ def encode_tile(v, live, matrices, unit, curve, levels, BM: tl.constexpr, D: tl.
     """
     DTYPE: tl.constexpr = v[0].dtype
     y = butterfly(products(v, matrices, BM, CHUNK, PARTS, PIECES), PIECES)  # [BM, CHUNK]
-    if CHUNK * PIECES >= D:  # all of y is here: |x| = unit * |y|
-        y, length, shift = measure(y, live, unit, BM, PIECES, DTYPE != tl.float16)
+    WIDE: tl.constexpr = DTYPE != tl.float16
+    if CHUNK * PIECES >= D and PARTS == 1:  # all of y is here, and exact: |x| = unit * |y|
+        y, length, shift = measure(y, y, live, BM, PIECES, WIDE)
+        length *= unit
     else:
-        tl.static_assert(SCALE == "norm", "this scale is made of all coordinates")
-        wide = v[0].to(tl.float32)
-        shift = power_of_two_shift(tl.max(tl.abs(wide), 1))
-        wide *= shift[:, None]
-        length = tl.sqrt_rn(tl.sum(wide * wide, 1))
-        y = times(y, shift, PIECES)
+        tl.static_assert(CHUNK * PIECES >= D or SCALE == "norm", "this scale is made of all coordinates")
+        y, length, shift = measure((v[0].to(tl.float32),), y, live, BM, PIECES, WIDE)
     words = ()
     for i in tl.static_range(PIECES):
         words = words + (encode(y[i], length, unit, curve, BM, CHUNK, PRMT),)
