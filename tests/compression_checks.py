@@ -34,9 +34,18 @@ def special_vectors(head_dim: int, dtype: torch.dtype, generator: torch.Generato
 
 
 def check_compress(run: Callable[..., Any], x: torch.Tensor, codec: TQ4Codec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compress ``x [..., D]``: norms as the reference's, codes too, but for coordinates on a boundary; returns both."""
-    codes, norms = run(x, codec.rotation, codec.companding, codec.rotation_kind == "hadamard")
-    _, want_norms = reference.compress(x.double(), codec.rotation, codec.boundaries)
+    """Compress ``x [..., D]``: norms as defined, codes as the reference's, but for coordinates on a boundary; returns both."""
+    rotation, _, companding, hadamard, *scaling = codec.writing
+    codes, norms = run(x, rotation, companding, hadamard, *scaling)
+    # Given the codes, which may be either of two for coordinates on a boundary.
+    levels = codec.centroids.double()[reference.unpack_codes(codes)]
+    length = x.double().norm(dim=-1)
+    dot = (x.double() @ rotation.double().T * levels).sum(-1)
+    want_norms = {
+        "norm": length,
+        "least_squares": dot / levels.square().sum(-1),
+        "unbiased": length * (length / torch.where(length == 0, 1.0, dot)),
+    }[codec.scale]
     assert codes.shape == (*x.shape[:-1], codec.head_dim // 2)
     assert codes.dtype == torch.uint8
     assert norms.shape == x.shape[:-1]
@@ -46,7 +55,7 @@ def check_compress(run: Callable[..., Any], x: torch.Tensor, codec: TQ4Codec) ->
     assert (codes[~finite] == 0).all()
     # Below the normal range of float32 a rotated coordinate is a sum of products rounded to multiples of 2^-149.
     grid = codec.head_dim * 2.0**-150
-    torch.testing.assert_close(norms[finite], want_norms[finite], rtol=_NORM, atol=grid)
+    torch.testing.assert_close(norms[finite].double(), want_norms[finite], rtol=_NORM, atol=grid)
     length = x.double().norm(dim=-1, keepdim=True)
     length = torch.where(length > 0, length, 1.0)
     y = x.double() @ codec.rotation.double().T / length

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from turboquant_vllm import TQ4Codec, TQ4Tensor, checks, merge_attention_states, tq4_attention
+from turboquant_vllm.limits import why_not_decode
 
 B, H_Q, H_KV, N_Q, N_KV, D = 2, 4, 2, 3, 9, 64
 Arguments = dict[str, Any]
@@ -182,14 +183,14 @@ ONE_HEAD = torch.zeros(1, 1, 100, 64 + 4, dtype=torch.uint8)
     ],
 )
 def test_what_the_native_kernels_serve(arguments: tuple[Any, ...], reason: str) -> None:
-    said = checks.why_not_decode(*arguments)
+    said = why_not_decode(*arguments)
     assert reason in said
     assert bool(said) == bool(reason)
 
 
 def test_what_the_native_kernels_serve_can_be_traced() -> None:
     def step(q: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-        return q if checks.why_not_decode(q.dtype, q.shape[-1], 4, (codes, codes)) else q + 1
+        return q if why_not_decode(q.dtype, q.shape[-1], 4, (codes, codes)) else q + 1
 
     q = torch.zeros(1, 4, 1, 128, dtype=HALF)
     assert torch.compile(step, fullgraph=True, backend="eager")(q, CODES).sum() == q.numel()

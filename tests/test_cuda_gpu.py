@@ -9,7 +9,8 @@ from attention_cases import check, compare, expected, poisoned_memory, random_ca
 from attention_contract import AttentionContract, check_causal_sizes
 from turboquant_vllm import TQ4Codec, tq4_attention
 from turboquant_vllm.attention import why_not
-from turboquant_vllm.checks import AttentionShape, why_not_decode
+from turboquant_vllm.checks import AttentionShape
+from turboquant_vllm.limits import why_not_decode
 
 pytestmark = pytest.mark.gpu
 

@@ -63,6 +63,9 @@ INSTRUCTIONS = {
     "mov.b32": bits,
     "mad.lo.u32": lambda a, b, c: (a * b + c) & 0xFFFFFFFF,
     "prmt.b32": prmt,
+    "shr.u32": lambda a, b: a >> b,
+    "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
 }
 
 
@@ -101,6 +104,23 @@ def test_every_coordinate_falls_into_its_cell(head_dim):
         operands |= {f"${9 + 2 * i + word}": curve[i] for i in range(6) for word in range(2)}
         packed = [16 * cells[i] + cells[i + 1] for i in range(0, 8, 2)]
         assert run(quantise.WORD_ASM.value, operands)["$0"] == int.from_bytes(bytes(packed), "little"), values
+
+
+def test_every_code_finds_the_magnitude_of_its_level():
+    patterns = [bits(x) for x in torch.tensor(lloyd_max(128).centroids[8:]).float().tolist()]
+    table = [
+        int.from_bytes(bytes(pattern >> 8 * place & 255 for pattern in patterns[first : first + 4]), "little")
+        for place in range(4)
+        for first in (0, 4)
+    ]
+    for _ in range(50):
+        codes = torch.randint(16, (2, 4)).tolist()  # of two words, four parts each
+        words = [code[0] << 4 | code[1] | code[2] << 12 | code[3] << 8 for code in codes]
+        operands = {"$8": words[0] | words[1] << 16} | {f"${9 + 2 * i}": value for i, value in enumerate(table)}
+        found = run(quantise.LEVEL_ASM.value, operands)
+        for word, code in enumerate(codes):
+            got = [found[f"${2 * part + word}"] for part in range(4)]
+            assert got == [patterns[max(n, 15 - n) - 8] for n in code], code
 
 
 def test_a_nan_gives_code_zero():

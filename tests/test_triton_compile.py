@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from attention_cases import random_case
+from store_cases import random_store
 from turboquant_vllm import TQ4Codec
 
 triton = pytest.importorskip("triton")
@@ -100,11 +101,11 @@ def compiled(target, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from turboquant_vllm.triton import compress, launch, prefill, unpack
+    from turboquant_vllm.triton import compress, launch, prefill, store, unpack
 
     backend, arch, warp, shared = TARGETS[target]
     kernels: list[tuple[str, Any]] = []
-    for module in (launch, compress, prefill, unpack):
+    for module in (launch, compress, prefill, store, unpack):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction):
                 monkeypatch.setattr(module, name, _Kernel(value, kernels))
@@ -116,7 +117,8 @@ def compiled(target, monkeypatch):
     properties = SimpleNamespace(shared_memory_per_block_optin=shared << 10, multi_processor_count=64)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     plan = compress.plan_tiles
-    monkeypatch.setattr(compress, "plan_tiles", lambda *args, **kw: plan(*args[:-1], torch.device("cuda"), **kw))
+    for module in (compress, store):
+        monkeypatch.setattr(module, "plan_tiles", lambda *args, **kw: plan(*args[:-1], torch.device("cuda"), **kw))
     # Triton keeps kernels by device number: away from those of real devices.
     driver.set_active(_Device(GPUTarget(backend, arch, warp), 1000 + list(TARGETS).index(target)))
     yield kernels
@@ -220,6 +222,19 @@ def test_new_length_compiles_nothing_in_slices_for_dense_attention(generator, co
         prefill.attention(*random_case(generator, q_len=q_len, kv_len=kv_len, **sizes).arguments)
         new = [function for function, kernel in compiled if id(kernel) not in known]
         assert not new, f"compiled again for q_len {q_len}, kv_len {kv_len}: {new}"
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"], indirect=True)
+@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 128), (HALF, 80)])
+def test_store_fits(generator, target, compiled, dtype, head_dim):
+    from turboquant_vllm.triton.store import store
+
+    sizes = {"tokens": 40, "heads": 2, "head_dim": head_dim, "dtype": dtype}
+    store(*random_store(generator, **sizes).kernel_arguments)
+    store(*random_store(generator, **(sizes | {"tokens": 7})).kernel_arguments)
+    assert [function for function, _ in compiled] == ["store_kernel"] * 2
+    assert compiled[0][1] is compiled[1][1], "compiled again for another number of tokens"
+    check_shared_memory(target, compiled)
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)

@@ -8,6 +8,7 @@ import torch
 from attention_cases import check_gate, expected, lay_out, poisoned_memory, pytorch_attention, random_case
 from compression_checks import check_compress, check_decompress, special_vectors
 from turboquant_vllm import TQ4Codec, reference, tq4_attention
+from turboquant_vllm.codec import SCALES
 
 pytestmark = pytest.mark.gpu
 
@@ -124,10 +125,11 @@ CODECS = [(64, "hadamard"), (80, "haar"), (128, "hadamard"), (128, "haar"), (256
 @pytest.mark.parametrize(("head_dim", "rotation"), CODECS)
 @pytest.mark.parametrize("dtype", [HALF, BF16, FULL], ids=["fp16", "bf16", "fp32"])
 def test_compress(compress, generator, dtype, head_dim, rotation):
-    codec = TQ4Codec(head_dim, rotation=rotation, device="cuda")
     x = torch.randn(2, 3, 501, head_dim, generator=generator).cuda().to(dtype)
-    check_compress(compress, lay_out(x, "transposed"), codec)
-    check_compress(compress, special_vectors(head_dim, dtype, generator).cuda(), codec)
+    for scale in SCALES:
+        codec = TQ4Codec(head_dim, rotation=rotation, scale=scale, device="cuda")
+        check_compress(compress, lay_out(x, "transposed"), codec)
+        check_compress(compress, special_vectors(head_dim, dtype, generator).cuda(), codec)
 
 
 @pytest.mark.parametrize(("head_dim", "rotation"), CODECS)
@@ -144,7 +146,8 @@ def test_compress_beyond_32_bits(compress, decompress, generator):
     tokens = 2**31 // 128 + 1000
     x = torch.zeros(tokens, 128, dtype=HALF, device="cuda")
     x[-1000:] = torch.randn(1000, 128, generator=generator).to(HALF)
-    codes, norms = compress(x, codec.rotation, codec.companding, True)
+    rotation, _, companding, hadamard, *scaling = codec.writing
+    codes, norms = compress(x, rotation, companding, hadamard, *scaling)
     last = check_compress(compress, x[-1000:], codec)
     assert torch.equal(codes[-1000:], last[0])
     assert torch.equal(norms[-1000:], last[1])

@@ -14,7 +14,9 @@ from attention_cases import LAYOUTS, check, check_gate, expected, lay_out, pytor
 from attention_contract import AttentionContract, check_causal_sizes
 from compression_checks import check_compress, check_decompress, special_vectors
 from mask_contract import MaskContract
+from store_cases import check_store, random_store
 from turboquant_vllm import TQ4Codec
+from turboquant_vllm.codec import SCALES
 
 VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
 pytestmark = [
@@ -145,11 +147,13 @@ def test_compress(interpreter, generator, dtype, head_dim, rotation):
     def compress(*args):
         return interpreter.call("triton.compress:compress", *args)
 
-    codec = TQ4Codec(head_dim, rotation=rotation)
+    codec = TQ4Codec(head_dim, rotation=rotation, scale="norm")
     x = torch.randn(2, 2, 35, head_dim, generator=generator).to(dtype)
     for layout in ("transposed", "odd"):
         check_compress(compress, lay_out(x, layout), codec)
-    check_compress(compress, special_vectors(head_dim, dtype, generator), codec)
+    special = torch.cat([special_vectors(head_dim, dtype, generator), x[0, 0]])
+    for scale in SCALES:
+        check_compress(compress, special, TQ4Codec(head_dim, rotation=rotation, scale=scale))
     codes, norms = compress(x[:, :, :0], codec.rotation, codec.companding, False)
     assert codes.shape == (2, 2, 0, head_dim // 2)
     assert norms.shape == (2, 2, 0)
@@ -164,3 +168,21 @@ def test_decompress(interpreter, generator, dtype, head_dim, rotation):
     codec = TQ4Codec(head_dim, rotation=rotation)
     for layout in ("contiguous", "transposed", "odd", "strided"):
         check_decompress(decompress, codec, dtype, generator, 35, layout)
+
+
+@both_dtypes
+@pytest.mark.parametrize(
+    ("head_dim", "rotation", "page_size", "layout"),
+    [
+        (64, "hadamard", 16, "contiguous"),
+        (80, "haar", 48, "odd"),
+        (128, "hadamard", 16, "transposed"),
+        (256, "hadamard", 64, "sliced"),
+    ],
+)
+def test_store(interpreter, generator, dtype, head_dim, rotation, page_size, layout):
+    case = random_store(
+        generator, tokens=35, heads=3, head_dim=head_dim, dtype=dtype, page_size=page_size, rotation=rotation, layout=layout,
+        slot_dtype=torch.int32 if page_size == 16 else torch.int64, scale="norm" if dtype == HALF else "unbiased",
+    )  # fmt: skip
+    check_store(lambda case: interpreter.call("triton.store:store", *case.kernel_arguments), case)

@@ -12,6 +12,7 @@ from turboquant_vllm.codebook import Codebook, lloyd_max
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
+from turboquant_vllm.store import tq4_store
 
 __version__ = "2.0.0.dev0"
 
@@ -25,4 +26,5 @@ __all__ = [
     "merge_attention_states",
     "tq4_attention",
     "tq4_paged_attention",
+    "tq4_store",
 ]

@@ -14,9 +14,9 @@ from turboquant_vllm.checks import (
     check_masks,
     check_sm_scale,
     check_states,
-    why_not_decode,
 )
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.limits import why_not_decode
 
 __all__ = ["BACKENDS", "choose_backend", "merge_attention_states", "tq4_attention"]
 

@@ -7,7 +7,7 @@ ValueError. No check reads a tensor's contents, so none of them waits for a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,12 @@ __all__ = [
     "check_sm_scale",
     "check_states",
     "check_windows",
-    "why_not_decode",
 ]
 
 MAX_HEAD_DIM = 256
+DECODE_MAX_ROWS = 32  # query rows (tokens x heads of a group) per key/value head that a decode kernel takes in one go
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-DECODE_HEAD_DIMS, DECODE_MAX_ROWS = (64, 128, 256), 32  # of the native kernels
+SLOT_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -339,38 +339,6 @@ def check_states(outs: torch.Tensor, lses: torch.Tensor) -> None:
         raise ValueError(f"outs must have shape [parts, ..., head_dim], got {list(outs.shape)}")
     check_shape("lses", lses, outs.shape[:-1])
     check_device("lses", lses, outs.device, "outs")
-
-
-def why_not_decode(
-    dtype: torch.dtype,
-    head_dim: int,
-    rows: int,
-    operands: Sequence[torch.Tensor] = (),
-    masks: Collection[str] = (),
-) -> str:
-    """Why the native CUDA kernels cannot serve a call on a device that runs them; empty where they can.
-
-    Args:
-        dtype: of the queries.
-        head_dim: coordinates of a vector.
-        rows: query rows (tokens x heads of the group) per key/value head.
-        operands: keys and values ``[B, H_kv, N_kv, ...]``; their addresses are not looked at, as torch.compile knows none.
-        masks: names of what :func:`check_masks` found.
-    """
-    if masks:
-        return f"the CUDA kernels have no {', '.join(masks)}"
-    if dtype not in (torch.float16, torch.bfloat16):
-        return f"the CUDA kernels take queries in fp16 or bf16, got {dtype}"
-    if head_dim not in DECODE_HEAD_DIMS:
-        return f"the CUDA kernels take head_dim 64, 128 or 256, got {head_dim}"
-    if rows > DECODE_MAX_ROWS:
-        return f"the CUDA kernels take up to {DECODE_MAX_ROWS} query rows per key/value head, got {rows}"
-    for x in operands:
-        if x.dtype != torch.uint8:
-            return f"the CUDA kernels take packed keys and values, got {x.dtype}"
-        if x.stride(-1) != 1 or any(x.stride(i) % 16 and x.shape[i] > 1 for i in range(3)):
-            return f"the CUDA kernels take codes in whole rows, 16-byte multiples apart, got strides {tuple(x.stride())}"
-    return ""
 
 
 def norms_name(name: str) -> str:

@@ -5,6 +5,7 @@ with ``torch.compile`` and importing this package load neither Triton nor a comp
 
     turboquant::compress            vectors -> codes, norms             Triton on a GPU, else the reference
     turboquant::decompress          codes, norms -> vectors             Triton on a GPU, else the reference
+    turboquant::store               keys, values -> slots of pages      the backend that it is told
     turboquant::triton_attention    attention, packed or dense K and V  Triton
     turboquant::triton_paged        attention over pages, into out      Triton
     turboquant::cuda_decode         attention of few rows, packed K, V  CUDA C++, compiled at first use
@@ -22,8 +23,9 @@ import torch
 from torch.library import Library
 
 from turboquant_vllm import reference
+from turboquant_vllm.paged import PagedTQ4Cache
 
-__all__ = ["has_triton", "triton_runs_on", "why_not_cuda", "why_not_triton"]
+__all__ = ["has_triton", "triton_runs_on", "why_not_cuda", "why_not_triton", "why_not_triton_store"]
 
 _LIBRARY = Library("turboquant", "DEF")
 
@@ -77,6 +79,13 @@ def _kernel(path: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
+def why_not_triton_store(k: torch.Tensor, hadamard: bool, scale: str) -> str:
+    """Why the Triton kernel cannot store vectors like ``k`` with norms of ``scale``, on a device that runs it."""
+    if scale == "norm":
+        return ""
+    return str(_kernel("turboquant_vllm.triton.store:why_not")(k, hadamard, scale))
+
+
 def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register one operator: ``run`` for every device, ``fake`` for tracing, and a backward that says there is none."""
     _LIBRARY.define(f"{name}{schema}")
@@ -100,8 +109,8 @@ def _compress(
     centroids: torch.Tensor | None = None,
     scale: str = "norm",
 ) -> Any:
-    if triton_runs_on(x.device) and scale == "norm":
-        return _kernel("turboquant_vllm.triton.compress:compress")(x, rotation, companding, hadamard)
+    if triton_runs_on(x.device):
+        return _kernel("turboquant_vllm.triton.compress:compress")(x, rotation, companding, hadamard, centroids, scale)
     return reference.compress(x, rotation, boundaries, centroids, scale)
 
 
@@ -133,6 +142,33 @@ def _decompress_fake(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     return codes.new_empty((*codes.shape[:-1], 2 * codes.shape[-1]), dtype=dtype)
+
+
+def _store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    buffer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    rotation: torch.Tensor,
+    boundaries: torch.Tensor,
+    companding: torch.Tensor,
+    hadamard: bool,
+    centroids: torch.Tensor,
+    scale: str,
+    page_size: int,
+    backend: str,
+) -> None:
+    if k.shape[0] == 0:
+        return
+    if backend == "cuda":
+        run = _kernel("turboquant_vllm.cuda.store:store")
+        run(k, v, buffer, slot_mapping, rotation, companding, centroids, scale, page_size)
+    elif backend == "triton":
+        run = _kernel("turboquant_vllm.triton.store:store")
+        run(k, v, buffer, slot_mapping, rotation, companding, hadamard, centroids, scale, page_size)
+    else:
+        cache = PagedTQ4Cache(buffer, page_size=page_size, num_kv_heads=k.shape[1], head_dim=k.shape[2])
+        reference.store(k, v, cache, slot_mapping, rotation, boundaries, centroids, scale)
 
 
 def _triton_attention(*args: Any) -> Any:
@@ -167,6 +203,13 @@ _define(
     "(Tensor codes, Tensor norms, Tensor centroids, Tensor rotation, bool hadamard, ScalarType dtype) -> Tensor",
     _decompress,
     _decompress_fake,
+)
+_define(
+    "store",
+    "(Tensor k, Tensor v, Tensor(a!) buffer, Tensor slot_mapping, Tensor rotation, Tensor boundaries, Tensor companding, "
+    "bool hadamard, Tensor centroids, str scale, int page_size, str backend) -> ()",
+    _store,
+    lambda *args: None,
 )
 for _name, _run, _options in (
     ("triton_attention", _triton_attention, ""),

@@ -15,7 +15,7 @@ import torch
 
 from turboquant_vllm.paged import PagedTQ4Cache
 
-__all__ = ["attention", "compress", "decompress", "merge_attention_states", "paged_attention", "unpack_codes"]
+__all__ = ["attention", "compress", "decompress", "merge_attention_states", "paged_attention", "store", "unpack_codes"]
 
 # Vectors outside this range are scaled by a power of two before their squares are summed, so that none over- or underflows.
 _LARGE, _SMALL, _SHIFT = 1e15, 1e-15, 2.0**100
@@ -81,6 +81,34 @@ def decompress(
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     levels = centroids.to(compute)[unpack_codes(codes)]
     return (levels @ rotation.to(compute) * norms.to(compute).unsqueeze(-1)).to(dtype)
+
+
+def store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: PagedTQ4Cache,
+    slot_mapping: torch.Tensor,
+    rotation: torch.Tensor,
+    boundaries: torch.Tensor,
+    centroids: torch.Tensor | None = None,
+    scale: str = "norm",
+) -> None:
+    """Compress keys and values into the slots of pages.
+
+    Args:
+        k, v: ``[tokens, H_kv, D]``, any floating dtype.
+        cache: pages of ``H_kv`` heads and vectors of D coordinates.
+        slot_mapping: ``[tokens]``, int32 or int64, ``page * page_size + place``; a token whose slot is not in the cache, as
+            -1, is left out. Of tokens with the same slot, any one may be the last.
+        rotation: float32 ``[D, D]``, orthogonal.
+        boundaries: float32 ``[15]``, ascending.
+        centroids, scale: as in :func:`compress`.
+    """
+    kept = (slot_mapping >= 0) & (slot_mapping < cache.num_slots)
+    slot = slot_mapping[kept].long()
+    page, place = slot // cache.page_size, slot % cache.page_size
+    for x, codes, norms in ((k, cache.k_codes, cache.k_norms), (v, cache.v_codes, cache.v_norms)):
+        codes[page, :, place], norms[page, :, place] = compress(x[kept], rotation, boundaries, centroids, scale)
 
 
 def unpack_codes(codes: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from turboquant_vllm.checks import why_not_decode
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
+from turboquant_vllm.limits import why_not_decode
 
 __all__ = ["Division", "Variant", "choose_variant", "decode", "prepare", "source"]
 
@@ -179,7 +179,7 @@ def decode(
         out ``[B, H_q, N_q, D]`` in q's dtype and lse float32 ``[B, H_q, N_q]``; zeros and -inf for a query that sees no key.
 
     Raises:
-        ValueError: a size or an alignment that the kernels do not serve, see :func:`turboquant_vllm.checks.why_not_decode`;
+        ValueError: a size or an alignment that the kernels do not serve, see :func:`turboquant_vllm.limits.why_not_decode`;
             a split_len that is no positive multiple of 16.
         RuntimeError: compiling or launching failed.
     """

@@ -14,6 +14,7 @@ from turboquant_vllm.triton.quantise import (
     butterfly,
     curve_of,
     encode_tile,
+    level_bytes,
     load_pieces,
     matrix_unit,
     piece_matrices,
@@ -41,27 +42,32 @@ def _rows_of(tile, tokens, heads, stride_b, stride_h, BM: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["tiles", "heads", "tokens"])
-def compress_kernel(x, rotation, companding, codes, norms, tiles, heads, tokens, x_b, x_h, x_n, x_d, D: tl.constexpr,
-                    DP: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, HADAMARD: tl.constexpr,
-                    BM: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
+def compress_kernel(x, rotation, companding, centroids, codes, norms, tiles, heads, tokens, x_b, x_h, x_n, x_d,
+                    D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr,
+                    HADAMARD: tl.constexpr, BM: tl.constexpr, PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
     """Vectors ``x [batch, heads, tokens, D]`` to ``codes [rows, D // 2]`` and ``norms [rows]``.
 
     A program makes CHUNK coordinates of every piece of a vector; DP is the padded length of a piece.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     inner = tl.arange(0, DP)
-    outer = product_columns(tl.program_id(1) * CHUNK, CHUNK)
+    # Known to be zero where a program sees all columns, for the sake of registers.
+    start = 0 if CHUNK * PIECES >= D else tl.program_id(1) * CHUNK
+    outer = product_columns(start, CHUNK)
     matrices = piece_matrices(rotation, inner, outer, 1, D, DP, 0, D, HADAMARD, DTYPE, PARTS, PIECES)  # [DP, CHUNK]
     unit = matrix_unit(D, HADAMARD)
     curve = curve_of(companding)
+    levels = centroids
+    if PRMT and SCALE != "norm":
+        levels = level_bytes(centroids)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         token, first, base = _rows_of(tile, tokens, heads, x_b, x_h, BM)
         live = token < tokens
         v = load_pieces(x + base + token * x_n, x_d, live, inner, D, DP, PIECES)  # [BM, DP]
-        words, norm = encode_tile(v, live, matrices, unit, curve, BM, D, CHUNK, PARTS, PIECES, PRMT)
+        words, norm = encode_tile(v, live, matrices, unit, curve, levels, BM, D, CHUNK, PARTS, PIECES, PRMT, SCALE)
         for i in tl.static_range(PIECES):
             word = words[i]
-            place = words_of(i * DP + tl.program_id(1) * CHUNK, CHUNK)[None, :, :]
+            place = words_of(i * DP + start, CHUNK)[None, :, :]
             to = codes + (first + token)[:, None, None] * (D // 2)
             mask = live[:, None, None]
             if D % 4 == 0:
@@ -119,9 +125,16 @@ def decompress_kernel(codes, norms, centroids, rotation, out, tiles, heads, toke
 
 
 def compress(
-    x: torch.Tensor, rotation: torch.Tensor, companding: torch.Tensor, hadamard: bool
+    x: torch.Tensor,
+    rotation: torch.Tensor,
+    companding: torch.Tensor,
+    hadamard: bool,
+    centroids: torch.Tensor | None = None,
+    scale: str = "norm",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`turboquant_vllm.reference.compress`, with the boundaries as :func:`turboquant_vllm.codebook.companding`.
+
+    Centroids mirror each other, as the boundaries do: ``c[15 - i] = -c[i]``.
 
     ``hadamard`` says that rotation is a Sylvester-Hadamard matrix times signs of its columns, over sqrt(D).
     """
@@ -130,13 +143,37 @@ def compress(
     norms = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     if norms.numel():
         x = _as_4d(x.float() if x.dtype == torch.float64 else x)
-        plan = plan_tiles(x.shape, head_dim, x.dtype, hadamard, x.device, writes=True)
+        plan = plan_tiles(x.shape, head_dim, x.dtype, hadamard, x.device, writes=True, scale=scale)
+        whole = plan.grid[1] == 1  # each program sees all coordinates of its vectors
         with device_guard(x.device):
             compress_kernel[plan.grid](
-                x, rotation, companding, codes, norms, plan.tiles, x.shape[1], x.shape[2], *x.stride(),
-                D=head_dim, HADAMARD=hadamard, PRMT=uses_prmt(x.device.type), **plan.constants,
+                x, rotation, companding, companding if centroids is None else centroids, codes, norms,
+                plan.tiles, x.shape[1], x.shape[2], *x.stride(),
+                D=head_dim, HADAMARD=hadamard, PRMT=uses_prmt(x.device.type),
+                SCALE=scale if whole else "norm", **plan.constants,
             )  # fmt: skip
+        if scale != "norm" and not whole:
+            assert centroids is not None
+            norms = rescaled(x.reshape(*norms.shape, head_dim), codes, norms, centroids, rotation, hadamard, scale)
     return codes, norms
+
+
+def rescaled(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    lengths: torch.Tensor,
+    centroids: torch.Tensor,
+    rotation: torch.Tensor,
+    hadamard: bool,
+    scale: str,
+) -> torch.Tensor:
+    """Norms of a scale other than "norm", of vectors ``x [..., D]`` whose codes and lengths are known."""
+    again = decompress(codes, torch.ones_like(lengths), centroids, rotation, hadamard, torch.float32)
+    units = x.float() / torch.where(lengths == 0, 1.0, lengths).unsqueeze(-1)
+    dot = (units * again).sum(-1)
+    if scale == "least_squares":
+        return lengths * dot / again.square().sum(-1)
+    return lengths / torch.where(lengths == 0, 1.0, dot)
 
 
 def decompress(
@@ -175,17 +212,26 @@ class Plan:
 
 
 def plan_tiles(
-    shape: torch.Size, head_dim: int, dtype: torch.dtype, hadamard: bool, device: torch.device, *, writes: bool
+    shape: torch.Size,
+    head_dim: int,
+    dtype: torch.dtype,
+    hadamard: bool,
+    device: torch.device,
+    *,
+    writes: bool,
+    scale: str = "norm",
 ) -> Plan:
     """The launch over ``shape [batch, heads, tokens, _]``: a program keeps its columns of the matrix, walks over tiles.
 
-    ``writes`` says that vectors become codes, and not codes vectors.
+    ``writes`` says that vectors become codes, with norms of such a ``scale``, and not codes vectors.
     """
     exact = dtype == torch.float32
-    pieces = 2 if hadamard and head_dim > 128 and not exact else 1
+    pieces = 1
+    if hadamard and head_dim > 128 and not exact:
+        pieces = 2 if writes else 4
     padded = max(32, triton.next_power_of_2(head_dim // pieces))
-    short = writes and padded <= 64  # so little work in a tile that two are better
-    block = 16 if exact else (128 if short else 64)
+    # With so little work in a tile, two at once are better.
+    block = 16 if exact else (128 if pieces * padded <= 64 else 64)
     parts = 1 if hadamard or exact else (3 if dtype == torch.bfloat16 else 2)
     chunk = padded
     room, processors = 1 << 30, 16
@@ -205,11 +251,11 @@ def plan_tiles(
         "PIECES": pieces,
         "PARTS": parts,
         "BM": block,
-        "num_warps": 4,
+        "num_warps": 4 if chunks == 1 else 8,
         "num_stages": 1,
     }
-    if uses_prmt(device.type) and not exact and head_dim <= 128:
-        constants["maxnreg"] = 96 if writes and hadamard else 128
+    if uses_prmt(device.type) and not exact and head_dim <= 128 and (hadamard or not writes):
+        constants["maxnreg"] = 96 if writes and scale == "norm" else 128
     return Plan((min(tiles, max(1, programs // chunks)), chunks), tiles, constants)
 
 

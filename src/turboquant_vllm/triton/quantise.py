@@ -45,6 +45,35 @@ def _word_asm() -> str:
 WORD_ASM, WORD_CONSTRAINTS = tl.constexpr(_word_asm()), tl.constexpr("=&r," + ",".join(["f"] * 20))
 
 
+def _levels_asm() -> str:
+    """PTX that makes $0 ... $7, magnitudes of levels, of the two words of codes in $8: part 0 of both words, part 1, ...
+
+    $9, $11, ... $23 hold :func:`level_bytes` (each twice). Levels mirror each other, so codes 0 to 7 are 15 to 8, with a sign
+    that is not needed here. The three low bits of each of four codes select four bytes at once, of one place in a float32.
+    """
+    lines = [
+        ".reg .b32 s, n, low0, low1, high0, high1, a, b, c, d;",
+        "shr.u32 s, $8, 3;",
+        "and.b32 s, s, 0x11111111;",
+        "mad.lo.u32 s, s, 0xfffffff9, 0x77777777;",  # 7 in the place of a code below 8, 0 elsewhere
+        "xor.b32 n, $8, s;",
+        "and.b32 n, n, 0x77777777;",
+    ]
+    for word in range(2):
+        if word:
+            lines.append("shr.u32 n, n, 16;")
+        lines += [f"prmt.b32 {place}, ${9 + 4 * i}, ${11 + 4 * i}, n;" for i, place in enumerate("abcd")]
+        for half, order in enumerate(("0x5140", "0x7362")):
+            lines += [f"prmt.b32 low{half}, a, b, {order};", f"prmt.b32 high{half}, c, d, {order};"]
+        for nibble, part in enumerate((1, 0, 3, 2)):
+            half, order = nibble // 2, ("0x5410", "0x7632")[nibble % 2]
+            lines.append(f"prmt.b32 ${2 * part + word}, low{half}, high{half}, {order};")
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+LEVEL_ASM, LEVEL_CONSTRAINTS = tl.constexpr(_levels_asm()), tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 17))
+
+
 @triton.jit
 def product_columns(first, COUNT: tl.constexpr):
     """The coordinates ``[COUNT]`` that columns of a product stand for, of the COUNT ones from ``first`` on.
@@ -104,9 +133,12 @@ def load_pieces(rows, stride, live, column, D: tl.constexpr, DP: tl.constexpr, P
 
 @triton.jit
 def product(x, matrix, acc, PARTS: tl.constexpr):
-    """``acc + x @ sum(matrix)`` in float32."""
+    """``acc + x @ sum(matrix)`` in float32.
+
+    The smallest part comes first: matrix units cut sums off instead of rounding them, each time by up to an ulp of the sum.
+    """
     for i in tl.static_range(PARTS):
-        acc = tl.dot(x, matrix[i], acc, input_precision="ieee")
+        acc = tl.dot(x, matrix[PARTS - 1 - i], acc, input_precision="ieee")
     return acc
 
 
@@ -165,24 +197,24 @@ def power_of_two_shift(largest):
 
 
 @triton.jit
-def measure(y, live, unit, BM: tl.constexpr, PIECES: tl.constexpr, WIDE: tl.constexpr):
-    """Lengths ``[BM]`` of whole rotated vectors: the vectors, the lengths and the power of two that multiplies both.
+def measure(x, y, live, BM: tl.constexpr, PIECES: tl.constexpr, WIDE: tl.constexpr):
+    """Lengths ``[BM]`` of vectors ``x`` in pieces: y, the lengths, and the power of two that multiplies both.
 
     The factor, 1, 2^-100 or 2^100, keeps the squares of extreme vectors in range, and changes no bits; only dtypes of a
-    WIDE range need one. ``unit`` is what one unit of y stands for; rows that are not ``live`` may be anything.
+    WIDE range need one. Rows that are not ``live`` may be anything.
     """
-    squares = _squares(y, PIECES)
+    squares = _squares(x, PIECES)
     shift = tl.full([BM], 1.0, tl.float32)
     if WIDE:
         usual = (squares > 1e-30) & (squares < 1e30)  # false for NaN
         if tl.min((usual | ~live).to(tl.int32), 0) == 0:
-            largest = tl.abs(y[0])
+            largest = tl.abs(x[0])
             for i in tl.static_range(1, PIECES):
-                largest = tl.maximum(largest, tl.abs(y[i]))
+                largest = tl.maximum(largest, tl.abs(x[i]))
             shift = power_of_two_shift(tl.max(largest, 1))
+            squares = _squares(times(x, shift, PIECES), PIECES)
             y = times(y, shift, PIECES)
-            squares = _squares(y, PIECES)
-    return y, tl.sqrt_rn(squares) * unit, shift
+    return y, tl.sqrt_rn(squares), shift
 
 
 @triton.jit
@@ -192,6 +224,78 @@ def curve_of(companding):
     for i in tl.static_range(6):
         curve = curve + (tl.load(companding + i),)
     return curve
+
+
+@triton.jit
+def _four_parts(y, BM: tl.constexpr, COUNT: tl.constexpr):
+    """The four coordinates ``[BM, COUNT // 16, 4]`` of each word, of ``y [BM, COUNT]`` in :func:`product_columns`' order."""
+    y = tl.permute(tl.reshape(y, [BM, COUNT // 16, 2, 4, 2]), [0, 1, 3, 2, 4])
+    even, odd = tl.split(y)
+    part0, part2 = tl.split(even)
+    part1, part3 = tl.split(odd)
+    return part0, part1, part2, part3
+
+
+@triton.jit
+def level_bytes(centroids):
+    """The eight positive levels, for :func:`_magnitudes`: their lowest bytes in two int32, and so on to the highest ones."""
+    table = ()
+    for byte in tl.static_range(4):
+        for half in tl.static_range(2):
+            word = 0
+            for i in tl.static_range(4):
+                bits = tl.load(centroids + 8 + 4 * half + i).to(tl.int32, bitcast=True)
+                word = word | (((bits >> (8 * byte)) & 255) << (8 * i))
+            table = table + (word,)
+    return table
+
+
+@triton.jit
+def _magnitudes(word, levels, PRMT: tl.constexpr):
+    """Magnitudes of the levels of each word's four codes, as :func:`_four_parts` has the coordinates.
+
+    ``levels`` are :func:`level_bytes` with PRMT, else a pointer to the centroids.
+    """
+    if PRMT:
+        return tl.inline_asm_elementwise(
+            LEVEL_ASM,
+            LEVEL_CONSTRAINTS,
+            (word,) + levels,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=2,
+        )
+    else:
+        sizes = ()
+        for i in tl.static_range(4):
+            code = (word.to(tl.int32) >> (i // 2 * 8 + (1 - i % 2) * 4)) & 15
+            sizes = sizes + (tl.load(levels + tl.maximum(code, 15 - code)),)
+        return sizes
+
+
+@triton.jit
+def _scale(y, words, length, unit, levels, BM: tl.constexpr, D: tl.constexpr, COUNT: tl.constexpr,
+           PIECES: tl.constexpr, PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """The scale ``[BM]`` that SCALE asks for, of whole vectors ``y`` in pieces whose words and lengths are known."""
+    if SCALE == "norm":
+        return length
+    else:
+        dots = tl.zeros([BM, COUNT // 16, 4], tl.float32)  # y times levels: both have the same sign
+        squares = tl.zeros([BM, COUNT // 16, 4], tl.float32)  # of levels
+        for i in tl.static_range(PIECES):
+            parts = _four_parts(y[i], BM, COUNT)
+            sizes = _magnitudes(words[i], levels, PRMT)
+            for j in tl.static_range(4):
+                level = sizes[j]
+                if D % COUNT != 0:
+                    level = tl.where(4 * words_of(i * COUNT, COUNT)[None, :, :] + j < D, level, 0.0)
+                dots += tl.abs(parts[j]) * level
+                squares += level * level
+        dot = tl.sum(tl.sum(dots, 2), 1) * unit
+        if SCALE == "least_squares":
+            return dot / tl.sum(tl.sum(squares, 2), 1)
+        else:
+            return length * (length / tl.where(length == 0, 1.0, dot))
 
 
 @triton.jit
@@ -210,10 +314,7 @@ def encode(y, length, unit, curve, BM: tl.constexpr, COUNT: tl.constexpr, PRMT: 
     ``y`` is in units of ``unit``, its columns in the order of :func:`product_columns`.
     """
     factor = curve[0] * unit / tl.where(length == 0, 1.0, length)  # NaN stays
-    y = tl.permute(tl.reshape(y, [BM, COUNT // 16, 2, 4, 2]), [0, 1, 3, 2, 4])
-    even, odd = tl.split(y)
-    part0, part2 = tl.split(even)  # [BM, COUNT // 16, 4]
-    part1, part3 = tl.split(odd)
+    part0, part1, part2, part3 = _four_parts(y, BM, COUNT)
     factor = tl.broadcast_to(factor[:, None, None], [BM, COUNT // 16, 4])
     if PRMT:
         arguments = (part0, part1, part2, part3, factor, curve[1], curve[2], curve[3], curve[4], curve[5])
@@ -224,26 +325,25 @@ def encode(y, length, unit, curve, BM: tl.constexpr, COUNT: tl.constexpr, PRMT: 
 
 
 @triton.jit
-def encode_tile(v, live, matrices, unit, curve, BM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
-                PIECES: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
+def encode_tile(v, live, matrices, unit, curve, levels, BM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+                PARTS: tl.constexpr, PIECES: tl.constexpr, PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
     """Words of codes, one tensor of :func:`encode` for each piece, and norms ``[BM]``, of vectors ``v`` cut into pieces.
 
-    The words are those of the CHUNK coordinates of each piece that ``matrices`` have. Rows that are not ``live`` may be
-    anything.
+    The words are those of the CHUNK coordinates of each piece that ``matrices`` have; norms of a SCALE other than "norm"
+    need all coordinates, and ``levels`` as :func:`_magnitudes`. Rows that are not ``live`` may be anything.
     """
     DTYPE: tl.constexpr = v[0].dtype
     y = butterfly(products(v, matrices, BM, CHUNK, PARTS, PIECES), PIECES)  # [BM, CHUNK]
+    WIDE: tl.constexpr = DTYPE != tl.float16
     if CHUNK * PIECES >= D:  # all of y is here: |x| = unit * |y|
-        y, length, shift = measure(y, live, unit, BM, PIECES, DTYPE != tl.float16)
+        y, length, shift = measure(y, y, live, BM, PIECES, WIDE)
+        length *= unit
     else:
-        wide = v[0].to(tl.float32)
-        shift = power_of_two_shift(tl.max(tl.abs(wide), 1))
-        wide *= shift[:, None]
-        length = tl.sqrt_rn(tl.sum(wide * wide, 1))
-        y = times(y, shift, PIECES)
+        tl.static_assert(SCALE == "norm", "this scale is made of all coordinates")
+        y, length, shift = measure((v[0].to(tl.float32),), y, live, BM, PIECES, WIDE)
     words = ()
     for i in tl.static_range(PIECES):
         words = words + (encode(y[i], length, unit, curve, BM, CHUNK, PRMT),)
-    norm = length / shift
+    norm = _scale(y, words, length, unit, levels, BM, D, CHUNK, PIECES, PRMT, SCALE) / shift
     # A vector that is not finite must be seen wherever it is attended to: NaN, never an infinity.
-    return words, tl.where(norm < float("inf"), norm, float("nan"))
+    return words, tl.where((norm < float("inf")) & (length < float("inf")), norm, float("nan"))

@@ -1,0 +1,107 @@
+"""The native store: keys and values, rotated by a randomized Hadamard matrix and quantised, into pages in one launch."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
+
+__all__ = ["SOURCE", "THREADS", "blocks_per_multiprocessor", "defines", "store"]
+
+SOURCE = Path(__file__).with_name("store.cu")
+PARAMS = "P" * 7 + "q" + "I" * 10 + "i" * 2
+THREADS = 128
+_SCALES = ("norm", "least_squares", "unbiased")
+_ROWS = 8 * THREADS // 32  # of a block at a time
+
+
+def defines(head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, blocks: int) -> dict[str, int | str]:
+    """Macros of ``store.cu``."""
+    return {
+        "HEAD_DIM": head_dim,
+        "BF16": int(dtype == torch.bfloat16),
+        "SLOT": "int" if slot_dtype == torch.int32 else "long long",
+        "SCALE": _SCALES.index(scale),
+        "BLOCKS": blocks,
+    }
+
+
+def blocks_per_multiprocessor(head_dim: int, major: int) -> int:
+    """Blocks that the registers of a multiprocessor of compute capability ``major`` have room for, without spills."""
+    return {64: 8, 128: 5 if major < 10 else 4, 256: 3}[head_dim]
+
+
+@cache
+def _kernel(index: int, head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str) -> tuple[Kernel, int]:
+    """The kernel, and how many blocks run at once."""
+    properties = torch.cuda.get_device_properties(index)
+    blocks = blocks_per_multiprocessor(head_dim, properties.major)
+    macros = defines(head_dim, dtype, slot_dtype, scale, blocks)
+    kernel = load_kernel(SOURCE, "tq4_store", device=index, params=PARAMS, defines=macros)
+    return kernel, properties.multi_processor_count * blocks
+
+
+@cache
+def _inverse(divisor: int) -> tuple[int, int]:
+    """``(inverse, shift)`` such that ``x * inverse >> shift`` is ``x // divisor`` for x below 2^31; both fit 32 bits."""
+    shift = 31 + (divisor - 1).bit_length()
+    return (1 << shift) // divisor + 1, shift
+
+
+def _aligned(x: torch.Tensor) -> torch.Tensor:
+    """Vectors that begin on a 16-byte boundary: as they are, or a copy."""
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x
+
+
+def _steps(x: torch.Tensor) -> tuple[int, int]:
+    """Bytes from one token to the next, and from one head to the next; 0 where there is no next."""
+    token, head = (2 * x.stride(i) if x.shape[i] > 1 else 0 for i in range(2))
+    return token, head
+
+
+def store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    buffer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    rotation: torch.Tensor,
+    companding: torch.Tensor,
+    centroids: torch.Tensor,
+    scale: str,
+    page_size: int,
+) -> None:
+    """As :func:`turboquant_vllm.reference.store`, with the boundaries as :func:`turboquant_vllm.codebook.companding`.
+
+    Arguments must have passed :func:`turboquant_vllm.limits.why_not_store`.
+
+    Args:
+        k, v: fp16 or bf16 ``[tokens, H_kv, D]``, D 64, 128 or 256, rows contiguous and 16-byte multiples apart; copied if
+            they do not begin on a 16-byte boundary.
+        buffer: of a :class:`turboquant_vllm.PagedTQ4Cache` with fewer than 2^31 slots.
+        slot_mapping: int32 or int64 ``[tokens]``.
+        rotation: float32 ``[D, D]``, a Sylvester-Hadamard matrix times signs of its columns, over sqrt(D).
+        companding: float32 ``[6]``.
+        centroids: float32 ``[16]``.
+        scale: "norm", "least_squares" or "unbiased".
+        page_size: tokens in a page.
+
+    Raises:
+        RuntimeError: compiling or launching failed.
+    """
+    tokens, heads, head_dim = k.shape
+    rows = tokens * heads
+    k, v, slots = _aligned(k), _aligned(v), slot_mapping.contiguous()
+    rotation, companding, centroids = rotation.contiguous(), companding.contiguous(), centroids.contiguous()
+    kernel, blocks = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype, scale)
+    (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_size)
+    arguments = (
+        k.data_ptr(), v.data_ptr(), slots.data_ptr(), buffer.data_ptr(), rotation.data_ptr(), companding.data_ptr(),
+        centroids.data_ptr(), buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size,
+        buffer.shape[0] * page_size, head_inverse, page_inverse, head_shift, page_shift,
+    )  # fmt: skip
+    # Half of the blocks for keys, half for values.
+    grid = (min(-(-rows // _ROWS), max(1, blocks // 2)), 2, 1)
+    launch(kernel, grid, (THREADS, 1, 1), 0, None, arguments)

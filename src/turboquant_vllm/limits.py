@@ -1,0 +1,67 @@
+"""Which calls the native kernels serve, on a device that runs them. Loads neither ``cuda.core`` nor a compiler."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import torch
+
+from turboquant_vllm.checks import DECODE_MAX_ROWS
+
+__all__ = ["why_not_decode", "why_not_store"]
+
+DECODE_HEAD_DIMS = (64, 128, 256)
+
+
+def why_not_decode(
+    dtype: torch.dtype,
+    head_dim: int,
+    rows: int,
+    operands: Sequence[torch.Tensor] = (),
+    masks: Collection[str] = (),
+) -> str:
+    """Why the native CUDA kernels cannot serve a call on a device that runs them; empty where they can.
+
+    Args:
+        dtype: of the queries.
+        head_dim: coordinates of a vector.
+        rows: query rows (tokens x heads of the group) per key/value head.
+        operands: keys and values ``[B, H_kv, N_kv, ...]``; their addresses are not looked at, as torch.compile knows none.
+        masks: names of what :func:`turboquant_vllm.checks.check_masks` found.
+    """
+    if masks:
+        return f"the CUDA kernels have no {', '.join(masks)}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernels take queries in fp16 or bf16, got {dtype}"
+    if head_dim not in DECODE_HEAD_DIMS:
+        return f"the CUDA kernels take head_dim 64, 128 or 256, got {head_dim}"
+    if rows > DECODE_MAX_ROWS:
+        return f"the CUDA kernels take up to {DECODE_MAX_ROWS} query rows per key/value head, got {rows}"
+    for x in operands:
+        if x.dtype != torch.uint8:
+            return f"the CUDA kernels take packed keys and values, got {x.dtype}"
+        if x.stride(-1) != 1 or any(x.stride(i) % 16 and x.shape[i] > 1 for i in range(3)):
+            return f"the CUDA kernels take codes in whole rows, 16-byte multiples apart, got strides {tuple(x.stride())}"
+    return ""
+
+
+def why_not_store(k: torch.Tensor, v: torch.Tensor, hadamard: bool, num_slots: int) -> str:
+    """Why the native CUDA kernel cannot store ``k, v [tokens, H_kv, D]`` on a device that runs it; empty where it can.
+
+    Args:
+        k, v: keys and values; their addresses are not looked at, as torch.compile knows none.
+        hadamard: whether the rotation is a randomized Hadamard matrix.
+        num_slots: of the cache.
+    """
+    if k.dtype not in (torch.float16, torch.bfloat16):
+        return f"the CUDA kernels store fp16 or bf16, got {k.dtype}"
+    if not hadamard or k.shape[-1] not in DECODE_HEAD_DIMS:
+        kind = "hadamard" if hadamard else "haar"
+        return f"the CUDA kernels store with rotation 'hadamard' and head_dim 64, 128 or 256, got {kind!r} and {k.shape[-1]}"
+    if max(num_slots, k.shape[0] * k.shape[1]) >= 2**31:
+        return f"the CUDA kernels store fewer than 2^31 vectors, got {k.shape[0] * k.shape[1]} into {num_slots} slots"
+    for x in (k, v):
+        apart = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
+        if x.stride(-1) != 1 or any(stride % 8 or stride >= 2**31 for stride in apart):
+            return f"the CUDA kernels store whole vectors, 16-byte multiples apart, got strides {tuple(x.stride())}"
+    return ""

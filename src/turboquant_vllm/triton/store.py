@@ -1,0 +1,113 @@
+"""Storing keys and values into pages in one launch: normalise, rotate, quantise, pack."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from turboquant_vllm.triton.compress import Plan, plan_tiles
+from turboquant_vllm.triton.launch import device_guard, uses_prmt
+from turboquant_vllm.triton.quantise import (
+    curve_of,
+    encode_tile,
+    level_bytes,
+    load_pieces,
+    matrix_unit,
+    piece_matrices,
+    product_columns,
+    words_of,
+)
+
+__all__ = ["store", "why_not"]
+
+
+@triton.jit
+def _store_tensor(x, slots, pages, matrices, unit, curve, levels, tile, tiles, rows, num_slots, page_stride, x_n, x_h, x_d, s_n,
+                  IS_V: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                  CHUNK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
+                  PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """Store tiles ``tile``, ``tile + programs``, ... of BM rows (token, head) of keys or of values."""
+    CODES: tl.constexpr = PAGE * (D // 2) if IS_V else 0
+    NORMS: tl.constexpr = PAGE * (D + 4) if IS_V else PAGE * D
+    for index in range(tile, tiles, tl.num_programs(0)):
+        row = index * BM + tl.arange(0, BM)  # [BM]
+        live = row < rows
+        token, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
+        slot = tl.load(slots + token * s_n, mask=live, other=-1).to(tl.int64)
+        v = load_pieces(x + token * x_n + head * x_h, x_d, live, tl.arange(0, DP), D, DP, PIECES)  # [BM, DP]
+        words, norm = encode_tile(v, live, matrices, unit, curve, levels, BM, D, CHUNK, PARTS, PIECES, PRMT, SCALE)
+        live = live & (slot >= 0) & (slot < num_slots)
+        chunk = pages + slot // PAGE * page_stride + head * (PAGE * (D + 8))
+        to = (chunk + CODES + slot % PAGE * (D // 2)).to(tl.pointer_type(tl.int16))
+        start = 0 if CHUNK * PIECES >= D else tl.program_id(1) * CHUNK
+        for i in tl.static_range(PIECES):
+            place = words_of(i * DP + start, CHUNK)[None, :, :]
+            mask = live[:, None, None]
+            mask = mask if PIECES * DP == D else mask & (place < D // 4)
+            tl.store(to[:, None, None] + place, words[i], mask=mask)
+        if tl.program_id(1) == 0:
+            tl.store((chunk + NORMS + slot % PAGE * 4).to(tl.pointer_type(tl.float32)), norm, mask=live)
+
+
+@triton.jit(do_not_specialize=["rows", "num_slots"])
+def store_kernel(k, v, slots, pages, rotation, companding, centroids, rows, num_slots, page_stride, k_n, k_h, k_d, v_n, v_h,
+                 v_d, s_n, HEADS: tl.constexpr, PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr,
+                 PIECES: tl.constexpr, PARTS: tl.constexpr, HADAMARD: tl.constexpr, BM: tl.constexpr,
+                 PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """Rows (token, head) of ``k, v [tokens, HEADS, D]`` to their slots; a program makes CHUNK coordinates of each piece."""
+    outer = product_columns(0 if CHUNK * PIECES >= D else tl.program_id(1) * CHUNK, CHUNK)
+    matrices = piece_matrices(rotation, tl.arange(0, DP), outer, 1, D, DP, 0, D, HADAMARD, k.dtype.element_ty, PARTS, PIECES)
+    unit = matrix_unit(D, HADAMARD)
+    curve = curve_of(companding)
+    levels = centroids
+    if PRMT and SCALE != "norm":
+        levels = level_bytes(centroids)
+    tiles = tl.cdiv(rows, BM)
+    tile = tl.program_id(0)
+    _store_tensor(k, slots, pages, matrices, unit, curve, levels, tile, tiles, rows, num_slots, page_stride, k_n, k_h, k_d, s_n,
+                  False, HEADS, PAGE, D, DP, CHUNK, PIECES, PARTS, BM, PRMT, SCALE)  # fmt: skip
+    # Values go on where keys end: the first tile of values that is this program's.
+    done = tl.cdiv(tl.maximum(tiles - tile, 0), tl.num_programs(0)) * tl.num_programs(0)
+    _store_tensor(v, slots, pages, matrices, unit, curve, levels, tile + done - tiles, tiles, rows, num_slots, page_stride, v_n,
+                  v_h, v_d, s_n, True, HEADS, PAGE, D, DP, CHUNK, PIECES, PARTS, BM, PRMT, SCALE)  # fmt: skip
+
+
+def store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    buffer: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    rotation: torch.Tensor,
+    companding: torch.Tensor,
+    hadamard: bool,
+    centroids: torch.Tensor,
+    scale: str,
+    page_size: int,
+) -> None:
+    """As :func:`turboquant_vllm.reference.store`, with the boundaries as :func:`turboquant_vllm.codebook.companding`.
+
+    ``buffer`` is that of a :class:`turboquant_vllm.PagedTQ4Cache`; ``hadamard`` as in
+    :func:`turboquant_vllm.triton.compress.compress`.
+    """
+    tokens, heads, head_dim = k.shape
+    rows = tokens * heads
+    plan = _plan(rows, k, hadamard, scale)
+    with device_guard(k.device):
+        store_kernel[plan.grid](
+            k, v, slot_mapping, buffer, rotation, companding, centroids, rows, buffer.shape[0] * page_size, buffer.stride(0),
+            *k.stride(), *v.stride(), *slot_mapping.stride(), HEADS=heads, PAGE=page_size, D=head_dim, HADAMARD=hadamard,
+            PRMT=uses_prmt(k.device.type), SCALE=scale, **plan.constants,
+        )  # fmt: skip
+
+
+def why_not(k: torch.Tensor, hadamard: bool, scale: str) -> str:
+    """Why :func:`store` cannot keep norms of ``scale`` of vectors like ``k``; empty where it can."""
+    if scale == "norm" or _plan(1, k, hadamard, scale).grid[1] == 1:
+        return ""
+    return f"Triton stores scale={scale!r} where a rotation fits shared memory, not of head_dim {k.shape[-1]} and {k.dtype}"
+
+
+def _plan(rows: int, k: torch.Tensor, hadamard: bool, scale: str) -> Plan:
+    shape = torch.Size((1, 2, rows, k.shape[-1]))
+    return plan_tiles(shape, k.shape[-1], k.dtype, hadamard, k.device, writes=True, scale=scale)
