@@ -7,6 +7,7 @@ import torch
 
 from attention_cases import check, compare, expected, poisoned_memory, random_case
 from attention_contract import AttentionContract, check_causal_sizes
+from turboquant_vllm import reference
 
 pytestmark = pytest.mark.gpu
 
@@ -42,6 +43,21 @@ class TestContract(AttentionContract):
     @pytest.fixture
     def dtype(self):
         return BF16
+
+    @pytest.mark.parametrize("score", [-6e4, 6e4])
+    @pytest.mark.parametrize(("q_len", "kv_len"), [(3, 300), (140, 150), (5, 3)])
+    def test_scores_far_from_zero(self, run, device, dtype, generator, score, q_len, kv_len):
+        # Keys are rounded in their own basis, where such a score magnifies the rounding. So all keys are one: whatever
+        # its rounding is, every visible key has the same score.
+        case = random_case(generator, dtype=dtype, device=device, q_len=q_len, kv_len=kv_len, is_causal=True)
+        q = case.q[:, :, :1].expand_as(case.q).contiguous()
+        k = case.k[:, :1, :1].expand_as(case.k).contiguous()
+        case = case.replace(q=q, k=k, k_norms=torch.ones_like(case.k_norms), sm_scale=1.0)
+        scores = (
+            q.double() @ reference.decompress(k, case.k_norms, case.centroids, case.rotation, torch.float64)[0, 0, 0]
+        ).abs()
+        case = case.replace(k_norms=case.k_norms * (6e4 / scores.max()).float(), q=q if score > 0 else -q)
+        check(run, case, gate=False, slack=abs(score) * 2.0**-23)
 
 
 @pytest.mark.parametrize(
