@@ -6,6 +6,7 @@ Rows are those of ``benchmarks/triton_kernels.py``: each checks the answer again
 it, both sides run in one process with a cold L2, medians of the whole public call replayed from a CUDA graph, and ``ratio``
 is the best dense time over ours. A chunk's queries are the last tokens of prefix and chunk together. PyTorch has no causal
 mask for that, so dense attention runs without one there: up to a chunk's half square more work, under 1 % of the whole.
+Rows about pages are those of ``benchmarks/paged.py``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 import torch
 
 import common
+import paged
 from triton_kernels import HEAD_DIM, attention_row
 from turboquant_vllm import TQ4Codec
 
@@ -39,6 +41,7 @@ def main() -> None:
         for case in PREFILL:
             rows.append(attention_row(case, codec, dtype, bandwidth))
             torch.cuda.empty_cache()
+    rows += paged.rows(codec, bandwidth)
     common.write_results(out / "serving-h200.json", common.environment(read_bandwidth_gb_per_s=round(bandwidth, 1)), rows)
     for row in rows:
         print(f"{row['id']:20} {row['ours_ms']:9.4f} ms  ratio {row['ratio']:.3f}")

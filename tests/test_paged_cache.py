@@ -124,3 +124,14 @@ def test_pages_of_a_larger_buffer():
     layers = [PagedTQ4Cache(larger[:, i * PAGE_BYTES : (i + 1) * PAGE_BYTES], **SIZES) for i in range(4)]
     layers[2].v_norms.fill_(1.0)
     assert all((layer.v_norms == (i == 2)).all() for i, layer in enumerate(layers))
+
+
+def test_compiles_into_one_graph():
+    def step(buffer):
+        cache = PagedTQ4Cache(buffer, **SIZES)
+        return cache.k_codes[1], cache.v_norms
+
+    buffer = torch.randint(256, (3, PAGE_BYTES), dtype=torch.uint8)
+    torch._dynamo.reset()
+    for got, want in zip(torch.compile(step, fullgraph=True, backend="aot_eager")(buffer), step(buffer), strict=True):
+        assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))

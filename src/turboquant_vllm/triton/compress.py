@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_vllm.triton.launch import device_guard, uses_prmt
+from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.levels import level_scale, level_table, look_up
 from turboquant_vllm.triton.quantise import (
     butterfly,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from turboquant_vllm.prefill import MOST_PARTS, Dense, Part, attention_over_slices, dense_attention
-from turboquant_vllm.triton.launch import device_guard, uses_prmt
+from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.unpack import Packed, unpack
 
 __all__ = ["MANY_ROWS", "SCRATCH_BYTES", "attention", "merge", "paged_attention", "serves"]

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_vllm.triton.launch import uses_prmt
+from turboquant_vllm.triton.config import uses_prmt
 from turboquant_vllm.triton.levels import level_scale, level_table, look_up
 from turboquant_vllm.triton.rotate import LIFT, half_parts
 

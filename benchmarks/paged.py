@@ -1,0 +1,135 @@
+"""Rows of ``benchmarks/serving.py`` about pages: decode against our own dense call, and a mixed batch against its two parts.
+
+Both sides of a row read the same bytes, the pages in random order. Answers are checked against the reference in float64, and
+whole public calls are timed, replayed from CUDA graphs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import common
+from triton_kernels import HEAD_DIM, error, random_cache
+from turboquant_vllm import PagedTQ4Cache, TQ4Codec, TQ4Tensor, tq4_attention, tq4_paged_attention
+
+# id, sequences, query heads, kv heads, keys of each sequence
+DECODE = [
+    ("paged-a", 16, 32, 8, 32768),
+    ("paged-b", 1, 32, 8, 131072),
+    ("paged-c", 8, 32, 32, 8192),
+    ("paged-d", 32, 32, 8, 4096),
+    ("paged-e", 16, 64, 8, 32768),
+]
+# Sequences, query tokens and keys of each.
+DECODES, CHUNKS = (56, 1, 8192), (8, 512, 8192 + 512)
+
+
+class Batch:
+    """Sequences of one length each in pages in random order, and the call over them."""
+
+    def __init__(
+        self, codec: TQ4Codec, caches: list[tuple[TQ4Tensor, TQ4Tensor]], tokens: list[int], heads: int, page: int
+    ) -> None:
+        counts = [k.codes.shape[0] * -(-k.codes.shape[2] // page) for k, _ in caches]
+        kv_heads = caches[0][0].codes.shape[1]
+        self.codec = codec
+        self.cache = PagedTQ4Cache.allocate(
+            sum(counts), page_size=page, num_kv_heads=kv_heads, head_dim=HEAD_DIM, device="cuda"
+        )
+        order = torch.randperm(sum(counts), device="cuda").int().split(counts)
+        tables = [_fill(self.cache, k, v, pages) for (k, v), pages in zip(caches, order, strict=True)]
+        width = max(table.shape[1] for table in tables)
+        self.block_table = torch.cat([torch.nn.functional.pad(table, (0, width - table.shape[1])) for table in tables])
+        lengths = [k.codes.shape[2] for k, _ in caches for _ in range(k.codes.shape[0])]
+        queries = [n for (k, _), n in zip(caches, tokens, strict=True) for _ in range(k.codes.shape[0])]
+        self.seq_lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+        self.cu_seqlens_q = torch.tensor([0, *queries], device="cuda").cumsum(0).int()
+        self.max_query_len, self.max_seq_len = max(queries), max(lengths)
+        self.q = torch.randn(sum(queries), heads, HEAD_DIM, dtype=torch.float16, device="cuda")
+
+    def __call__(self) -> torch.Tensor:
+        index = (self.block_table, self.seq_lens, self.cu_seqlens_q)
+        return tq4_paged_attention(
+            self.q, self.cache, self.codec, *index, max_query_len=self.max_query_len, max_seq_len=self.max_seq_len
+        )
+
+
+def _fill(cache: PagedTQ4Cache, k: TQ4Tensor, v: TQ4Tensor, pages: torch.Tensor) -> torch.Tensor:
+    """Write k and v, whose length is a multiple of the page size, into these pages; returns the block table."""
+    table = pages.view(k.codes.shape[0], -1)
+    views = (cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms)
+    for view, x in zip(views, (*k, *v), strict=True):
+        view[table.long()] = x.unflatten(2, (table.shape[1], cache.page_size)).transpose(1, 2)
+    return table
+
+
+def decode_row(case: tuple[str, int, int, int, int], page: int, codec: TQ4Codec, bandwidth: float) -> dict[str, Any]:
+    """``ratio`` is the time of our dense call over that of the paged one."""
+    name, sequences, heads, kv_heads, kv_len = case
+    k, v = (random_cache(sequences, kv_heads, kv_len, HEAD_DIM) for _ in range(2))
+    batch = Batch(codec, [(k, v)], [1], heads, page)
+    q = batch.q.unsqueeze(2)
+    worst = error(q, k, v, codec, True, batch().unsqueeze(2))
+    dense = common.median_ms(common.graphed(lambda: tq4_attention(q, k, v, codec)))
+    ours = common.median_ms(common.graphed(batch))
+    speed = common.BYTES_PER_TOKEN[HEAD_DIM] * sequences * kv_heads * kv_len / ours / 1e6
+    return {
+        "id": f"{name}-page{page}",
+        "scope": "call",
+        "shape": {"sequences": sequences, "heads": heads, "kv_heads": kv_heads, "kv_len": kv_len, "head_dim": HEAD_DIM},
+        "page_size": page,
+        "dtype": "fp16",
+        "ours_ms": round(ours, 5),
+        "our_dense_ms": round(dense, 5),
+        "ratio": round(dense / ours, 3),
+        "gb_per_s": round(speed, 1),
+        "read_bandwidth_share": round(speed / bandwidth, 3),
+        "max_abs_err": worst,
+    }
+
+
+def mixed_row(page: int, codec: TQ4Codec) -> dict[str, Any]:
+    """Decodes and chunks of prompts in one call; ``ratio`` is the time of two calls, one for each kind, over it."""
+    heads, kv_heads = 32, 8
+    caches = [
+        (random_cache(count, kv_heads, kv_len, HEAD_DIM), random_cache(count, kv_heads, kv_len, HEAD_DIM))
+        for count, _, kv_len in (DECODES, CHUNKS)
+    ]
+    tokens = [DECODES[1], CHUNKS[1]]
+    together = Batch(codec, caches, tokens, heads, page)
+    apart = [Batch(codec, [cache], [count], heads, page) for cache, count in zip(caches, tokens, strict=True)]
+    out, first = together(), 0
+    worst = 0.0
+    for (k, v), (count, n, _) in zip(caches, (DECODES, CHUNKS), strict=True):
+        rows = slice(first, first + count * n)
+        q, result = (x[rows].unflatten(0, (count, n)).transpose(1, 2) for x in (together.q, out))
+        worst = max(worst, error(q, k, v, codec, True, result))
+        first += count * n
+    ours = common.median_ms(common.graphed(together))
+    parts = [common.median_ms(common.graphed(part)) for part in apart]
+    return {
+        "id": f"mixed-page{page}",
+        "scope": "call",
+        "shape": {"decodes": DECODES, "chunks": CHUNKS, "heads": heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM},
+        "page_size": page,
+        "dtype": "fp16",
+        "ours_ms": round(ours, 5),
+        "decodes_ms": round(parts[0], 5),
+        "chunks_ms": round(parts[1], 5),
+        "ratio": round(sum(parts) / ours, 3),
+        "max_abs_err": worst,
+    }
+
+
+def rows(codec: TQ4Codec, bandwidth: float) -> list[dict[str, Any]]:
+    """All rows, for page sizes 16 and 64."""
+    result = []
+    for page in (16, 64):
+        for case in DECODE:
+            result.append(decode_row(case, page, codec, bandwidth))
+            torch.cuda.empty_cache()
+        result.append(mixed_row(page, codec))
+        torch.cuda.empty_cache()
+    return result
