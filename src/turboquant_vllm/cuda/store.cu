@@ -32,9 +32,7 @@ struct StoreParams {
   int head_shift, page_shift;
 };
 
-// Quotient of x < 2^31 by the number whose inverse and shift the host computed.
-__device__ __forceinline__ u32 divide(u32 x, u32 inverse, int shift) { return (u32)(((u64)x * inverse) >> shift); }
-
+// ---- PTX
 #if BF16
 #define HALVES "f32.bf16.bf16.f32"
 #else
@@ -59,6 +57,22 @@ __device__ __forceinline__ uint4 load16(const char* x) {
   return d;
 }
 
+// y * factor + 1/2, clamped to [0, 1]; 0 for NaN.
+__device__ __forceinline__ float clamped(float y, float factor) {
+  float u; asm("fma.rn.sat.f32 %0, %1, %2, 0f3F000000;" : "=f"(u) : "f"(y), "f"(factor)); return u;
+}
+// The whole part of 8 + u q in the low 4 bits: rounding towards zero drops the fraction, adding 2^23 shifts.
+__device__ __forceinline__ u32 whole_part(float u, float q) {
+  float x; asm("fma.rz.f32 %0, %1, %2, 0f4B000008;" : "=f"(x) : "f"(u), "f"(q)); return __float_as_uint(x);
+}
+__device__ __forceinline__ float inverse_root(float x) {
+  float y; asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
+}
+// ---- end of PTX
+
+// Quotient of x < 2^31 by the number whose inverse and shift the host computed.
+__device__ __forceinline__ u32 divide(u32 x, u32 inverse, int shift) { return (u32)(((u64)x * inverse) >> shift); }
+
 // Two entries of the 16 x 16 Hadamard matrix, in row `row`, columns `column` and `column` + 1.
 __device__ __forceinline__ u32 hadamard_pair(int row, int column) {
   const u32 one = BF16 ? 0x3f80u : 0x3c00u;
@@ -67,18 +81,13 @@ __device__ __forceinline__ u32 hadamard_pair(int row, int column) {
   return (one | sign) | (one | (sign ^ ((row & 8) << 12))) << 16;
 }
 
-// The cell of y * factor in the low 4 bits; 0 for NaN. Rounding towards zero drops the fraction.
+// The cell of y * factor in the low 4 bits; 0 for NaN.
 __device__ __forceinline__ u32 cell(float y, float factor, const float* curve) {
-  float u, q;
-  asm("fma.rn.sat.f32 %0, %1, %2, 0f3F000000;" : "=f"(u) : "f"(y), "f"(factor));
-  u -= 0.5f;
-  const float w = u * u;
-  q = fmaf(curve[4], w, curve[3]);
+  const float u = clamped(y, factor) - 0.5f, w = u * u;
+  float q = fmaf(curve[4], w, curve[3]);
   q = fmaf(q, w, curve[2]);
   q = fmaf(q, w, curve[1]);
-  q = fmaf(q, w, curve[0]);
-  asm("fma.rz.f32 %0, %1, %2, 0f4B000008;" : "=f"(q) : "f"(u), "f"(q));
-  return __float_as_uint(q);
+  return whole_part(u, fmaf(q, w, curve[0]));
 }
 
 __device__ __forceinline__ float vector_sum(float x) {  // over the lanes that hold a vector
@@ -202,9 +211,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
 
 #pragma unroll
     for (int v = 0; v < 2; v++) {
-      float inverse;
-      asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum[v]));
-      if (sum[v] == 0) inverse = 0;
+      const float inverse = sum[v] == 0 ? 0 : inverse_root(sum[v]);
       const float factor = inverse * scale;
       float norm = sum[v] * inverse * back[v];
       const bool live = slot[v] < p.num_slots;
