@@ -114,7 +114,7 @@ def decompress_kernel(codes, norms, centroids, rotation, out, tiles, heads, toke
         high, low = _levels(packed, centroids, 1.0 / scale, table, PIECES, DTYPE, PRMT)
         token, first, base = _rows_of(tile, tokens, heads, n_b, n_h, BM)
         factor = tl.load(norms + base + token * n_n, mask=live, other=0.0) * unit
-        # Sums of levels: one more rounding, no larger than the first one.
+        # Sums of levels: each addition rounds as the levels were rounded, relative to its result.
         high, low = butterfly(high, PIECES), butterfly(low, PIECES)
         for i in tl.static_range(PIECES):
             y = product(high[i], even[i], tl.zeros([BM, CHUNK], tl.float32), PARTS)
