@@ -47,3 +47,25 @@ import torch
 inputs = {"input_ids": torch.arange(5, 15)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
 """
     assert run(given + example + "print(output.shape[1])\n", tmp_path).strip().isdigit()
+
+
+@pytest.mark.parametrize(
+    ("stub", "message"),
+    [
+        ("None", "needs transformers 5.14 or later: .*hf.; it is not installed"),
+        ("types.ModuleType('transformers')", "needs transformers 5.14 or later: .*; it is not installed"),
+        ("old", "needs transformers 5.14 or later: .*; got 5.13.2"),
+    ],
+)
+def test_without_a_transformers_that_will_do_one_line_says_so(stub, message, tmp_path):
+    program = f"""
+import importlib.machinery, sys, types
+old = types.ModuleType("transformers")
+old.__version__, old.__spec__ = "5.13.2", importlib.machinery.ModuleSpec("transformers", None)
+sys.modules["transformers"] = {stub}
+try:
+    import turboquant_vllm.hf
+except ImportError as error:
+    print(error)
+"""
+    assert re.search(message, run(program, tmp_path))
