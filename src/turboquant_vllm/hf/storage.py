@@ -66,7 +66,16 @@ class PackedStorage:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Compress ``[B, H_kv, n, D]`` keys and values behind the last token."""
-        self.put(compress_both(self.codec, keys, values))
+        count = keys.shape[2]
+        if count <= _FEW_TOKENS:
+            self.put(compress_both(self.codec, keys, values))
+            return
+        self._make_room(count)
+        for part, states in enumerate((keys, values)):  # one after the other, so that the codes of one alone exist twice
+            packed = self.codec.compress(states)
+            self.codes[part].narrow(2, self.stop, count).copy_(packed.codes)
+            self.norms[part].narrow(2, self.stop, count).copy_(packed.norms)
+        self.stop += count
 
     def put(self, packed: TQ4Tensor) -> None:
         """Append keys and values that are packed already, ``[2, B, H_kv, n, D]``."""
