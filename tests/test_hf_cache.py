@@ -103,9 +103,12 @@ def test_storage_at_131072_tokens_is_within_its_share_of_bf16():
 def test_storage_may_be_written_to_outside_of_inference_mode(states):
     layer = full()
     with torch.inference_mode():
-        layer.update(*states(1, 3))
-    layer.update(*states(1, 1))
-    assert layer.get_seq_length() == 4
+        layer.update(*states(2, 3))
+    layer.update(*states(2, 1))
+    with torch.inference_mode():
+        layer.reorder_cache(torch.tensor([1, 0]))
+    layer.update(*states(2, 1))
+    assert layer.get_seq_length() == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])

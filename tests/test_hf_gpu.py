@@ -37,7 +37,7 @@ def logits_of(model, cache, ids, mask):
     return torch.cat(found, 1)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("family", ON_GPU)
 def test_logits_are_as_good_as_those_of_stock_attention(family, dtype, generator):
     ids, mask = padded_batch(generator)
@@ -104,8 +104,9 @@ def test_no_dense_copy_hides_anywhere(exact_prefill):
     torch.cuda.reset_peak_memory_stats()
     layer.update(k, v)
     kept, peak = torch.cuda.memory_allocated() - before, torch.cuda.max_memory_allocated() - before
-    assert kept <= 0.28 * (k.nbytes + v.nbytes)
-    assert peak - kept <= 0.3 * k.nbytes  # the codes of one of the two, on their way
+    rounding = 2**22  # PyTorch hands out large tensors in whole multiples of 2 MiB
+    assert kept <= 0.275 * (k.nbytes + v.nbytes) + rounding
+    assert peak - kept <= 0.28 * k.nbytes + rounding  # the codes of one of the two, on their way
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     for _ in range(4):
@@ -135,7 +136,8 @@ def test_offloading_changes_nothing(generator):
     want = logits_of(model, TurboQuantCache(model.config), ids, mask)
     cache = TurboQuantCache(model.config, offloading=True)
     assert torch.equal(logits_of(model, cache, ids, mask), want)
-    assert all(layer.storage.device.type == "cpu" for layer in cache.layers)
+    # The layer that comes next, which is the first again, is on its way back.
+    assert [layer.storage.device.type for layer in cache.layers] == ["cuda", "cpu"]
 
 
 @pytest.mark.parametrize("layer_class", [PackedLayer, PackedSlidingLayer])

@@ -102,13 +102,15 @@ def check_dtype(name: str, tensor: object, dtypes: Sequence[torch.dtype]) -> Non
 
 def check_shape(name: str, tensor: torch.Tensor, expected: Sequence[int | str]) -> None:
     """``tensor`` must have the sizes in ``expected``; a string there is the name of a size that may be anything."""
-    got = tuple(tensor.shape)
-    agrees = len(got) == len(expected) and all(
-        isinstance(want, str) or have == want for have, want in zip(got, expected, strict=True)
-    )
-    if not agrees:
-        wanted = ", ".join(str(size) for size in expected)
-        raise ValueError(f"{name} must have shape [{wanted}], got {list(got)}")
+    got = tensor.shape
+    if len(got) == len(expected):
+        for want, have in zip(expected, got, strict=True):
+            if want != have and not isinstance(want, str):
+                break
+        else:
+            return
+    wanted = ", ".join(str(size) for size in expected)
+    raise ValueError(f"{name} must have shape [{wanted}], got {list(got)}")
 
 
 def check_device(name: str, tensor: torch.Tensor, device: torch.device, owner: str) -> None:

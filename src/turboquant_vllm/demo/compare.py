@@ -99,23 +99,33 @@ def continue_prompt(
     prompt: int,
     new: int,
 ) -> dict[str, Any]:
-    """Greedy continuations of the first `prompt` of `tokens` `[n]` by up to `new` tokens, under both models.
+    """Greedy continuations of the first `prompt` of `tokens` `[n]` by up to `new` tokens, under both models; the second keeps
+    its keys and values in 4 bits from token to token.
 
     Returns:
         Texts "prompt", "exact", "tq4" and "held_out" (what the file says), and "same_tokens", the length of the
         continuations' common beginning.
     """
+    from turboquant_vllm import hf
+
+    hf.register()
     inputs = tokens[None, :prompt].to(exact.device)
     written = {}
     for name, model in (("exact", exact), ("tq4", quantised)):
+        cache = None
+        if name == "tq4":
+            model.set_attn_implementation(hf.ATTENTION_NAME)
+            cache = hf.TurboQuantCache(model.config, exact_prefill=False)
         output = model.generate(
             inputs,
+            past_key_values=cache,
             attention_mask=torch.ones_like(inputs),
             do_sample=False,
             max_new_tokens=new,
             pad_token_id=model.config.eos_token_id,
         )
         written[name] = output[0, prompt:].tolist()
+    quantised.set_attn_implementation(ATTENTION_NAME)
     pairs = enumerate(zip(written["exact"], written["tq4"], strict=False))
     shortest = min(len(ids) for ids in written.values())
     texts = {

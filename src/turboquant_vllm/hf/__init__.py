@@ -7,7 +7,23 @@ model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="tq4")
 model.generate(**inputs, past_key_values=TurboQuantCache(model.config))
 """
 
-from turboquant_vllm.hf.attention import ATTENTION_NAME, attention_forward, register
-from turboquant_vllm.hf.cache import TurboQuantCache, TurboQuantStaticCache
+from importlib.util import find_spec
+
+_NEEDS = "turboquant_vllm.hf needs transformers 5.14 or later: pip install turboquant-vllm[hf]"
+try:
+    _FOUND = find_spec("transformers") is not None
+except ValueError:  # a stub without a spec stands in for it
+    _FOUND = False
+if not _FOUND:
+    raise ImportError(f"{_NEEDS}; it is not installed")
+
+import transformers  # noqa: E402
+from packaging.version import Version  # noqa: E402
+
+if Version(transformers.__version__) < Version("5.14"):
+    raise ImportError(f"{_NEEDS}; got {transformers.__version__}")
+
+from turboquant_vllm.hf.attention import ATTENTION_NAME, attention_forward, register  # noqa: E402
+from turboquant_vllm.hf.cache import TurboQuantCache, TurboQuantStaticCache  # noqa: E402
 
 __all__ = ["ATTENTION_NAME", "TurboQuantCache", "TurboQuantStaticCache", "attention_forward", "register"]

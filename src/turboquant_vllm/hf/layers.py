@@ -28,16 +28,13 @@ def check_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         ValueError: their shapes cannot.
         RuntimeError: gradients are asked for, and there are none through a quantised cache.
     """
-    advice = f"keep the layer dense: skip_layers=({index},)"
+    wrong, head_dim = "", keys.shape[-1]
     if keys.shape != values.shape:
-        raise ValueError(
-            f"layer {index}: expected keys and values of one shape, got {list(keys.shape)} and {list(values.shape)}; {advice}"
-        )
-    head_dim = keys.shape[-1]
-    if head_dim % 2 or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
-        raise ValueError(
-            f"layer {index}: expected an even head dimension from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}; {advice}"
-        )
+        wrong = f"keys and values of one shape, got {list(keys.shape)} and {list(values.shape)}"
+    elif head_dim % 2 or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        wrong = f"an even head dimension from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
+    if wrong:
+        raise ValueError(f"layer {index}: expected {wrong}; keep the layer dense: skip_layers=({index},)")
     if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
         raise RuntimeError("there are no gradients through a quantised cache: use torch.no_grad() or torch.inference_mode()")
 

@@ -44,7 +44,7 @@ class PackedStorage:
     def __init__(self, codec: TQ4Codec, batch: int, num_heads: int, capacity: int = 0) -> None:
         self.codec = codec
         self.start = self.stop = 0
-        self.codes, self.norms = self._allocate(batch, num_heads, capacity)
+        self._take(*self._allocate(batch, num_heads, capacity))
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -66,22 +66,30 @@ class PackedStorage:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Compress ``[B, H_kv, n, D]`` keys and values behind the last token."""
-        self.put(compress_both(self.codec, keys, values))
+        count = keys.shape[2]
+        if count <= _FEW_TOKENS:
+            self.put(compress_both(self.codec, keys, values))
+            return
+        self._make_room(count)
+        for part, states in enumerate((keys, values)):  # one after the other, so that the codes of one alone exist twice
+            packed = self.codec.compress(states)
+            self.codes[part].narrow(2, self.stop, count).copy_(packed.codes)
+            self.norms[part].narrow(2, self.stop, count).copy_(packed.norms)
+        self.stop += count
 
     def put(self, packed: TQ4Tensor) -> None:
         """Append keys and values that are packed already, ``[2, B, H_kv, n, D]``."""
         count = packed.norms.shape[3]
         self._make_room(count)
-        tokens = slice(self.stop, self.stop + count)
-        self.codes[:, :, :, tokens] = packed.codes
-        self.norms[:, :, :, tokens] = packed.norms
+        self.codes.narrow(3, self.stop, count).copy_(packed.codes)
+        self.norms.narrow(3, self.stop, count).copy_(packed.norms)
         self.stop += count
 
     def last(self, count: int) -> tuple[TQ4Tensor, TQ4Tensor]:
         """Keys and values of the last ``count`` tokens; views, to be read before the next change."""
-        tokens = slice(self.stop - count, self.stop)
-        codes, norms = self.codes[:, :, :, tokens], self.norms[:, :, :, tokens]
-        return TQ4Tensor(codes[0], norms[0]), TQ4Tensor(codes[1], norms[1])
+        first = self.stop - count
+        keys, key_norms, values, value_norms = (x.narrow(2, first, count) for x in self._parts)
+        return TQ4Tensor(keys, key_norms), TQ4Tensor(values, value_norms)
 
     def keep_last(self, count: int) -> None:
         """Forget all but the last ``count`` tokens."""
@@ -94,15 +102,15 @@ class PackedStorage:
     def select(self, sequences: torch.Tensor) -> None:
         """Replace the batch by the sequences of an index, int64 ``[n]``."""
         sequences = sequences.to(self.device)
-        self.codes = self.codes.index_select(1, sequences)
-        self.norms = self.norms.index_select(1, sequences)
+        with torch.inference_mode(False):
+            self._take(self.codes.index_select(1, sequences), self.norms.index_select(1, sequences))
 
     def move(self, device: torch.device) -> None:
         """Bring the buffers to ``device``; copies to or from a GPU are queued, not waited for."""
         if device != self.device:
             self.codec = codec_for(self.codec.head_dim, self.codec.seed, device)
-            self.codes = self.codes.to(device, non_blocking=True)
-            self.norms = self.norms.to(device, non_blocking=True)
+            with torch.inference_mode(False):
+                self._take(self.codes.to(device, non_blocking=True), self.norms.to(device, non_blocking=True))
 
     def _make_room(self, count: int) -> None:
         """Where ``count`` more tokens do not fit, move what is in use to the front of larger buffers, with room to spare."""
@@ -113,10 +121,15 @@ class PackedStorage:
         old_codes, old_norms = self.codes[:, :, :, used], self.norms[:, :, :, used]
         batch, num_heads = self.codes.shape[1:3]
         capacity = needed + max(_SPARE_TOKENS, needed // _SPARE_SHARE)
-        self.codes, self.norms = self._allocate(batch, num_heads, capacity)
+        self._take(*self._allocate(batch, num_heads, capacity))
         self.start, self.stop = 0, old_norms.shape[3]
         self.codes[:, :, :, : self.stop] = old_codes
         self.norms[:, :, :, : self.stop] = old_norms
+
+    def _take(self, codes: torch.Tensor, norms: torch.Tensor) -> None:
+        """Use these buffers from now on."""
+        self.codes, self.norms = codes, norms
+        self._parts = (codes[0], norms[0], codes[1], norms[1])
 
     def _allocate(self, batch: int, num_heads: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
         shape, device = (2, batch, num_heads, capacity), self.codec.device

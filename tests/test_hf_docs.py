@@ -1,0 +1,71 @@
+"""The examples in docs/huggingface.md and in the README run as they are written; what they need beyond that is said here."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+
+ROOT = Path(__file__).parents[1]
+
+
+def examples(path: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run(program: str, folder: Path) -> str:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, env=environment)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+def test_examples_of_the_page(tmp_path):
+    example, saving = examples("docs/huggingface.md")
+    assert len(example.replace("\n\n", "\n").strip().splitlines()) <= 11
+    check = """
+assert again.get_seq_length() == cache.get_seq_length() == output.shape[1] - 1
+assert cache.packed_layers == list(range(model.config.num_hidden_layers))
+"""
+    text, size = run(example + saving + check, tmp_path).rsplit("\n", 2)[:2]
+    assert text.lstrip().startswith("def parse_args(")
+    assert re.fullmatch(r"\d+ bytes for 2\d tokens", size)
+
+
+def test_example_of_the_readme(tmp_path):
+    example = examples("README.md")[2]
+    given = """
+from transformers import AutoModelForCausalLM
+from turboquant_vllm.demo.run import MODEL as name
+import torch
+inputs = {"input_ids": torch.arange(5, 15)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
+"""
+    assert run(given + example + "print(output.shape[1])\n", tmp_path).strip().isdigit()
+
+
+@pytest.mark.parametrize(
+    ("stub", "message"),
+    [
+        ("None", "needs transformers 5.14 or later: .*hf.; it is not installed"),
+        ("types.ModuleType('transformers')", "needs transformers 5.14 or later: .*; it is not installed"),
+        ("old", "needs transformers 5.14 or later: .*; got 5.13.2"),
+    ],
+)
+def test_without_a_transformers_that_will_do_one_line_says_so(stub, message, tmp_path):
+    program = f"""
+import importlib.machinery, sys, types
+old = types.ModuleType("transformers")
+old.__version__, old.__spec__ = "5.13.2", importlib.machinery.ModuleSpec("transformers", None)
+sys.modules["transformers"] = {stub}
+try:
+    import turboquant_vllm.hf
+except ImportError as error:
+    print(error)
+"""
+    assert re.search(message, run(program, tmp_path))
