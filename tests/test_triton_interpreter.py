@@ -159,6 +159,17 @@ def test_compress(interpreter, generator, dtype, head_dim, rotation):
     assert norms.shape == (2, 2, 0)
 
 
+@pytest.mark.parametrize("scale", [scale for scale in SCALES if scale != "norm"])
+def test_scales_where_no_program_sees_whole_vectors(interpreter, generator, scale):
+    def in_two_steps(x, rotation, companding, hadamard, centroids, scale):
+        codes, lengths = interpreter.call("triton.compress:compress", x, rotation, companding, hadamard)
+        args = (x, codes, lengths, centroids, rotation, hadamard, scale)
+        return codes, interpreter.call("triton.compress:rescaled", *args)
+
+    x = torch.cat([special_vectors(96, FULL, generator), torch.randn(20, 96, generator=generator)])
+    check_compress(in_two_steps, x, TQ4Codec(96, scale=scale))
+
+
 @both_dtypes
 @pytest.mark.parametrize(("head_dim", "rotation"), CODECS)
 def test_decompress(interpreter, generator, dtype, head_dim, rotation):
