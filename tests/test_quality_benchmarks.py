@@ -78,7 +78,7 @@ def test_a_format_cache_holds_what_the_format_returns(generator: torch.Generator
         vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
         num_key_value_heads=2, head_dim=32, initializer_range=0.3,
     )  # fmt: skip
-    model: Any = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
+    model: Any = LlamaForCausalLM._from_config(config, attn_implementation="sdpa").double().eval()
     ids = torch.randint(50, (2, 20), generator=generator)
     with torch.inference_mode():
         with cache_format(model, TQ4Format()):
