@@ -178,17 +178,8 @@ def _read_pages(
     return torch.ops.turboquant.decompress(codes, norms, centroids, rotation, signs, dtype)
 
 
-def _read_pages_fake(
-    buffer: torch.Tensor,
-    block_table: torch.Tensor,
-    heads: int,
-    which: int,
-    tokens: int,
-    rotation: torch.Tensor,
-    centroids: torch.Tensor,
-    signs: bool,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _read_pages_fake(*args: Any) -> torch.Tensor:
+    buffer, block_table, heads, _, tokens, rotation, _, _, dtype = args
     return buffer.new_empty((block_table.shape[0], heads, tokens, rotation.shape[0]), dtype=dtype)
 
 
