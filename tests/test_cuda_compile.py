@@ -6,6 +6,7 @@ import pytest
 
 from turboquant_vllm.cuda import runtime
 from turboquant_vllm.cuda.decode import Division, choose_variant, source
+from turboquant_vllm.limits import MAX_SEQUENCES
 
 pytest.importorskip("cuda.core")
 
@@ -29,6 +30,20 @@ def test_compiles_without_spills(arch, head_dim):
             assert used.registers * threads <= REGISTERS, (kernel, variant, used)
             assert used.static_shared <= STATIC_SHARED, (kernel, variant, used)
         assert usage["tq4_decode"].static_shared == 0
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("arch", SHARED)
+def test_compiles_for_pages_without_spills(arch, head_dim):
+    for rows in (4, 16):
+        variant = choose_variant(head_dim, rows, SHARED[arch])
+        assert variant.shared_bytes_without_query + 12 * MAX_SEQUENCES <= SHARED[arch], variant
+        assert variant.rotated_bytes <= SHARED[arch], variant
+        defines = {**variant.defines, "PAGED": 1}
+        usage = runtime.resource_usage(runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
+        for kernel in ("tq4_rotate", "tq4_decode", "tq4_combine"):
+            used = usage[kernel]
+            assert used.spill_stores == used.spill_loads == used.stack_frame == 0, (kernel, variant, used)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])

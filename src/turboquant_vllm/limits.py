@@ -8,9 +8,10 @@ import torch
 
 from turboquant_vllm.checks import DECODE_MAX_ROWS
 
-__all__ = ["why_not_decode", "why_not_store"]
+__all__ = ["why_not_decode", "why_not_decode_pages", "why_not_store"]
 
 DECODE_HEAD_DIMS = (64, 128, 256)
+MAX_SEQUENCES = 512  # of a batch over pages: what is known of each lies in shared memory
 
 
 def why_not_decode(
@@ -42,6 +43,19 @@ def why_not_decode(
             return f"the CUDA kernels take packed keys and values, got {x.dtype}"
         if x.stride(-1) != 1 or any(x.stride(i) % 16 and x.shape[i] > 1 for i in range(3)):
             return f"the CUDA kernels take codes in whole rows, 16-byte multiples apart, got strides {tuple(x.stride())}"
+    return ""
+
+
+def why_not_decode_pages(
+    dtype: torch.dtype, head_dim: int, group: int, rows: int, num_seqs: int, masks: Collection[str] = ()
+) -> str:
+    """As :func:`why_not_decode`, for pages: ``rows`` at most per sequence and key/value head, ``group`` for one query token."""
+    if reason := why_not_decode(dtype, head_dim, group, (), masks):
+        return reason
+    if head_dim == 256 and rows > 16:
+        return f"the CUDA kernels take up to 16 query rows per key/value head over pages at head_dim 256, got {rows}"
+    if num_seqs > MAX_SEQUENCES:
+        return f"the CUDA kernels take up to {MAX_SEQUENCES} sequences, got {num_seqs}"
     return ""
 
 

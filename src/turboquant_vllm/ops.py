@@ -9,6 +9,7 @@ with ``torch.compile`` and importing this package load neither Triton nor a comp
     turboquant::triton_attention    attention, packed or dense K and V  Triton
     turboquant::triton_paged        attention over pages, into out      Triton
     turboquant::cuda_decode         attention of few rows, packed K, V  CUDA C++, compiled at first use
+    turboquant::cuda_paged          the same over pages                 CUDA C++
 """
 
 from __future__ import annotations
@@ -179,6 +180,10 @@ def _triton_paged(*args: Any) -> None:
     _kernel("turboquant_vllm.triton.paged_attention:paged_attention")(*args)
 
 
+def _cuda_paged(*args: Any) -> None:
+    _kernel("turboquant_vllm.cuda.paged:decode_pages")(*args)
+
+
 def _cuda_decode(*args: Any, pre_rotated: bool = False, rotated_output: bool = False) -> Any:
     plain, masks = args[:9], args[9:]
     if any(mask is not None for mask in masks):
@@ -223,6 +228,14 @@ for _name, _run, _options in (
         _run,
         _attention_fake,
     )
+_define(
+    "cuda_paged",
+    "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
+    "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "
+    "Tensor(b!) lse) -> ()",
+    _cuda_paged,
+    lambda *args: None,
+)
 _define(
     "triton_paged",
     "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Literal, overload
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from turboquant_vllm import ops, reference
 from turboquant_vllm.attention import BACKENDS
 from turboquant_vllm.checks import (
+    DECODE_MAX_ROWS,
     PagedShape,
     check_count,
     check_masks,
@@ -19,9 +21,13 @@ from turboquant_vllm.checks import (
     check_windows,
 )
 from turboquant_vllm.codec import TQ4Codec
+from turboquant_vllm.limits import why_not_decode_pages
 from turboquant_vllm.paged import PagedTQ4Cache
 
 __all__ = ["choose_paged_backend", "tq4_paged_attention", "why_not_paged"]
+
+# In the order of "auto": the native kernels have been run over pages in an emulator alone.
+PAGED_BACKENDS = ("triton", "cuda", "reference")
 
 
 @overload
@@ -148,7 +154,7 @@ def tq4_paged_attention(
         bounds.append(limit if bound is None else min(bound, limit))
     if not torch.compiler.is_compiling() and os.environ.get("TURBOQUANT_DEBUG") == "1":
         check_paged_contents(shape, cache.num_pages, block_table, seq_lens, cu_seqlens_q, *bounds)
-    name, reason = choose_paged_backend(q, shape, backend)
+    name, reason = choose_paged_backend(q, shape, backend, [mask for mask in masks if masks[mask] is not None], bounds[0])
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
 
@@ -160,27 +166,55 @@ def tq4_paged_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         pages = (cache.buffer, cache.page_size, cache.num_kv_heads)
-        torch.ops.turboquant.triton_paged(q, *pages, *index, *bounds, out, lse, **masks)
+        if name == "cuda":
+            torch.ops.turboquant.cuda_paged(q, *pages, *index, *bounds, out, lse)
+        if name == "triton" or bounds[0] * shape.group > DECODE_MAX_ROWS:
+            torch.ops.turboquant.triton_paged(q, *pages, *index, *bounds, out, lse, **masks, skip_few=name == "cuda")
     return (out, lse) if return_lse else out
 
 
-def choose_paged_backend(q: torch.Tensor, shape: PagedShape, backend: str = "auto") -> tuple[str, str]:
+def choose_paged_backend(
+    q: torch.Tensor, shape: PagedShape, backend: str = "auto", masks: Sequence[str] = (), max_query_len: int = 1
+) -> tuple[str, str]:
     """The backend that serves a call over pages, and why it cannot (an empty string where it can).
+
+    Args:
+        q: the queries.
+        shape: sizes of the call.
+        backend: "auto" or a name from :data:`turboquant_vllm.attention.BACKENDS`.
+        masks: which of sliding_window, softcap and sinks there are.
+        max_query_len: no sequence has more query tokens.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
     """
+    call = (q.device, q.dtype, shape, masks, max_query_len)
     if backend == "auto":
-        return next((name, "") for name in BACKENDS if not why_not_paged(name, q.device, q.dtype, shape))
+        return next((name, "") for name in PAGED_BACKENDS if not why_not_paged(name, *call))
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    return backend, why_not_paged(backend, q.device, q.dtype, shape)
+    return backend, why_not_paged(backend, *call)
 
 
-def why_not_paged(backend: str, device: torch.device, dtype: torch.dtype, shape: PagedShape) -> str:
-    """Why ``backend`` cannot serve such a call over pages; empty where it can."""
+def why_not_paged(
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: PagedShape,
+    masks: Sequence[str] = (),
+    max_query_len: int = 1,
+) -> str:
+    """Why ``backend`` cannot serve such a call over pages; empty where it can. Arguments as in :func:`choose_paged_backend`.
+
+    "cuda" serves the sequences of few query rows itself and leaves the others to Triton.
+    """
     if backend == "cuda":
-        return "the CUDA kernels do not read pages"
+        if reason := ops.why_not_cuda(device):
+            return reason
+        rows = max_query_len * shape.group
+        if reason := why_not_decode_pages(dtype, shape.head_dim, shape.group, rows, shape.num_seqs, masks):
+            return reason
+        return ops.why_not_triton(device) if rows > DECODE_MAX_ROWS else ""
     if backend == "triton":
         return ops.why_not_triton(device)
     return ""

@@ -8,7 +8,13 @@
 
 struct CombineParams {
   const float* parts; const float* parts_lse; const float* rotation; void* out; float* lse;
+#if PAGED
+  const int* plan; const int* starts;
+  i64 out_token, out_head;
+  int sequences, tokens, workers;
+#else
   Work work;
+#endif
   Heads heads;
   Divisor by_rows;  // query rows of a key/value head
   int all, q_len, rows_at_once, is_bf16, rotated_output;
@@ -23,23 +29,42 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
   Turn turn;  // the rotation does not depend on the first kernel
   if (D < 256) load_turn(turn, p.rotation, warp * 8, 0, true, p.rotated_output);
   for (int i = tid; i < 16 * ROW_PITCH; i += COMBINE_THREADS) merged[i] = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+  wait_for_previous();
   const int first = blockIdx.x * at_once, count = min(at_once, p.all - first);
-  // Where row `first` + i of all lies in the output, counted in queries.
+#if PAGED
+  const int* ends = p.plan;
+  const Line work = {ends, ends + p.sequences, ends + 2 * p.sequences, p.sequences, ends[p.sequences - 1] / p.workers,
+                     ends[p.sequences - 1] % p.workers};
+#endif
+  // Row `first` + i of all: whether there is such a query, and its place in the output and in the log-sum-exps.
+  struct Query { bool there; i64 out, lse; };
   auto query = [&](int i) {
     const int head = p.by_rows.divide(first + i), row = first + i - head * p.heads.rows;
-    return ((i64)head * p.heads.group + p.heads.member(row)) * p.q_len + p.heads.position(row);
+#if PAGED
+    const int s = p.heads.batch(head), begin = first_token_of(p.starts, s, p.tokens), position = p.heads.position(row);
+    const int tokens = first_token_of(p.starts, s + 1, p.tokens) - begin;
+    const int h = (head - s * p.heads.kv_heads) * p.heads.group + p.heads.member(row);
+    return Query{position < tokens && tokens * p.heads.group <= 4 * NT, (begin + position) * p.out_token + h * p.out_head,
+                 (i64)(begin + position) * p.q_len + h};  // q_len holds the number of heads
+#else
+    const i64 at = ((i64)head * p.heads.group + p.heads.member(row)) * p.q_len + p.heads.position(row);
+    return Query{true, at * D, at};
+#endif
   };
   float4 sum = make_float4(0, 0, 0, 0);
   float top = LOWEST, total = 0;
   if (mine < count) {
     const int head = p.by_rows.divide(first + mine), row = first + mine - head * p.heads.rows;
     const int pass = head * p.heads.chunks + row / (4 * NT);
-    const int to = p.work.last_slot(pass);
+#if PAGED
+    const int s = p.heads.batch(head), start = work.start_of(s), each = (work.ends[s] - start) / p.heads.kv_heads;
+    const int begin = start + (head - s * p.heads.kv_heads) * each;
+    const int from = each ? work.worker_of(begin) + pass : 0, to = each ? work.worker_of(begin + each - 1) + pass : -1;
+#else
+    const int from = p.work.first_slot(pass), to = p.work.last_slot(pass);
+#endif
 #pragma unroll 1
-    for (int slot = p.work.first_slot(pass) + part / at_once; slot <= to; slot += shares * 4) {
+    for (int slot = from + part / at_once; slot <= to; slot += shares * 4) {
       float4 x[4];
       float lse[4], next = top;
 #pragma unroll
@@ -75,8 +100,9 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
       x += weight * ((const float*)sums[k])[i % D];
     }
     merged[i / D * ROW_PITCH + i % D] = total == 0 ? 0 : x / total;
-    if (i % D) continue;
-    p.lse[query(i / D)] = total == 0 ? -INFINITE : (top + lg2(total)) * 0.6931471805599453f;
+    const Query at = query(i / D);
+    if (i % D || !at.there) continue;
+    p.lse[at.lse] = total == 0 ? -INFINITE : (top + lg2(total)) * 0.6931471805599453f;
   }
   __syncthreads();
   for (int n0 = warp * 8; n0 < D; n0 += COMBINE_THREADS / 4) {
@@ -89,7 +115,8 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       if ((lane >> 2) + 8 * i >= count) continue;
-      ((u32*)p.out)[(query((lane >> 2) + 8 * i) * D + n0) / 2 + (lane & 3)] = half_pair(y[2 * i], y[2 * i + 1], p.is_bf16);
+      const Query at = query((lane >> 2) + 8 * i);
+      if (at.there) ((u32*)p.out)[(at.out + n0) / 2 + (lane & 3)] = half_pair(y[2 * i], y[2 * i + 1], p.is_bf16);
     }
   }
 }

@@ -5,125 +5,25 @@
 //                                   ring    per warp, STAGES tiles of 16 tokens: K codes, V codes, norms
 //                                   query   per pass, fragments of the rotated rows in fp16, then one scale per row;
 //                                           a block touches PASSES consecutive passes at most
-#define THREADS (WARPS * 32)
-#define NQ ((NT + 1) / 2)      // column tiles of Q K^T, 8 rows each
-#define KSTEPS (D / 16)        // steps of 16 dimensions in Q K^T
-#define MTILES (D / 32)        // tiles of 16 bytes in P V
-#define KWORDS (D / 32)        // words of a token that a lane looks up for K
-#define VWORDS (D / 64)        // and for V
-#define PIECES (D / 32)        // 16-byte pieces of a token's codes
-#define COPIES (D / 64)        // pieces that a lane copies of each of K and V
-#define COPY_ROWS (32 / PIECES)
-#define V_PART (8 * D)         // where V codes begin in a tile
-#define NORM_PART (16 * D)
-#define TILE_BYTES (16 * D + 128)
-#define RING 65536
-#define QUERY (RING + WARPS * STAGES * TILE_BYTES)
-#define QUERY_BYTES (NQ * 16 * D)
-#define ROW_SCALE (QUERY + PASSES * QUERY_BYTES)
-#define TURNS ((D / 8 + WARPS - 1) / WARPS)  // groups of 8 columns of the rotation that a warp turns the query into
-#define TURNS_HELD (D < 256 && WARPS == 8 ? TURNS : 1)  // of which it has in registers at first
-#define HELD (WARPS == 16 && D < 256 ? 2 : WARPS == 12 ? 4 : 16 / WARPS)  // rows of the query that a warp loads at a time
-
-struct DecodeParams {
-  const void* q; const unsigned char* k; const float* k_norms; const unsigned char* v; const float* v_norms;
-  const float* centroids; const float* rotation; float* parts; float* parts_lse;
-  i64 q_b, q_h, q_n, q_d, k_b, k_h, k_n, kn_b, kn_h, kn_n, v_b, v_h, v_n, vn_b, vn_h, vn_n;
-  Work work;
-  Heads heads;
-  int active, kv_len, shift, is_causal, is_bf16, pre_rotated;
-  float scale_log2;
-};
-
-// Where the 16-byte piece p of a token lies in its row: spreads the reads below over all banks.
-__device__ __forceinline__ int place(int p, int token) {
-  return D == 256 ? p ^ ((token & 1) << 2 | (token & 2)) : D == 128 ? p ^ (token & 2) : p;
-}
-
-// Rows `done` + warp, + WARPS, ... of the queries of passes from `first` on, dimensions lane + 32 * j; zero past the last.
-struct Rows { u32 at[HELD][D / 64]; };  // dimensions of j even and odd in one word
-__device__ __forceinline__ void load_rows(Rows& rows, const DecodeParams& p, int first, int done, int all) {
-  const int lane = threadIdx.x & 31;
-#pragma unroll
-  for (int i = 0; i < HELD; i++) {
-    const int at = done + (threadIdx.x >> 5) + i * WARPS, pass = first + at / (4 * NT), head = p.heads.head_of(pass);
-    const int row = p.heads.first_row(pass) + at % (4 * NT), b = p.heads.batch(head), h = head - b * p.heads.kv_heads;
-    const unsigned short* from = (const unsigned short*)p.q + b * p.q_b + p.heads.position(row) * p.q_n +
-                                 (h * p.heads.group + p.heads.member(row)) * p.q_h + lane * p.q_d;
-#pragma unroll
-    for (int j = 0; j < D / 64; j++)
-      rows.at[i][j] = at < all && row < p.heads.rows ? from[64 * j * p.q_d] | (u32)from[(64 * j + 32) * p.q_d] << 16 : 0;
-  }
-}
-
-// Rotate the queries of the passes from `first` on, `all` rows, scale each into fp16 and leave them as B fragments of
-// Q K^T. `rows` holds the first of them, `turn` the first columns of the rotation that this warp turns
-// them into.
-//
-//   B fragment of column tile n, step s: lane 4 * column + c holds one uint2 = dimensions of bytes b and b + 1,
-//   b = 64 * (s / 8) + c * min(16, D / 8) + 2 * (s % 8)        (any order serves that K uses too)
-//   column 2 * i + h is row 8 * n + 4 * h + i, so that accumulators 2 * h hold row i = lane % 4 of row tile 2 * n + h
-__device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, Rows& rows, Turn* turn, int first, int all,
-                                             float scale) {
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  float* raw = (float*)smem;
-#pragma unroll 1
-  for (int done = 0; done < all; done += HELD * WARPS) {
-    const int tiles = min((all - done + 15) / 16, HELD * WARPS / 16);
-    if (done) load_rows(rows, p, first, done, all);
-#pragma unroll
-    for (int i = 0; i < HELD; i++) {
-      float* row = raw + (warp + i * WARPS) * ROW_PITCH;
-      float largest = 0;
-#pragma unroll
-      for (int j = 0; j < D / 32; j++) {
-        const float x = from_half(rows.at[i][j / 2] >> j % 2 * 16, p.is_bf16);
-        row[lane + 32 * j] = x, largest = fmaxf(largest, fabsf(x));
-      }
-      // sqrt(D) times the largest magnitude bounds every rotated coordinate
-      largest = power_below(warp_max(largest, 1) * (D == 64 ? 8 : 16));
-      if (lane == 0) row[D] = largest;
-    }
-    __syncthreads();
-#pragma unroll TURNS_HELD
-    for (int group = 0; group < TURNS; group++) {
-      const int n0 = (warp + group * WARPS) * 8;
-      Turn& columns = turn[min(group, TURNS_HELD - 1)];
-      for (int tile = 0; tile < tiles && n0 < D; tile++) {
-        float y[4] = {0, 0, 0, 0};
-#pragma unroll 1
-        for (int k0 = 0; k0 < D; k0 += TURN) {
-          if (TURNS > TURNS_HELD) load_turn(columns, p.rotation, n0, k0, false, p.pre_rotated);
-          rotate_rows<true>(y, raw + tile * 16 * ROW_PITCH + k0, columns);
-        }
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          const int at = done + tile * 16 + (lane >> 2) + 8 * i, row = at % (4 * NT);
-          if (at >= all) continue;
-          const float top = raw[(at - done) * ROW_PITCH + D], inverse = inverse_power(top);
-          const int byte = n0 / 2 + (lane & 3), c = D == 64 ? byte >> 3 : (byte >> 4) & 3;
-          const int step = D == 64 ? (byte & 7) >> 1 : 8 * (byte >> 6) + ((byte & 15) >> 1);
-          const int column = 2 * (row & 3) + ((row >> 2) & 1);
-          const int place = (first + at / (4 * NT)) % PASSES;
-          ((u32*)(smem + QUERY + place * QUERY_BYTES))[(((row >> 3) * KSTEPS + step) * 32 + 4 * column + c) * 2 +
-                                                               (byte & 1)] = half2_bits(y[2 * i] * inverse, y[2 * i + 1] * inverse);
-          if (byte == 0) ((float*)(smem + ROW_SCALE))[place * 4 * NT + row] = top * scale;
-        }
-      }
-    }
-    __syncthreads();
-  }
-}
-
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, r = lane >> 2, c = lane & 3;
-  const int tiles = p.work.tiles, worker = blockIdx.x * p.active + warp;
-#if __CUDA_ARCH__ >= 900
+  const int worker = blockIdx.x * p.active + warp;
   // The second kernel's blocks may take their places as soon as blocks of this one leave them.
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
+  let_next_start();
   const float level = p.centroids[lane & 15];
+#if PAGED
+  const Line work = plan_line(p, (int*)(smem + QUERY));
+  auto locate = [&](int tile) {
+    const int s = work.sequence_of(tile), start = work.start_of(s), each = (work.lens[s] + 15) / 16, h = (tile - start) / each;
+    return Pass{s * p.heads.kv_heads + h, start + h * each, each, work.lens[s], work.shifts[s]};
+  };
+#else
+  const Work& work = p.work;
+  auto locate = [&](int tile) {
+    const int pass = p.work.pass_of(tile);
+    return Pass{pass, pass * p.work.tiles, p.work.tiles, p.kv_len, p.shift};
+  };
   const int first_pass = p.work.pass_of(p.work.begin(blockIdx.x * p.active));
   const int last_pass = p.work.pass_of(p.work.begin((blockIdx.x + 1) * p.active) - 1);
   const int rows = (last_pass - first_pass + 1) * 4 * NT;
@@ -134,11 +34,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 #pragma unroll
   for (int i = 0; i < TURNS_HELD; i++)
     if ((warp + i * WARPS) * 8 < D) load_turn(turn[i], p.rotation, (warp + i * WARPS) * 8, 0, false, p.pre_rotated);
-  u32 base;
-  asm("{.reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t;}" : "=r"(base) : "l"(smem));
+#endif
+  const u32 base = shared_address(smem);
   const u32 ring = base + RING + warp * (STAGES * TILE_BYTES);
-  int now = p.work.begin(worker);
-  const int end = warp < p.active ? p.work.begin(worker + 1) : now;
+  int now = work.begin(worker);
+  const int end = warp < p.active ? work.begin(worker + 1) : now;
 
   // Producer: the next tile to copy, tiles left of its pass, and where this lane's pieces lie.
   int next = now, left = 0;
@@ -146,20 +46,58 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   const u32 lane4 = lane * 4;
   const int copy_row = lane / PIECES, piece = lane % PIECES;
   const u32 place_of_piece = copy_row * (D / 2) + place(piece, copy_row) * 16;
+#if PAGED
+#define PAGED_THERE (tail + pass_left * 16)
+#else
+#define PAGED_THERE (p.kv_len - (p.work.tiles - left) * 16)
+#endif
   auto norm_step = [&]() { return 4 * (lane < 16 ? p.kn_n : p.vn_n); };
+#if PAGED
+  // `left` counts to the end of the page or of the pass; `tail`, what the pass's last tile lacks, is known in its last page.
+  int tail = 0, pass_left = 0;
+  const int* entry = 0;
+  i64 head_at = 0;
+  auto open_page = [&]() {
+    const char* page = (const char*)p.k + min(max(*entry, 0), p.num_pages - 1) * p.k_b + head_at;
+    entry++;
+    k_at = page + copy_row * p.k_n + piece * 16;
+    v_at = k_at + (p.v - p.k);
+    norm_at = page + (lane < 16 ? (const char*)p.k_norms - (const char*)p.k : (const char*)p.v_norms - (const char*)p.k) +
+              (lane & 15) * 4;
+    left = min(p.page_tiles, pass_left);
+  };
   auto open_pass = [&]() {
-    const int pass = p.work.pass_of(next), head = p.heads.head_of(pass), token = (next - pass * tiles) * 16;
+    if (pass_left == 0) {
+      const Pass pass = locate(next);
+      const int s = p.heads.batch(pass.index), tile = next - pass.start, page = p.by_page_tiles.divide(tile);
+      const int skip = tile - page * p.page_tiles;
+      entry = p.block_table + s * p.table_stride + page;
+      head_at = (pass.index - s * p.heads.kv_heads) * p.k_h;
+      pass_left = pass.tiles - tile;
+      tail = pass.kv_len - pass.tiles * 16;
+      open_page();
+      left = min(p.page_tiles - skip, pass_left);
+      k_at += skip * 16 * p.k_n, v_at += skip * 16 * p.v_n, norm_at += skip * 64;
+    } else {
+      open_page();
+    }
+  };
+#else
+  auto open_pass = [&]() {
+    const Pass pass = locate(next);
+    const int head = p.heads.head_of(pass.index), token = (next - pass.start) * 16;
     const i64 b = p.heads.batch(head), h = head - b * p.heads.kv_heads;
-    left = tiles - (next - pass * tiles);
+    left = pass.start + pass.tiles - next;
     k_at = (const char*)p.k + b * p.k_b + h * p.k_h + (token + copy_row) * p.k_n + piece * 16;
     v_at = (const char*)p.v + b * p.v_b + h * p.v_h + (token + copy_row) * p.v_n + piece * 16;
     norm_at = (const char*)(lane < 16 ? p.k_norms + b * p.kn_b + h * p.kn_h : p.v_norms + b * p.vn_b + h * p.vn_h) +
               (token + (lane & 15)) * norm_step();
   };
+#endif
   auto copy_next = [&](int stage) {
     if (next < end) {
       const u32 norm_to = ring + stage * TILE_BYTES + NORM_PART + lane4, to = ring + stage * TILE_BYTES + place_of_piece;
-      const int there = p.kv_len - (tiles - left) * 16;
+      const int there = PAGED_THERE;
       if (there >= 16) {
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
@@ -176,6 +114,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
         copy4(norm_to, norm_at + (min(lane & 15, there - 1) - (lane & 15)) * norm_step());
       }
       next++;
+#if PAGED
+      pass_left--;
+#endif
       if (--left > 0) {
         k_at += 16 * p.k_n;
         v_at += 16 * p.v_n;
@@ -184,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
         open_pass();
       }
     }
-    asm volatile("cp.async.commit_group;" ::: "memory");
+    commit_copies();
   };
   if (next < end) open_pass();
 #pragma unroll 1
@@ -192,7 +133,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 
   // Levels in fp16, over a power of two that the row scales and the result give back.
   const float level_scale = power_below(warp_max(fabsf(level), 1));
-  rotate_query(p, smem, query_rows, turn, first_pass, rows, level_scale * p.scale_log2);
+#if !PAGED
+  rotate_query(p, smem, query_rows, turn, first_pass, rows, level_scale * p.scale_log2, smem + QUERY, (float*)(smem + ROW_SCALE));
+#endif
   // A warp writes four entries at a time, each lane four copies of one.
   for (int b = warp * 4 + (lane >> 3); b < 256; b += WARPS * 4) {
     const float inverse = inverse_power(level_scale);
@@ -201,6 +144,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     *(uint4*)(smem + b * 256 + (lane & 7) * 16) = make_uint4(entry, entry, entry, entry);
   }
   __syncthreads();
+#if PAGED
+  wait_for_previous();
+#endif
   auto levels = [&](u32 word, int byte) { return lds_table(prmt(word, lane4, 0x5504u | (byte << 4)) + base); };
 
   // P V contracts over (token, nibble), 8 tokens a step. B fragment, column 2 * row + nibble:
@@ -211,25 +157,42 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   int stage = 0;
 #pragma unroll 1
   while (now < end) {
-    const int pass = p.work.pass_of(now), tile0 = now - pass * tiles, first_row = p.heads.first_row(pass);
-    int tile1 = min(tiles, tile0 + end - now);
+    const Pass pass = locate(now);
+    const int tile0 = now - pass.start, first_row = p.heads.first_row(pass.index);
+    int tile1 = min(pass.tiles, tile0 + end - now);
+#if !PAGED
     if (p.work.fixed) tile1 = min(tile1, p.work.piece_end(tile0));
+#endif
     now += tile1 - tile0;
-    const u32 query = base + QUERY + pass % PASSES * QUERY_BYTES + lane * 8;
+#if PAGED
+    const uint2* query = (const uint2*)(p.fragments + (i64)pass.index * QUERY_BYTES) + lane;
+    const float* scales = p.row_scales + pass.index * (4 * NT);
+#else
+    const u32 query = base + QUERY + pass.index % PASSES * QUERY_BYTES + lane * 8;
+    const float* scales = (float*)(smem + ROW_SCALE) + pass.index % PASSES * 4 * NT;
+#endif
+    auto load_query = [&](u32* to, int i) {
+#if PAGED
+      const uint2 x = query[i * 32];
+      to[0] = x.x, to[1] = x.y;
+#else
+      lds2(to, query + i * 256);
+#endif
+    };
     u32 qf[Q_IN_REGISTERS ? NQ : 1][KSTEPS][2];
     float row_scales[NT];
     if (Q_IN_REGISTERS) {
 #pragma unroll
-      for (int i = 0; i < NQ * KSTEPS; i++) lds2(qf[i / KSTEPS][i % KSTEPS], query + i * 256);
+      for (int i = 0; i < NQ * KSTEPS; i++) load_query(qf[i / KSTEPS][i % KSTEPS], i);
     }
 #pragma unroll
-    for (int t = 0; t < NT; t++) row_scales[t] = ((float*)(smem + ROW_SCALE))[pass % PASSES * 4 * NT + t * 4 + c];
+    for (int t = 0; t < NT; t++) row_scales[t] = scales[t * 4 + c];
 
     // The last key that lane's row of tile t sees; before `open_end` every row sees every key.
     auto last_key = [&](int t) {
-      return p.is_causal ? min(p.shift + p.heads.position(first_row + t * 4 + c), p.kv_len - 1) : p.kv_len - 1;
+      return p.is_causal ? min(pass.shift + p.heads.position(first_row + t * 4 + c), pass.kv_len - 1) : pass.kv_len - 1;
     };
-    const int open_end = p.is_causal ? min(p.shift + 1, p.kv_len) : p.kv_len;
+    const int open_end = p.is_causal ? min(pass.shift + 1, pass.kv_len) : pass.kv_len;
 
     // Sums of P V, C fragment of tile j: lane (r, c) holds dimensions r * D / 8 + 4 * j + 0..3 of row c
     float o[NT][MTILES][4], m[NT], l[NT], v_ref = 0;
@@ -241,7 +204,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     }
 #pragma unroll 1
     for (int n0 = tile0 * 16; n0 < tile1 * 16; n0 += 16) {
-      asm volatile("cp.async.wait_group %0;" :: "n"(STAGES - 2) : "memory");
+      wait_copies<STAGES - 2>();
       __syncwarp();
       copy_next(stage == 0 ? STAGES - 1 : stage - 1);
       const u32 tile = ring + stage * TILE_BYTES;
@@ -269,7 +232,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
         for (int n = 0; n < NQ; n++) {
           u32 q[2];
           if (Q_IN_REGISTERS) q[0] = qf[n][i][0], q[1] = qf[n][i][1];
-          else lds2(q, query + (n * KSTEPS + i) * 256);
+          else load_query(q, n * KSTEPS + i);
           mma(NT == 1 && (i & 1) ? s2 : s[n], a0, a1, a2, a3, q[0], q[1]);
         }
       }
@@ -360,10 +323,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     {
       // The segment's normalised rows, and the log2 of each row's sum of exp2. Where they go is worked out here, and the
       // thread's number read anew, so that none of it takes a register in the loop above.
-      int tid;
-      asm volatile("mov.u32 %0, %%tid.x;" : "=r"(tid));
-      const int r = tid % 32 / 4, c = tid % 4, pass = p.work.pass_of(now - 1), first_row = p.heads.first_row(pass);
-      const int slot = p.work.slot(blockIdx.x * p.active + tid / 32, pass, now - 1 - pass * tiles);
+      const int tid = thread_number(), r = tid % 32 / 4, c = tid % 4, worker = blockIdx.x * p.active + tid / 32;
+      const Pass pass = locate(now - 1);
+      const int first_row = p.heads.first_row(pass.index);
+#if PAGED
+      const int slot = worker + pass.index;
+#else
+      const int slot = p.work.slot(worker, pass.index, now - 1 - pass.start);
+#endif
 #pragma unroll
       for (int t = 0; t < NT; t++) {
         const float total = warp_sum(l[t], 4), factor = total == 0 ? 0 : v_ref * (level_scale / total);

@@ -17,9 +17,9 @@ import torch
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 from turboquant_vllm.limits import why_not_decode
 
-__all__ = ["Division", "Variant", "choose_variant", "decode", "prepare", "source"]
+__all__ = ["Division", "Variant", "choose_variant", "decode", "device_limits", "divisor", "prepare", "source"]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "decode.cu", "combine.cu"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "decode.cu", "combine.cu"))
 DIVISOR = "Ii"
 WORK = "i" * 6 + DIVISOR * 5
 HEADS = "i" * 4 + DIVISOR * 3
@@ -61,14 +61,38 @@ class Variant:
             "STAGES": self.stages,
             "PASSES": self.passes,
             "Q_IN_REGISTERS": int(self.query_in_registers),
+            "PAGED": 0,
         }
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block of the first kernel: table, rings, query."""
-        ring = self.warps * self.stages * (16 * self.head_dim + 128)
-        query = (self.row_tiles + 1) // 2 * 16 * self.head_dim + self.row_tiles * 16
-        return _TABLE_BYTES + ring + self.passes * query
+        return self.shared_bytes_without_query + self.passes * (self.fragment_bytes + self.row_tiles * 16)
+
+    @property
+    def shared_bytes_without_query(self) -> int:
+        """Of that, table and rings."""
+        return _TABLE_BYTES + self.warps * self.stages * (16 * self.head_dim + 128)
+
+    @property
+    def fragment_bytes(self) -> int:
+        """A pass's rotated queries, as the matrix instructions take them."""
+        return (self.row_tiles + 1) // 2 * 16 * self.head_dim
+
+    @property
+    def _rows_loaded(self) -> int:
+        held = 2 if self.warps == 16 and self.head_dim < 256 else 4 if self.warps == 12 else 16 // self.warps
+        return held * self.warps
+
+    @property
+    def passes_rotated(self) -> int:
+        """Passes that a block of the rotation takes, where it is a kernel of its own."""
+        return max(1, self._rows_loaded // (4 * self.row_tiles))
+
+    @property
+    def rotated_bytes(self) -> int:
+        """Dynamic shared memory of such a block."""
+        return self._rows_loaded * (self.head_dim + 16) * 4
 
 
 @cache
@@ -112,7 +136,7 @@ class Division:
 
 
 @cache
-def _limits(index: int) -> tuple[int, int]:
+def device_limits(index: int) -> tuple[int, int]:
     """Multiprocessors, and bytes of shared memory that one block may have."""
     properties = torch.cuda.get_device_properties(index)
     return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
@@ -131,7 +155,7 @@ def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel]:
     return first, second
 
 
-def _divisor(number: int) -> tuple[int, int]:
+def divisor(number: int) -> tuple[int, int]:
     """``magic`` and ``shift`` with ``n // number == (n * magic >> 32) + n >> shift`` for n below 2^31."""
     shift = (number - 1).bit_length()
     return ((2**shift - number) << 32) // number + 1, shift
@@ -227,7 +251,7 @@ def prepare(
         raise ValueError(reason)
     k, v = _aligned(k), _aligned(v)
     index = q.get_device()
-    multiprocessors, shared_limit = _limits(index)
+    multiprocessors, shared_limit = device_limits(index)
     variant = choose_variant(head_dim, rows, shared_limit)
     first, second = _kernels(index, variant)
 
@@ -240,9 +264,9 @@ def prepare(
     slots = passes * plan.splits if plan.splits else passes + workers
     piece, pieces = plan.split_len // 16 or 1, plan.splits or tiles
     share, more = divmod(passes * pieces, workers)
-    divisors = (*_divisor(tiles), *_divisor(piece), *_divisor(pieces), *_divisor(max(share, 1)), *_divisor(share + 1))
+    divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1))
     work = (tiles, piece, pieces, share, more, int(split_len is not None), *divisors)
-    layout = (num_kv_heads, group, rows, chunks, *_divisor(num_kv_heads), *_divisor(group), *_divisor(chunks))
+    layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
     parts = torch.empty((slots, 4 * variant.row_tiles, head_dim), dtype=torch.float32, device=q.device)
     parts_lse = torch.empty((slots, 4 * variant.row_tiles), dtype=torch.float32, device=q.device)
     centroids, rotation = centroids.contiguous(), _aligned(rotation.contiguous())
@@ -260,7 +284,7 @@ def prepare(
         at_once *= 2
     combine_args = (
         parts.data_ptr(), parts_lse.data_ptr(), rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), *work, *layout,
-        *_divisor(rows), heads * rows, q_len, at_once, bf16, int(rotated_output),
+        *divisor(rows), heads * rows, q_len, at_once, bf16, int(rotated_output),
     )  # fmt: skip
     keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, parts_lse, out, lse)
 

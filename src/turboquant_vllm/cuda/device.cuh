@@ -1,6 +1,6 @@
 // What both kernels share: single instructions, sums over lanes, the rotation of 16 rows, and how work is divided.
 //
-// The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES and PASSES.
+// The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES, PASSES and PAGED (0, 1).
 typedef unsigned u32;
 typedef long long i64;
 
@@ -8,6 +8,7 @@ typedef long long i64;
 #define LOWEST (-3.402823466e38f)
 #define INFINITE __int_as_float(0x7f800000)
 
+// ---- PTX
 __device__ __forceinline__ u32 prmt(u32 a, u32 b, u32 s) {
   u32 d; asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(s)); return d;
 }
@@ -50,6 +51,30 @@ __device__ __forceinline__ u32 half_pair(float low, float high, int is_bf16) {
   if (!is_bf16) return half2_bits(low, high);
   u32 d; asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d;
 }
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> __device__ __forceinline__ void wait_copies() {
+  asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
+}
+__device__ __forceinline__ u32 shared_address(const void* x) {
+  u32 d; asm("{.reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t;}" : "=r"(d) : "l"(x)); return d;
+}
+// The thread's number, read anew rather than kept in a register.
+__device__ __forceinline__ int thread_number() { int d; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(d)); return d; }
+// What is made of x and y is made after this.
+__device__ __forceinline__ void hold(float& x, float& y) { asm volatile("" : "+f"(x), "+f"(y) :: "memory"); }
+// Between a kernel and the next one of its stream, which may start before the first has ended.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// ---- end of PTX
+
 // The power of two at or below |x|, kept where its inverse is normal too.
 __device__ __forceinline__ float power_below(float x) {
   const int e = (__float_as_int(x) >> 23) & 255;
@@ -108,7 +133,7 @@ __device__ __forceinline__ void rotate_rows(float* y, const float* rows, const T
     for (int s = 0; s < 2; s++) {
       const float a[4] = {s ? x0.z : x0.x, s ? x1.z : x1.x, s ? x0.w : x0.y, s ? x1.w : x1.y};
       float b0 = turn.at[4 * i + 2 * s], b1 = turn.at[4 * i + 2 * s + 1];
-      asm volatile("" : "+f"(b0), "+f"(b1) :: "memory");  // nothing earlier: it would take twice the registers
+      hold(b0, b1);  // taken apart no earlier: that would take twice the registers
       mma_tf32(y, a, b0, b1);
       mma_tf32(y1, a, b0 - high(b0), b1 - high(b1));
       if (!HALF) {
@@ -166,3 +191,36 @@ struct Heads {
   __device__ __forceinline__ int member(int row) const { return row - position(row) * group; }
   __device__ __forceinline__ int batch(int head) const { return by_kv_heads.divide(head); }
 };
+
+#if PAGED
+// Work over sequences of different lengths: sequence s has ceil(length / 16) tiles for each of its heads, `ends[s]` being
+// where its last one ends. A sequence with more query rows than a pass takes has none: another kernel serves it.
+struct Line {
+  const int* ends; const int* lens; const int* shifts;  // of each sequence; shift = length - query tokens
+  int sequences, share, more;
+
+  __device__ __forceinline__ int begin(int worker) const { return worker * share + min(worker, more); }
+  __device__ __forceinline__ int worker_of(int at) const {
+    const int rest = at - more * (share + 1);
+    return rest < 0 ? at / (share + 1) : more + rest / share;
+  }
+  __device__ __forceinline__ int sequence_of(int tile) const {
+    int low = 0, high = sequences - 1;
+    while (low < high) {
+      const int middle = (low + high) >> 1;
+      if (ends[middle] > tile) high = middle;
+      else low = middle + 1;
+    }
+    return low;
+  }
+  __device__ __forceinline__ int start_of(int sequence) const { return sequence ? ends[sequence - 1] : 0; }
+};
+
+// The first query token of a sequence, never beyond what there is.
+__device__ __forceinline__ int first_token_of(const int* starts, int sequence, int tokens) {
+  return min(max(starts[sequence], 0), tokens);
+}
+#endif
+
+// One head of one sequence (or a chunk of its query rows): its number, where its tiles begin, how many there are.
+struct Pass { int index, start, tiles, kv_len, shift; };
