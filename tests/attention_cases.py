@@ -230,7 +230,7 @@ def check(run: Run, case: Case, *, gate: bool = True, slack: float = 0.0) -> tup
         return out, lse
     compare(lse[seen], want_lse[seen], case.q.dtype, at_least=1.0, what="lse")
     if gate:
-        check_gate(out[seen], want[seen], pytorch_attention(case)[seen])
+        check_gate(out[seen], want[seen], pytorch_attention(case)[seen], out.dtype)
     else:
         compare(out[seen], want[seen], case.q.dtype, slack=slack)
     return out, lse
@@ -253,9 +253,9 @@ def compare(
     assert error <= limit, f"{what}: error {error:.3e} above {limit:.3e}, largest magnitude {largest:.3e}"  # NaN fails too
 
 
-def check_gate(out: torch.Tensor, want: torch.Tensor, pytorch: torch.Tensor) -> None:
-    """The error of ``out`` is at most twice that of ``pytorch``; all of one shape, ``want`` in float64."""
-    floor = GATE_FLOOR[out.dtype] * torch.finfo(out.dtype).eps
+def check_gate(out: torch.Tensor, want: torch.Tensor, pytorch: torch.Tensor, dtype: torch.dtype) -> None:
+    """The error of ``out`` is at most twice that of ``pytorch``, both computed in ``dtype``; ``want`` in float64."""
+    floor = GATE_FLOOR[dtype] * torch.finfo(dtype).eps
     ours, theirs = out.double() - want, pytorch.double() - want
     for name, size in (("largest", lambda x: x.abs().max().item()), ("RMS", lambda x: x.square().mean().sqrt().item())):
         limit = 2 * size(theirs) + floor * size(want)

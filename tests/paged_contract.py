@@ -17,6 +17,8 @@ MIXED = [(1, 37), (40, 40), (24, 70), (4, 90), (0, 0), (0, 20), (1, 1), (1, 32),
 
 
 class PagedContract:
+    same_bits_alone = True  # whether a sequence alone and in a batch gives the same bits
+
     def test_windows_of_single_sequences(self, run, device, dtype, generator):
         lengths = [*MIXED, (1, 1500), (3, 1500), (1, 40)]
         windows = torch.randint(1, 70, (len(lengths),), generator=generator, dtype=torch.int32)
@@ -68,11 +70,13 @@ class PagedContract:
     def test_same_bits_alone_and_in_a_batch(self, run, device, dtype, generator):
         sizes = {"dtype": dtype, "device": device, "num_kv_heads": 1}
         batch = random_batch(generator, [(1, 600), (40, 90), (4, 300), (9, 9), (1, 20)], **sizes)
-        out, lse = run(batch)
+        out, lse = check_batch(run, batch)
         for again, first in zip(run(batch), (out, lse), strict=True):
             assert torch.equal(again, first)
         for index, tokens in enumerate(batch.tokens):
-            alone, alone_lse = run(batch.only(index))
+            alone, alone_lse = check_batch(run, batch.only(index))
+            if not self.same_bits_alone:
+                continue
             assert torch.equal(alone, out[tokens]), index
             assert torch.equal(alone_lse, lse[tokens]), index
 

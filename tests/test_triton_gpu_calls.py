@@ -30,7 +30,7 @@ def test_public_functions(generator):
             out = triton_flash_attention_tq4(case.q, case.k, case.k_norms, *levels, case.v, is_causal=True)
         else:
             out = triton_flash_attention(case.q, case.k, case.v, is_causal=True)
-        check_gate(out, expected(case)[0], pytorch_attention(case))
+        check_gate(out, expected(case)[0], pytorch_attention(case), out.dtype)
 
 
 @pytest.fixture

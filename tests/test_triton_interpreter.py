@@ -135,7 +135,7 @@ def test_public_functions(interpreter, generator, packed, sm_scale):
         path = "triton.flash_attention:triton_flash_attention"
         args = (case.q, case.k, case.v)
     out = interpreter.call(path, *args, sm_scale, True)
-    check_gate(out, expected(case)[0], pytorch_attention(case))
+    check_gate(out, expected(case)[0], pytorch_attention(case), out.dtype)
 
 
 CODECS = [(16, "haar"), (20, "haar"), (64, "hadamard"), (96, "haar"), (128, "hadamard"), (256, "hadamard")]

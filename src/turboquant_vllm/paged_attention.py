@@ -26,8 +26,7 @@ from turboquant_vllm.paged import PagedTQ4Cache
 
 __all__ = ["choose_paged_backend", "tq4_paged_attention", "why_not_paged"]
 
-# In the order of "auto": the native kernels have been run over pages in an emulator alone.
-PAGED_BACKENDS = ("triton", "cuda", "reference")
+PAGED_BACKENDS = ("cuda", "triton", "reference")  # in the order of "auto"
 
 
 @overload

@@ -12,7 +12,7 @@ from turboquant_vllm.paged import PagedTQ4Cache
 
 __all__ = ["tq4_store", "why_not_backend"]
 
-BACKENDS = ("triton", "cuda", "reference")
+BACKENDS = ("cuda", "triton", "reference")  # in the order of "auto"
 
 
 def tq4_store(
@@ -35,7 +35,7 @@ def tq4_store(
         codec: of the cache's head_dim, on its device.
         slot_mapping: int32 or int64 ``[tokens]``, ``page * page_size + place``. A token whose slot is not in the cache is left
             out: -1 marks padding. Of tokens with the same slot, any one may be the last.
-        backend: "triton", "cuda" (randomized Hadamard, head_dim 64, 128 or 256, fp16 and bf16), "reference", or "auto", the
+        backend: "cuda" (randomized Hadamard, head_dim 64, 128 or 256, fp16 and bf16), "triton", "reference", or "auto", the
             first of these that can serve the call. "reference" waits for the GPU.
 
     Codes and norms are those of :meth:`TQ4Codec.compress`, but for coordinates within rounding of a boundary. A vector

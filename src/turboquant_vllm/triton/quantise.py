@@ -335,11 +335,12 @@ def encode_tile(v, live, matrices, unit, curve, levels, BM: tl.constexpr, D: tl.
     DTYPE: tl.constexpr = v[0].dtype
     y = butterfly(products(v, matrices, BM, CHUNK, PARTS, PIECES), PIECES)  # [BM, CHUNK]
     WIDE: tl.constexpr = DTYPE != tl.float16
-    if CHUNK * PIECES >= D:  # all of y is here: |x| = unit * |y|
+    WHOLE: tl.constexpr = CHUNK * PIECES >= D  # all of y is here
+    tl.static_assert(WHOLE or SCALE == "norm", "this scale is made of all coordinates")
+    if WHOLE and PARTS == 1:  # |x| = unit * |y|; the sums of several parts are not exact enough for that
         y, length, shift = measure(y, y, live, BM, PIECES, WIDE)
         length *= unit
     else:
-        tl.static_assert(SCALE == "norm", "this scale is made of all coordinates")
         y, length, shift = measure((v[0].to(tl.float32),), y, live, BM, PIECES, WIDE)
     words = ()
     for i in tl.static_range(PIECES):
