@@ -53,34 +53,33 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 #endif
   auto norm_step = [&]() { return 4 * (lane < 16 ? p.kn_n : p.vn_n); };
 #if PAGED
-  // `left` counts to the end of the page or of the pass; `tail`, what the pass's last tile lacks, is known in its last page.
-  int tail = 0, pass_left = 0;
+  // `left` counts to the end of the page or of the pass; `tail`, what the pass's last tile lacks, is known in its last page;
+  // `ahead` is the page to open next, asked for while there is still something to copy from the one before.
+  int tail = 0, pass_left = 0, ahead = 0;
   const int* entry = 0;
   i64 head_at = 0;
-  auto open_page = [&]() {
-    const char* page = (const char*)p.k + min(max(*entry, 0), p.num_pages - 1) * p.k_b + head_at;
-    entry++;
-    k_at = page + copy_row * p.k_n + piece * 16;
+  auto open_page = [&](int skip) {
+    const char* page = (const char*)p.k + min(max(ahead, 0), p.num_pages - 1) * p.k_b + head_at;
+    left = min(p.page_tiles - skip, pass_left);
+    if (left < pass_left) ahead = *++entry;
+    k_at = page + (skip * 16 + copy_row) * p.k_n + piece * 16;
     v_at = k_at + (p.v - p.k);
     norm_at = page + (lane < 16 ? (const char*)p.k_norms - (const char*)p.k : (const char*)p.v_norms - (const char*)p.k) +
-              (lane & 15) * 4;
-    left = min(p.page_tiles, pass_left);
+              (skip * 16 + (lane & 15)) * 4;
   };
   auto open_pass = [&]() {
+    int skip = 0;
     if (pass_left == 0) {
       const Pass pass = locate(next);
       const int s = p.heads.batch(pass.index), tile = next - pass.start, page = p.by_page_tiles.divide(tile);
-      const int skip = tile - page * p.page_tiles;
+      skip = tile - page * p.page_tiles;
       entry = p.block_table + s * p.table_stride + page;
+      ahead = *entry;
       head_at = (pass.index - s * p.heads.kv_heads) * p.k_h;
       pass_left = pass.tiles - tile;
       tail = pass.kv_len - pass.tiles * 16;
-      open_page();
-      left = min(p.page_tiles - skip, pass_left);
-      k_at += skip * 16 * p.k_n, v_at += skip * 16 * p.v_n, norm_at += skip * 64;
-    } else {
-      open_page();
     }
+    open_page(skip);
   };
 #else
   auto open_pass = [&]() {
