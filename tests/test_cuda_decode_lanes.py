@@ -83,6 +83,7 @@ def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "launch", launch)
         monkeypatch.setattr(module, "choose_variant", variant)
         monkeypatch.setattr(module, "device_limits", lambda index: (3, 232448))
+        module._plan.cache_clear()
 
 
 @pytest.mark.parametrize(

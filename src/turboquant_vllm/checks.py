@@ -248,17 +248,12 @@ def check_attention(
     if any(packed):
         check_levels(centroids)
         check_rotation(rotation, head_dim)
-    operands = {
-        k_name: k,
-        v_name: v,
-        norms_name(k_name): k_norms,
-        norms_name(v_name): v_norms,
-        "centroids": centroids,
-        "rotation": rotation,
-    }
-    for name, tensor in operands.items():
-        if tensor is not None:
-            check_device(name, tensor, q.device, "q")
+    device = q.device
+    if any(x is not None and x.device != device for x in (k, v, k_norms, v_norms, centroids, rotation)):
+        names_of = {k_name: k, v_name: v, norms_name(k_name): k_norms, norms_name(v_name): v_norms}
+        for name, tensor in {**names_of, "centroids": centroids, "rotation": rotation}.items():
+            if tensor is not None:
+                check_device(name, tensor, device, "q")
     return AttentionShape(batch, num_heads, num_kv_heads, q_len, kv_len, head_dim), k_norms, v_norms
 
 

@@ -41,8 +41,9 @@ def why_not_decode(
     for x in operands:
         if x.dtype != torch.uint8:
             return f"the CUDA kernels take packed keys and values, got {x.dtype}"
-        if x.stride(-1) != 1 or any(x.stride(i) % 16 and x.shape[i] > 1 for i in range(3)):
-            return f"the CUDA kernels take codes in whole rows, 16-byte multiples apart, got strides {tuple(x.stride())}"
+        *apart, last = x.stride()
+        if last != 1 or any(stride % 16 and size > 1 for stride, size in zip(apart, x.shape, strict=False)):
+            return f"the CUDA kernels take codes in whole rows, 16-byte multiples apart, got strides {(*apart, last)}"
     return ""
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -17,7 +17,18 @@ import torch
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 from turboquant_vllm.limits import why_not_decode
 
-__all__ = ["Division", "Variant", "choose_variant", "decode", "device_limits", "divisor", "prepare", "source"]
+__all__ = [
+    "Division",
+    "Variant",
+    "choose_variant",
+    "decode",
+    "device_limits",
+    "divisor",
+    "prepare",
+    "rows_at_once",
+    "source",
+    "workspace_sizes",
+]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "decode.cu", "combine.cu"))
 DIVISOR = "Ii"
@@ -25,6 +36,8 @@ WORK = "i" * 6 + DIVISOR * 5
 HEADS = "i" * 4 + DIVISOR * 3
 DECODE_PARAMS = "P" * 9 + "q" * 16 + WORK + HEADS + "i" * 6 + "f"
 COMBINE_PARAMS = "P" * 5 + WORK + HEADS + DIVISOR + "i" * 5
+
+COMBINE_THREADS = {64: 256, 128: 512, 256: 512}  # of a block of the second kernel, by head_dim
 
 _TABLE_BYTES = 65536
 _LEAST_TILES = 4  # a warp's fewest, where there are enough for all
@@ -123,7 +136,6 @@ class Division:
     splits: int
 
     @classmethod
-    @cache
     def choose(cls, passes: int, kv_len: int, multiprocessors: int, variant: Variant, split_len: int | None) -> Division:
         """Equal ranges, as many as warps run at once; or, with ``split_len``, ranges of whole splits."""
         tiles = -(-kv_len // 16)
@@ -146,6 +158,62 @@ def device_limits(index: int) -> tuple[int, int]:
 def source() -> str:
     """The text of both kernels."""
     return "".join(f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in SOURCES)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the sizes of a call decide: kernels, grids, and the arguments that are not tensors."""
+
+    kernels: tuple[Kernel, Kernel]
+    variant: Variant
+    blocks: int
+    active: int  # working warps of a block
+    parts_bytes: int
+    workspace_bytes: int
+    work: tuple[int, ...]
+    layout: tuple[int, ...]
+    combine: tuple[int, int, tuple[int, ...]]  # blocks, threads, last arguments
+
+
+@lru_cache(maxsize=1024)
+def _plan(
+    index: int, batch: int, num_heads: int, num_kv_heads: int, q_len: int, kv_len: int, head_dim: int, split_len: int | None
+) -> Plan:
+    group = num_heads // num_kv_heads
+    rows, heads = q_len * group, batch * num_kv_heads
+    multiprocessors, shared_limit = device_limits(index)
+    variant = choose_variant(head_dim, rows, shared_limit)
+    chunks = -(-rows // (4 * variant.row_tiles))
+    passes, tiles = heads * chunks, -(-kv_len // 16)
+    division = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
+    workers = division.blocks * division.warps
+    slots = passes * division.splits if division.splits else passes + workers
+    piece, pieces = division.split_len // 16 or 1, division.splits or tiles
+    share, more = divmod(passes * pieces, workers)
+    divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1))
+    # What a batch changes must change no order of additions where split_len promises that.
+    at_once = 4 if split_len else rows_at_once(head_dim, heads * rows, multiprocessors)
+    parts_bytes, workspace_bytes = workspace_sizes(variant, slots)
+    return Plan(
+        _kernels(index, variant), variant, division.blocks, division.warps, parts_bytes, workspace_bytes,
+        (tiles, piece, pieces, share, more, int(split_len is not None), *divisors),
+        (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks)),
+        (-(-heads * rows // at_once), COMBINE_THREADS[head_dim], (*divisor(rows), heads * rows, q_len, at_once)),
+    )  # fmt: skip
+
+
+def workspace_sizes(variant: Variant, slots: int) -> tuple[int, int]:
+    """Bytes of the partial results of ``slots`` segments, and with their log-sum-exps after them."""
+    rows = slots * 4 * variant.row_tiles
+    return rows * variant.head_dim * 4, rows * (variant.head_dim + 1) * 4
+
+
+def rows_at_once(head_dim: int, rows: int, multiprocessors: int) -> int:
+    """How many of ``rows`` rows a block of the second kernel joins together: few, until every multiprocessor has a block."""
+    at_once = 1
+    while at_once < 4 * COMBINE_THREADS[head_dim] // head_dim and at_once * multiprocessors < rows:
+        at_once *= 2
+    return at_once
 
 
 @cache
@@ -245,56 +313,37 @@ def prepare(
     """
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
-    group = num_heads // num_kv_heads
-    rows, heads = q_len * group, batch * num_kv_heads
-    if reason := why_not_decode(q.dtype, head_dim, rows, (k, v)):
+    if reason := why_not_decode(q.dtype, head_dim, q_len * num_heads // num_kv_heads, (k, v)):
         raise ValueError(reason)
-    k, v = _aligned(k), _aligned(v)
-    index = q.get_device()
-    multiprocessors, shared_limit = device_limits(index)
-    variant = choose_variant(head_dim, rows, shared_limit)
-    first, second = _kernels(index, variant)
-
     if split_len is not None and (split_len < 16 or split_len % 16):
         raise ValueError(f"split_len must be a positive multiple of 16, got {split_len}")
-    chunks = -(-rows // (4 * variant.row_tiles))
-    passes, tiles = heads * chunks, -(-kv_len // 16)
-    plan = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
-    workers = plan.blocks * plan.warps
-    slots = passes * plan.splits if plan.splits else passes + workers
-    piece, pieces = plan.split_len // 16 or 1, plan.splits or tiles
-    share, more = divmod(passes * pieces, workers)
-    divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1))
-    work = (tiles, piece, pieces, share, more, int(split_len is not None), *divisors)
-    layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
-    parts = torch.empty((slots, 4 * variant.row_tiles, head_dim), dtype=torch.float32, device=q.device)
-    parts_lse = torch.empty((slots, 4 * variant.row_tiles), dtype=torch.float32, device=q.device)
+    plan = _plan(q.get_device(), batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, split_len)
+    k, v = _aligned(k), _aligned(v)
+    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=q.device)
+    parts = workspace.data_ptr()
+    parts_lse = parts + plan.parts_bytes
     centroids, rotation = centroids.contiguous(), _aligned(rotation.contiguous())
     bf16 = int(q.dtype == torch.bfloat16)
     attend_args = (
         q.data_ptr(), k.data_ptr(), k_norms.data_ptr(), v.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
-        rotation.data_ptr(), parts.data_ptr(), parts_lse.data_ptr(), *q.stride(), *k.stride()[:3], *k_norms.stride(),
-        *v.stride()[:3], *v_norms.stride(), *work, *layout, plan.warps, kv_len, kv_len - q_len, int(is_causal), bf16,
+        rotation.data_ptr(), parts, parts_lse, *q.stride(), *k.stride()[:3], *k_norms.stride(), *v.stride()[:3],
+        *v_norms.stride(), *plan.work, *plan.layout, plan.active, kv_len, kv_len - q_len, int(is_causal), bf16,
         int(pre_rotated), sm_scale * _LOG2_E,
     )  # fmt: skip
-    threads = 256 if head_dim == 64 else 512
-    # What a batch changes must change no order of additions where split_len promises that.
-    at_once = 1 if split_len is None else 4
-    while split_len is None and at_once < 4 * threads // head_dim and at_once * multiprocessors < heads * rows:
-        at_once *= 2
+    combine_blocks, combine_threads, last = plan.combine
     combine_args = (
-        parts.data_ptr(), parts_lse.data_ptr(), rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), *work, *layout,
-        *divisor(rows), heads * rows, q_len, at_once, bf16, int(rotated_output),
+        parts, parts_lse, rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), *plan.work, *plan.layout, *last, bf16,
+        int(rotated_output),
     )  # fmt: skip
-    keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, parts_lse, out, lse)
+    first, second = plan.kernels
+    keep = (q, k, k_norms, v, v_norms, centroids, rotation, workspace, out, lse)
 
     def attend() -> None:
         _ = keep
-        launch(first, (plan.blocks, 1, 1), (32 * variant.warps, 1, 1), variant.shared_bytes, None, attend_args)
+        launch(first, (plan.blocks, 1, 1), (32 * plan.variant.warps, 1, 1), plan.variant.shared_bytes, None, attend_args)
 
     def combine() -> None:
         _ = keep
-        grid = (-(-heads * rows // at_once), 1, 1)
-        launch(second, grid, (threads, 1, 1), 0, None, combine_args, pdl=True)
+        launch(second, (combine_blocks, 1, 1), (combine_threads, 1, 1), 0, None, combine_args, pdl=True)
 
     return attend, combine

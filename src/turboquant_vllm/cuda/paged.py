@@ -7,12 +7,25 @@ others.
 
 from __future__ import annotations
 
+import itertools
 import math
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, lru_cache
 
 import torch
 
-from turboquant_vllm.cuda.decode import DIVISOR, HEADS, Variant, choose_variant, device_limits, divisor, source
+from turboquant_vllm.cuda.decode import (
+    COMBINE_THREADS,
+    DIVISOR,
+    HEADS,
+    Variant,
+    choose_variant,
+    device_limits,
+    divisor,
+    rows_at_once,
+    source,
+    workspace_sizes,
+)
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 
 __all__ = ["PAGED_COMBINE_PARAMS", "PAGED_PARAMS", "decode_pages"]
@@ -29,6 +42,53 @@ def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel, Kernel]:
         load_kernel(source(), name, device=index, params=codes, defines=defines) for name, codes in params.items()
     )
     return first, second, third
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the sizes of a call decide: kernels, grids, and the arguments that are not tensors."""
+
+    kernels: tuple[Kernel, Kernel, Kernel]
+    variant: Variant
+    grids: tuple[tuple[int, int, int], ...]
+    shared_bytes: int
+    combine_threads: int
+    active: int  # working warps of a block
+    places: tuple[int, ...]  # where partial results, their log-sum-exps, fragments, row scales and the line of work begin
+    workspace_bytes: int
+    layout: tuple[int, ...]
+    combine: tuple[int, ...]  # last arguments
+
+
+@lru_cache(maxsize=1024)
+def _plan(index: int, sequences: int, num_heads: int, num_kv_heads: int, rows: int, kv_len: int, head_dim: int) -> Plan:
+    group, heads = num_heads // num_kv_heads, sequences * num_kv_heads
+    multiprocessors, shared_limit = device_limits(index)
+    variant = choose_variant(head_dim, rows, shared_limit)
+    line = 12 * sequences
+    shared = variant.shared_bytes_without_query + line
+    if shared > shared_limit:
+        raise ValueError(f"block_table must have at most {(shared_limit - shared + line) // 12} sequences, got {sequences}")
+    tiles = heads * -(-kv_len // 16)
+    blocks = max(1, min(multiprocessors, tiles))
+    active = max(1, min(variant.warps, -(-tiles // blocks)))
+    parts_bytes, parts_and_lse_bytes = workspace_sizes(variant, heads + blocks * active)
+    sizes = (
+        parts_bytes,
+        parts_and_lse_bytes - parts_bytes,
+        heads * variant.fragment_bytes,
+        heads * 16 * variant.row_tiles,
+        line,
+    )
+    *places, workspace_bytes = itertools.accumulate((-(-size // 16) * 16 for size in sizes), initial=0)
+    at_once = rows_at_once(head_dim, heads * rows, multiprocessors)
+    return Plan(
+        _kernels(index, variant), variant,
+        ((-(-heads // variant.passes_rotated), 1, 1), (blocks, 1, 1), (-(-heads * rows // at_once), 1, 1)),
+        shared, COMBINE_THREADS[head_dim], active, tuple(places), workspace_bytes,
+        (num_kv_heads, group, rows, 1, *divisor(num_kv_heads), *divisor(group), *divisor(1)),
+        (*divisor(rows), heads * rows, num_heads, at_once),
+    )  # fmt: skip
 
 
 def decode_pages(
@@ -58,54 +118,35 @@ def decode_pages(
     group = num_heads // num_kv_heads
     if tokens == 0 or sequences == 0:
         return
-    index = q.get_device()
-    multiprocessors, shared_limit = device_limits(index)
     rows = min(max(min(max_query_len, tokens), 1) * group, 32)
-    variant = choose_variant(head_dim, rows, shared_limit)
-    rotate, attend, combine = _kernels(index, variant)
-    heads = sequences * num_kv_heads
-    line = 12 * sequences
-    shared = variant.shared_bytes_without_query + line
-    if shared > shared_limit:
-        raise ValueError(f"block_table must have at most {(shared_limit - shared + line) // 12} sequences, got {sequences}")
-
     room = max_pages * page_size if pages.shape[0] else 0
-    tiles = heads * -(-min(max_seq_len, room) // 16)
-    blocks = max(1, min(multiprocessors, tiles))
-    active = max(1, min(variant.warps, -(-tiles // blocks)))
-    workers, slots = blocks * active, heads + blocks * active
-    parts = torch.empty((slots, 4 * variant.row_tiles, head_dim), dtype=torch.float32, device=q.device)
-    parts_lse = torch.empty((slots, 4 * variant.row_tiles), dtype=torch.float32, device=q.device)
-    fragments = torch.empty((heads, variant.fragment_bytes), dtype=torch.uint8, device=q.device)
-    row_scales = torch.empty((heads, 4 * variant.row_tiles), dtype=torch.float32, device=q.device)
-    plan = torch.empty(3 * sequences, dtype=torch.int32, device=q.device)
+    plan = _plan(q.get_device(), sequences, num_heads, num_kv_heads, rows, min(max_seq_len, room), head_dim)
+    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=q.device)
+    start = workspace.data_ptr()
+    parts, parts_lse, fragments, row_scales, line = (start + place for place in plan.places)
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
     result = out if out.stride(2) == 1 and not (out.stride(0) | out.stride(1)) % 2 else torch.empty_like(q)
-    codes = pages.data_ptr()
+    codes, page_bytes = pages.data_ptr(), pages.stride(0)
     values, norms = codes + page_size * head_dim // 2, codes + page_size * head_dim
     chunk = page_size * (head_dim + 8)
-    layout = (num_kv_heads, group, rows, 1, *divisor(num_kv_heads), *divisor(group), *divisor(1))
     bf16 = int(q.dtype == torch.bfloat16)
     args = (
-        q.data_ptr(), codes, norms, values, norms + 4 * page_size, centroids.data_ptr(), rotation.data_ptr(),
-        parts.data_ptr(), parts_lse.data_ptr(), 0, q.stride(1), q.stride(0), q.stride(2), pages.stride(0), chunk,
-        head_dim // 2, 0, 0, 1, pages.stride(0), chunk, head_dim // 2, 0, 0, 1, block_table.data_ptr(), seq_lens.data_ptr(),
-        cu_seqlens_q.data_ptr(), fragments.data_ptr(), row_scales.data_ptr(), plan.data_ptr(), block_table.stride(0),
-        sequences, tokens, pages.shape[0], page_size // 16, room, *divisor(page_size // 16), *layout, active, 0, 0,
-        int(causal), bf16, 0, sm_scale / math.log(2),
+        q.data_ptr(), codes, norms, values, norms + 4 * page_size, centroids.data_ptr(), rotation.data_ptr(), parts, parts_lse,
+        0, q.stride(1), q.stride(0), q.stride(2), page_bytes, chunk, head_dim // 2, 0, 0, 1, page_bytes, chunk, head_dim // 2,
+        0, 0, 1, block_table.data_ptr(), seq_lens.data_ptr(), cu_seqlens_q.data_ptr(), fragments, row_scales, line,
+        block_table.stride(0), sequences, tokens, pages.shape[0], page_size // 16, room, *divisor(page_size // 16),
+        *plan.layout, plan.active, 0, 0, int(causal), bf16, 0, sm_scale / math.log(2),
     )  # fmt: skip
-    threads, block = 256 if head_dim == 64 else 512, (32 * variant.warps, 1, 1)
-    at_once = 1
-    while at_once < 4 * threads // head_dim and at_once * multiprocessors < heads * rows:
-        at_once *= 2
+    workers = plan.grids[1][0] * plan.active
     combine_args = (
-        parts.data_ptr(), parts_lse.data_ptr(), rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), plan.data_ptr(),
-        cu_seqlens_q.data_ptr(), result.stride(0), result.stride(1), sequences, tokens, workers, *layout, *divisor(rows),
-        heads * rows, num_heads, at_once, bf16, 0,
+        parts, parts_lse, rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), line, cu_seqlens_q.data_ptr(),
+        result.stride(0), result.stride(1), sequences, tokens, workers, *plan.layout, *plan.combine, bf16, 0,
     )  # fmt: skip
-    launch(rotate, (-(-heads // variant.passes_rotated), 1, 1), block, variant.rotated_bytes, None, args)
-    launch(attend, (blocks, 1, 1), block, shared, None, args, pdl=True)
-    launch(combine, (-(-heads * rows // at_once), 1, 1), (threads, 1, 1), 0, None, combine_args, pdl=True)
+    rotate, attend, combine = plan.kernels
+    block = (32 * plan.variant.warps, 1, 1)
+    launch(rotate, plan.grids[0], block, plan.variant.rotated_bytes, None, args)
+    launch(attend, plan.grids[1], block, plan.shared_bytes, None, args, pdl=True)
+    launch(combine, plan.grids[2], (plan.combine_threads, 1, 1), 0, None, combine_args, pdl=True)
     if result is not out:
         out.copy_(result)
