@@ -90,7 +90,7 @@ def test_decompress_rounds_once_to_the_dtype(generator: torch.Generator, randn: 
 
 @pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
 def test_relative_error_is_the_one_promised(randn: Randn, head_dim: int) -> None:
-    codec = TQ4Codec(head_dim)
+    codec = TQ4Codec(head_dim, scale="norm")
     x = randn(4_000_000 // head_dim, head_dim)
     error = relative_error(x, codec.decompress(codec.compress(x)))
     # Over four million coordinates the mean scatters by 0.1 %.
@@ -112,7 +112,7 @@ def test_rotation_spreads_vectors_with_few_large_coordinates(randn: Randn, rotat
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_input_dtypes(randn: Randn, dtype: torch.dtype) -> None:
     for head_dim in (64, 80):
-        codec = TQ4Codec(head_dim)
+        codec = TQ4Codec(head_dim, scale="norm")
         x = randn(200, head_dim).to(dtype)
         t = codec.compress(x)
         assert (t.codes.dtype, t.norms.dtype) == (torch.uint8, torch.float32)
@@ -178,7 +178,7 @@ def test_a_power_of_two_changes_norms_alone(power: int, head_dim: int, seed: int
     seed=SEEDS,
 )
 def test_any_leading_shape(lead: list[int], head_dim: int, dtype: torch.dtype, seed: int) -> None:
-    codec = TQ4Codec(head_dim)
+    codec = TQ4Codec(head_dim, scale="norm")
     x = torch.randn(*lead, head_dim, generator=torch.Generator().manual_seed(seed)).to(dtype)
     t = codec.compress(x)
     assert t.codes.shape == (*lead, head_dim // 2)
@@ -203,7 +203,7 @@ def test_any_leading_shape(lead: list[int], head_dim: int, dtype: torch.dtype, s
 )
 def test_any_strides(randn: Randn, view: Callable[[torch.Tensor], torch.Tensor]) -> None:
     x = view(randn(2, 4, 6, 64))
-    codec = TQ4Codec(x.shape[-1])
+    codec = TQ4Codec(x.shape[-1], scale="norm")
     t = codec.compress(x)
     assert_nearest_levels(codec, x, t)
     assert t.shape == x.shape
@@ -251,7 +251,7 @@ def test_codec_properties() -> None:
     assert (codec.head_dim, codec.seed, codec.rotation_kind) == (128, 5, "hadamard")
     assert torch.equal(codec.centroids, torch.tensor(book.centroids).float())
     assert torch.equal(codec.boundaries, torch.tensor(book.boundaries).float())
-    assert repr(codec) == "TQ4Codec(head_dim=128, seed=5, rotation='hadamard', scale='norm', device='cpu')"
+    assert repr(codec) == "TQ4Codec(head_dim=128, seed=5, rotation='hadamard', scale='unbiased', device='cpu')"
     assert TQ4Codec(96).rotation_kind == "haar"
     assert TQ4Codec(128, rotation="haar").rotation_kind == "haar"
     moved = codec.to("meta")

@@ -35,8 +35,8 @@ class TQ4Format:
         dense_layers: layers whose cache stays exact.
     """
 
-    key_scale: str | None = "norm"
-    value_scale: str | None = "norm"
+    key_scale: str | None = "unbiased"
+    value_scale: str | None = "unbiased"
     seed: int = 0
     rotation: str = "auto"
     dense_layers: Collection[int] = field(default_factory=frozenset)
