@@ -79,8 +79,8 @@ class TQ4Codec:
         scale: what :meth:`compress` keeps in ``norms``, with y the rotated vector and c the levels of its codes: "norm"
             the length |x|; "least_squares" <y, c> / <c, c>, which makes |x - x'| smallest; "unbiased" |x|^2 / <y, c>,
             which makes <x, x'> = |x|^2, so that inner products are right on average, and changes models least
-            (docs/quality.md). Any codec of the same seed and
-            rotation reads all three: keys and values may be written by two codecs that differ in this alone.
+            (docs/quality.md). Any codec of the same seed and rotation reads all three: keys and values may be written by
+            two codecs that differ in this alone.
         device: where rotation and levels are kept; tensors to compress must be there too.
 
     Attributes:
