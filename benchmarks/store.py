@@ -35,13 +35,14 @@ CASES = [
 
 
 def check(k: torch.Tensor, cache: PagedTQ4Cache, codec: TQ4Codec, slots: torch.Tensor) -> float:
-    """Largest relative error of the norms of the keys; AssertionError where codes differ beyond rounding at boundaries."""
-    codes, norms = reference.compress(k.double(), codec.rotation, codec.boundaries)
+    """Largest relative error of the norms of the keys; AssertionError where codes or norms differ beyond rounding."""
+    codes, norms = reference.compress(k.double(), codec.rotation, codec.boundaries, codec.centroids.double(), codec.scale)
     page, place = slots // cache.page_size, slots % cache.page_size
-    share = (cache.k_codes[page, :, place] != codes).float().mean().item()
-    worst = ((cache.k_norms[page, :, place] - norms).abs() / norms).max().item()
-    if share > 1e-4 or not worst <= 2e-6:
-        raise AssertionError(f"wrong answer: a share {share} of the codes differs, norms by {worst}")
+    same = (cache.k_codes[page, :, place] == codes).all(-1)
+    # A coordinate on a boundary may go either way, and with it what the scale makes of it.
+    worst = ((cache.k_norms[page, :, place] - norms).abs() / norms)[same].max().item()
+    if (~same).float().mean() > 0.02 or not worst <= 2e-6:
+        raise AssertionError(f"wrong answer: codes differ in {(~same).sum()} vectors, norms by {worst}")
     return worst
 
 
