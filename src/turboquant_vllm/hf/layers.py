@@ -190,7 +190,7 @@ class PackedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times, one behind the other."""
         if self.storage is not None:
-            self.storage.select(torch.arange(self.storage.codes.shape[1]).repeat_interleave(repeats))
+            self.storage.select(torch.arange(self.storage.buffer.shape[0]).repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Move the storage to the CPU."""

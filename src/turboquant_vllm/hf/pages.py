@@ -1,4 +1,4 @@
-"""Keys and values in pages: the tensor that stands for them, and the operators that read and write them."""
+"""Keys and values in pages: the tensor that stands for them, and the operators that read them."""
 
 from __future__ import annotations
 
@@ -183,16 +183,6 @@ def _read_pages_fake(*args: Any) -> torch.Tensor:
     return buffer.new_empty((block_table.shape[0], heads, tokens, rotation.shape[0]), dtype=dtype)
 
 
-def _write_pages(
-    codes: torch.Tensor, norms: torch.Tensor, buffer: torch.Tensor, block_table: torch.Tensor, positions: torch.Tensor
-) -> None:
-    put_places(buffer, block_table, positions, TQ4Tensor(codes, norms))
-
-
-def _write_pages_fake(*_: Any) -> None:
-    pass
-
-
 def _attend_pages(
     query: torch.Tensor,
     buffer: torch.Tensor,
@@ -231,11 +221,9 @@ _LIBRARY.define(
     "read_pages(Tensor buffer, Tensor block_table, int heads, int which, int tokens, Tensor rotation, Tensor centroids, "
     "bool signs, ScalarType dtype) -> Tensor"
 )
-_LIBRARY.define("write_pages(Tensor codes, Tensor norms, Tensor(a!) buffer, Tensor block_table, Tensor positions) -> ()")
 for _name, _run, _fake in (
     ("attend_pages", _attend_pages, _attend_pages_fake),
     ("read_pages", _read_pages, _read_pages_fake),
-    ("write_pages", _write_pages, _write_pages_fake),
 ):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"turboquant::{_name}", _fake, lib=_LIBRARY)
