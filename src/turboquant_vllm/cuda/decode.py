@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ import torch
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 from turboquant_vllm.limits import why_not_decode
 
-__all__ = ["Division", "Variant", "choose_variant", "decode", "device_limits", "divisor", "prepare", "source"]
+__all__ = ["Call", "Division", "Variant", "choose_variant", "decode", "device_limits", "divisor", "prepare", "source"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "decode.cu", "combine.cu"))
 DIVISOR = "Ii"
@@ -123,7 +123,6 @@ class Division:
     splits: int
 
     @classmethod
-    @cache
     def choose(cls, passes: int, kv_len: int, multiprocessors: int, variant: Variant, split_len: int | None) -> Division:
         """Equal ranges, as many as warps run at once; or, with ``split_len``, ranges of whole splits."""
         tiles = -(-kv_len // 16)
@@ -166,6 +165,64 @@ def _aligned(codes: torch.Tensor) -> torch.Tensor:
     return codes.clone(memory_format=torch.contiguous_format) if codes.data_ptr() % 16 else codes
 
 
+@dataclass(frozen=True)
+class Call:
+    """What of a call follows from its sizes alone; the layers of a model share it.
+
+    Attributes:
+        kernels: the two that are launched.
+        grids: blocks of each.
+        blocks: threads of each block.
+        shared_bytes: of a block of the first.
+        row_slots: parts of results, and rows of each.
+        attend, combine: the numbers that the kernels take behind pointers and strides.
+    """
+
+    kernels: tuple[Kernel, Kernel]
+    grids: tuple[int, int]
+    blocks: tuple[int, int]
+    shared_bytes: int
+    row_slots: tuple[int, int]
+    attend: tuple[int, ...]
+    combine: tuple[int, ...]
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def plan(cls, index: int, shape: tuple[int, ...], num_kv_heads: int, kv_len: int, split_len: int | None) -> Call:
+        """For queries of ``shape [B, H_q, N_q, D]`` on device ``index``."""
+        batch, num_heads, q_len, head_dim = shape
+        group = num_heads // num_kv_heads
+        rows, heads = q_len * group, batch * num_kv_heads
+        multiprocessors, shared_limit = device_limits(index)
+        variant = choose_variant(head_dim, rows, shared_limit)
+        if split_len is not None and (split_len < 16 or split_len % 16):
+            raise ValueError(f"split_len must be a positive multiple of 16, got {split_len}")
+        chunks = -(-rows // (4 * variant.row_tiles))
+        passes, tiles = heads * chunks, -(-kv_len // 16)
+        plan = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
+        workers = plan.blocks * plan.warps
+        slots = passes * plan.splits if plan.splits else passes + workers
+        piece, pieces = plan.split_len // 16 or 1, plan.splits or tiles
+        share, more = divmod(passes * pieces, workers)
+        divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1))
+        work = (tiles, piece, pieces, share, more, int(split_len is not None), *divisors)
+        layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
+        threads = 256 if head_dim == 64 else 512
+        # What a batch changes must change no order of additions where split_len promises that.
+        at_once = 1 if split_len is None else 4
+        while split_len is None and at_once < 4 * threads // head_dim and at_once * multiprocessors < heads * rows:
+            at_once *= 2
+        return cls(
+            kernels=_kernels(index, variant),
+            grids=(plan.blocks, -(-heads * rows // at_once)),
+            blocks=(32 * variant.warps, threads),
+            shared_bytes=variant.shared_bytes,
+            row_slots=(slots, 4 * variant.row_tiles),
+            attend=(*work, *layout, plan.warps, kv_len, kv_len - q_len),
+            combine=(*work, *layout, *divisor(rows), heads * rows, q_len, at_once),
+        )
+
+
 def decode(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -180,6 +237,7 @@ def decode(
     pre_rotated: bool = False,
     rotated_output: bool = False,
     split_len: int | None = None,
+    kv_len: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over packed keys and values; arguments that :func:`turboquant_vllm.checks.check_attention` accepted.
 
@@ -195,6 +253,7 @@ def decode(
         pre_rotated: q is ``q @ rotation.T`` already, as where the rotation is folded into a projection's weights.
         rotated_output: leave out the product with the rotation: the result is ``out @ rotation.T``.
         split_len: keys per split, a multiple of 16; None divides all keys of the batch evenly over the warps of the GPU.
+        kv_len: how many of the N_kv keys there are, where the others are room for more; None means all.
 
     The same call gives the same bits on the same model of GPU. With ``split_len``, a sequence in a batch gives the bits that
     it gives alone; without, where sums are cut depends on the sizes of the whole batch.
@@ -211,11 +270,11 @@ def decode(
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
-    if k.shape[2] == 0:
+    if k.shape[2] == 0 or kv_len == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     attend, combine = prepare(
         q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, out, lse,
-        pre_rotated=pre_rotated, rotated_output=rotated_output, split_len=split_len,
+        pre_rotated=pre_rotated, rotated_output=rotated_output, split_len=split_len, kv_len=kv_len,
     )  # fmt: skip
     attend()
     combine()
@@ -238,63 +297,40 @@ def prepare(
     pre_rotated: bool = False,
     rotated_output: bool = False,
     split_len: int | None = None,
+    kv_len: int | None = None,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """The two launches of a call that is not empty: attention to the parts of the keys, and their joining into out and lse.
 
     Arguments as in :func:`decode`; out and lse are contiguous. The first alone is what a benchmark of the kernel times.
     """
-    batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, kv_len = k.shape[1], k.shape[2]
-    group = num_heads // num_kv_heads
-    rows, heads = q_len * group, batch * num_kv_heads
-    if reason := why_not_decode(q.dtype, head_dim, rows, (k, v)):
+    num_kv_heads, head_dim = k.shape[1], q.shape[3]
+    if reason := why_not_decode(q.dtype, head_dim, q.shape[2] * (q.shape[1] // num_kv_heads), (k, v)):
         raise ValueError(reason)
     k, v = _aligned(k), _aligned(v)
-    index = q.get_device()
-    multiprocessors, shared_limit = device_limits(index)
-    variant = choose_variant(head_dim, rows, shared_limit)
-    first, second = _kernels(index, variant)
-
-    if split_len is not None and (split_len < 16 or split_len % 16):
-        raise ValueError(f"split_len must be a positive multiple of 16, got {split_len}")
-    chunks = -(-rows // (4 * variant.row_tiles))
-    passes, tiles = heads * chunks, -(-kv_len // 16)
-    plan = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
-    workers = plan.blocks * plan.warps
-    slots = passes * plan.splits if plan.splits else passes + workers
-    piece, pieces = plan.split_len // 16 or 1, plan.splits or tiles
-    share, more = divmod(passes * pieces, workers)
-    divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1))
-    work = (tiles, piece, pieces, share, more, int(split_len is not None), *divisors)
-    layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
-    parts = torch.empty((slots, 4 * variant.row_tiles, head_dim), dtype=torch.float32, device=q.device)
-    parts_lse = torch.empty((slots, 4 * variant.row_tiles), dtype=torch.float32, device=q.device)
+    call = Call.plan(q.get_device(), q.shape, num_kv_heads, k.shape[2] if kv_len is None else kv_len, split_len)
+    slots, slot_rows = call.row_slots
+    parts = torch.empty((slots * slot_rows * (head_dim + 1),), dtype=torch.float32, device=q.device)
+    parts_at = parts.data_ptr()
+    parts_lse_at = parts_at + 4 * slots * slot_rows * head_dim
     centroids, rotation = centroids.contiguous(), _aligned(rotation.contiguous())
-    bf16 = int(q.dtype == torch.bfloat16)
+    rotation_at, bf16 = rotation.data_ptr(), int(q.dtype == torch.bfloat16)
     attend_args = (
         q.data_ptr(), k.data_ptr(), k_norms.data_ptr(), v.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
-        rotation.data_ptr(), parts.data_ptr(), parts_lse.data_ptr(), *q.stride(), *k.stride()[:3], *k_norms.stride(),
-        *v.stride()[:3], *v_norms.stride(), *work, *layout, plan.warps, kv_len, kv_len - q_len, int(is_causal), bf16,
-        int(pre_rotated), sm_scale * _LOG2_E,
+        rotation_at, parts_at, parts_lse_at, *q.stride(), *k.stride()[:3], *k_norms.stride(),
+        *v.stride()[:3], *v_norms.stride(), *call.attend, int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
     )  # fmt: skip
-    threads = 256 if head_dim == 64 else 512
-    # What a batch changes must change no order of additions where split_len promises that.
-    at_once = 1 if split_len is None else 4
-    while split_len is None and at_once < 4 * threads // head_dim and at_once * multiprocessors < heads * rows:
-        at_once *= 2
     combine_args = (
-        parts.data_ptr(), parts_lse.data_ptr(), rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), *work, *layout,
-        *divisor(rows), heads * rows, q_len, at_once, bf16, int(rotated_output),
+        parts_at, parts_lse_at, rotation_at, out.data_ptr(), lse.data_ptr(), *call.combine, bf16, int(rotated_output),
     )  # fmt: skip
-    keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, parts_lse, out, lse)
+    keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, out, lse)
+    (first, second), grids, blocks = call.kernels, call.grids, call.blocks
 
     def attend() -> None:
         _ = keep
-        launch(first, (plan.blocks, 1, 1), (32 * variant.warps, 1, 1), variant.shared_bytes, None, attend_args)
+        launch(first, (grids[0], 1, 1), (blocks[0], 1, 1), call.shared_bytes, None, attend_args)
 
     def combine() -> None:
         _ = keep
-        grid = (-(-heads * rows // at_once), 1, 1)
-        launch(second, grid, (threads, 1, 1), 0, None, combine_args, pdl=True)
+        launch(second, (grids[1], 1, 1), (blocks[1], 1, 1), 0, None, combine_args, pdl=True)
 
     return attend, combine

@@ -58,8 +58,8 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def _steps(x: torch.Tensor) -> tuple[int, int]:
     """Bytes from one token to the next, and from one head to the next; 0 where there is no next."""
-    token, head = (2 * x.stride(i) if x.shape[i] > 1 else 0 for i in range(2))
-    return token, head
+    (tokens, heads, _), (token, head, _) = x.shape, x.stride()
+    return (2 * token if tokens > 1 else 0), (2 * head if heads > 1 else 0)
 
 
 def store(

@@ -13,6 +13,7 @@ import torch
 
 from turboquant_vllm import ops
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.cuda.store import store
 from turboquant_vllm.limits import DECODE_HEAD_DIMS, why_not_store
 
 __all__ = ["HALVES", "PackedStorage", "codec_for", "natively_stored", "page_views", "store_tokens"]
@@ -68,7 +69,7 @@ def store_tokens(
     page_size: int,
     backend: str,
 ) -> None:
-    """Compress ``[B, H_kv, n, D]`` keys and values into pages, in one launch; in one for each sequence if there are several tokens.
+    """Compress ``[B, H_kv, n, D]`` keys and values into pages, in one launch, or in one for each sequence if n is not 1.
 
     ``slots`` is ``[n, B]``, or ``[B]`` for one token; the rest as the operator ``turboquant::store`` takes it.
     """
@@ -79,6 +80,9 @@ def store_tokens(
     if backend == "cuda" and why_not_store(*calls[0][:2], True, 0):  # vectors that do not lie as the kernel needs them
         return store_tokens(keys.contiguous(), values.contiguous(), slots, buffer, codec, page_size, backend)
     for k, v, to in calls:
+        if backend == "cuda" and not torch.compiler.is_compiling():  # the operator would take longer than its kernel
+            store(k, v, buffer, to, codec.rotation, codec.companding, codec.centroids, codec.scale, page_size)
+            continue
         torch.ops.turboquant.store.default(k, v, buffer, to, *codec.writing, page_size, backend)
 
 
@@ -89,6 +93,7 @@ class PackedStorage:
         codec: of keys and values.
         buffer: uint8 ``[B, H_kv * capacity * (D + 8)]``.
         capacity: tokens of each sequence that the buffer has room for.
+        parts: views of it: :func:`page_views`.
         start, stop: the tokens in use.
     """
 
@@ -131,7 +136,7 @@ class PackedStorage:
     def last(self, count: int) -> tuple[TQ4Tensor, TQ4Tensor]:
         """Keys and values of the last ``count`` tokens; views, to be read before the next change."""
         first = self.stop - count
-        keys, key_norms, values, value_norms = (x.narrow(2, first, count) for x in self._parts)
+        keys, key_norms, values, value_norms = (x.narrow(2, first, count) for x in self.parts)
         return TQ4Tensor(keys, key_norms), TQ4Tensor(values, value_norms)
 
     def keep_last(self, count: int) -> None:
@@ -165,11 +170,11 @@ class PackedStorage:
         """Move what is in use to the front of a larger buffer, with room to spare beyond ``count`` more tokens."""
         needed = len(self) + count
         used = slice(self.start, self.stop)
-        old = [part[:, :, used] for part in self._parts]
+        old = [part[:, :, used] for part in self.parts]
         capacity = needed + max(_SPARE_TOKENS, needed // _SPARE_SHARE)
         self._allocate(self.buffer.shape[0], capacity // _WHOLE * _WHOLE)
         self.start, self.stop = 0, len(self)
-        for part, x in zip(self._parts, old, strict=True):
+        for part, x in zip(self.parts, old, strict=True):
             part[:, :, : self.stop] = x
 
     def _put(self, first: int, codes: torch.Tensor, norms: torch.Tensor) -> None:
@@ -177,7 +182,7 @@ class PackedStorage:
             self._put_part(part, first, codes[part], norms[part])
 
     def _put_part(self, part: int, first: int, codes: torch.Tensor, norms: torch.Tensor) -> None:
-        for to, x in zip(self._parts[2 * part : 2 * part + 2], (codes, norms), strict=True):
+        for to, x in zip(self.parts[2 * part : 2 * part + 2], (codes, norms), strict=True):
             to.narrow(2, first, x.shape[2]).copy_(x)
 
     def _allocate(self, batch: int, capacity: int) -> None:
@@ -189,8 +194,8 @@ class PackedStorage:
     def _use(self, buffer: torch.Tensor) -> None:
         """Use this buffer from now on."""
         self.buffer = buffer
-        self._parts = page_views(buffer, self.num_heads, self.codec.head_dim)
-        self.capacity = self._parts[1].shape[2]
+        self.parts = page_views(buffer, self.num_heads, self.codec.head_dim)
+        self.capacity = self.parts[1].shape[2]
         # The native kernel counts the bytes of a page, and all slots, in 32 bits.
         small = buffer.shape[0] * self.capacity < 2**31 and buffer.shape[1] < 2**32
         self._native = small and natively_stored(self.codec)
