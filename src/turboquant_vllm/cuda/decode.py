@@ -174,7 +174,7 @@ class Call:
         grids: blocks of each.
         blocks: threads of each block.
         shared_bytes: of a block of the first.
-        row_slots: parts of results, and rows of each.
+        part_rows: rows of results of all parts.
         attend, combine: the numbers that the kernels take behind pointers and strides.
     """
 
@@ -182,7 +182,7 @@ class Call:
     grids: tuple[int, int]
     blocks: tuple[int, int]
     shared_bytes: int
-    row_slots: tuple[int, int]
+    part_rows: int
     attend: tuple[int, ...]
     combine: tuple[int, ...]
 
@@ -217,7 +217,7 @@ class Call:
             grids=(plan.blocks, -(-heads * rows // at_once)),
             blocks=(32 * variant.warps, threads),
             shared_bytes=variant.shared_bytes,
-            row_slots=(slots, 4 * variant.row_tiles),
+            part_rows=slots * 4 * variant.row_tiles,
             attend=(*work, *layout, plan.warps, kv_len, kv_len - q_len),
             combine=(*work, *layout, *divisor(rows), heads * rows, q_len, at_once),
         )
@@ -292,7 +292,7 @@ def prepare(
     sm_scale: float,
     is_causal: bool,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
     *,
     pre_rotated: bool = False,
     rotated_output: bool = False,
@@ -301,17 +301,20 @@ def prepare(
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """The two launches of a call that is not empty: attention to the parts of the keys, and their joining into out and lse.
 
-    Arguments as in :func:`decode`; out and lse are contiguous. The first alone is what a benchmark of the kernel times.
+    Arguments as in :func:`decode`; out and lse are contiguous, and lse may be None where it is not wanted. The first launch
+    alone is what a benchmark of the kernel times.
     """
     num_kv_heads, head_dim = k.shape[1], q.shape[3]
     if reason := why_not_decode(q.dtype, head_dim, q.shape[2] * (q.shape[1] // num_kv_heads), (k, v)):
         raise ValueError(reason)
     k, v = _aligned(k), _aligned(v)
     call = Call.plan(q.get_device(), q.shape, num_kv_heads, k.shape[2] if kv_len is None else kv_len, split_len)
-    slots, slot_rows = call.row_slots
-    parts = torch.empty((slots * slot_rows * (head_dim + 1),), dtype=torch.float32, device=q.device)
+    # One allocation for the results of parts, their log-sum-exps, and those of the whole if nobody asked for them.
+    unwanted = q.numel() // head_dim if lse is None else 0
+    parts = torch.empty((call.part_rows * (head_dim + 1) + unwanted,), dtype=torch.float32, device=q.device)
     parts_at = parts.data_ptr()
-    parts_lse_at = parts_at + 4 * slots * slot_rows * head_dim
+    parts_lse_at = parts_at + 4 * call.part_rows * head_dim
+    lse_at = parts_lse_at + 4 * call.part_rows if lse is None else lse.data_ptr()
     centroids, rotation = centroids.contiguous(), _aligned(rotation.contiguous())
     rotation_at, bf16 = rotation.data_ptr(), int(q.dtype == torch.bfloat16)
     attend_args = (
@@ -320,7 +323,7 @@ def prepare(
         *v.stride()[:3], *v_norms.stride(), *call.attend, int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
     )  # fmt: skip
     combine_args = (
-        parts_at, parts_lse_at, rotation_at, out.data_ptr(), lse.data_ptr(), *call.combine, bf16, int(rotated_output),
+        parts_at, parts_lse_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
     )  # fmt: skip
     keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, out, lse)
     (first, second), grids, blocks = call.kernels, call.grids, call.blocks

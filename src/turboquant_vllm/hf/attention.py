@@ -12,7 +12,7 @@ from turboquant_vllm import ops, reference
 from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.checks import check_sm_scale
 from turboquant_vllm.codec import TQ4Tensor
-from turboquant_vllm.cuda.decode import decode
+from turboquant_vllm.cuda.decode import prepare
 from turboquant_vllm.hf.dense import dense_attention
 from turboquant_vllm.hf.pages import PagedTensor, attend_pages, written_out
 from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
@@ -147,7 +147,10 @@ def _decode(
         codes, norms, value_codes, value_norms = (x.narrow(2, key.first, key.count) for x in parts)
     scale = 1 / math.sqrt(query.shape[3]) if sm_scale is None else sm_scale
     tables = (key.centroids, key.rotation, scale, is_causal)
-    return decode(query, codes, norms, value_codes, value_norms, *tables, kv_len=key.count)[0]
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    for launch in prepare(query, codes, norms, value_codes, value_norms, *tables, out, None, kv_len=key.count):
+        launch()
+    return out
 
 
 def _attend_padded(

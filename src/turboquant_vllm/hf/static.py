@@ -15,7 +15,7 @@ from turboquant_vllm import ops
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.layers import check_states, to_remove
 from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, packed_places, put_places
-from turboquant_vllm.hf.storage import HALVES, codec_for, natively_stored, store_tokens
+from turboquant_vllm.hf.storage import HALVES, check_sizes, codec_for, natively_stored, store_tokens
 from turboquant_vllm.paged import PagedTQ4Cache
 
 __all__ = ["DenseStaticLayer", "PagedLayer"]
@@ -84,7 +84,10 @@ class PagedLayer(CacheLayerMixin):
         elif self.buffer.device != key_states.device:
             self._move(key_states.device)
         check_states(self.index, key_states, value_states)
-        count, first = key_states.shape[2], self.empty
+        assert self.codec is not None
+        batch, num_heads, count, head_dim = key_states.shape
+        check_sizes((batch, num_heads, head_dim), (self.block_table.shape[0], self.num_heads, self.codec.head_dim))
+        first = self.empty
         self._check_room(count, first and self.exact_prefill)
         skipped = max(0, count - self._places) if first and self.exact_prefill else 0
         positions = torch.arange(skipped, count, device=self.device) + self.cumulative_length

@@ -8,15 +8,16 @@ places.
 from __future__ import annotations
 
 from functools import cache, lru_cache
+from typing import Any
 
 import torch
 
 from turboquant_vllm import ops
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
-from turboquant_vllm.cuda.store import store
+from turboquant_vllm.cuda.store import TokenWriter, store
 from turboquant_vllm.limits import DECODE_HEAD_DIMS, why_not_store
 
-__all__ = ["HALVES", "PackedStorage", "codec_for", "natively_stored", "page_views", "store_tokens"]
+__all__ = ["HALVES", "PackedStorage", "check_sizes", "codec_for", "natively_stored", "page_views", "store_tokens"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -53,6 +54,13 @@ def page_views(
     keys, values = (x.unflatten(-1, (tokens, head_dim // 2)) for x in parts[:2])
     key_norms, value_norms = (x.view(torch.float32) for x in parts[2:])
     return keys, key_norms, values, value_norms
+
+
+def check_sizes(got: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
+    """Whether states have the batch, heads and head dimension of those before: kernels take that for granted."""
+    if got != expected:
+        names = "sequences, heads and head dimension"
+        raise ValueError(f"keys: expected {names} {list(expected)}, as the cache holds, got {list(got)}")
 
 
 def natively_stored(codec: TQ4Codec) -> bool:
@@ -97,6 +105,10 @@ class PackedStorage:
         start, stop: the tokens in use.
     """
 
+    # How the last single token lay, and what writes such, if the native kernel does.
+    _layout: tuple[Any, ...] | None
+    _writer: TokenWriter | None
+
     def __init__(self, codec: TQ4Codec, batch: int, num_heads: int) -> None:
         self.codec, self.num_heads = codec, num_heads
         self.start = self.stop = 0
@@ -117,8 +129,11 @@ class PackedStorage:
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Compress ``[B, H_kv, n, D]`` keys and values behind the last token."""
-        count = keys.shape[2]
+        batch, num_heads, count, head_dim = keys.shape
+        check_sizes((batch, num_heads, head_dim), (self.buffer.shape[0], self.num_heads, self.codec.head_dim))
         first = self._take(count)
+        if count == 1 and self._native and self._write_one(keys, values, first):
+            return
         if self._native and keys.dtype in HALVES:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)
             slots = slots[first] if count == 1 else slots[first : self.stop]
@@ -177,6 +192,22 @@ class PackedStorage:
         for part, x in zip(self.parts, old, strict=True):
             part[:, :, : self.stop] = x
 
+    def _write_one(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> bool:
+        """As :meth:`append` of one token, in the least time, if it lies as the one before did."""
+        layout = (keys.dtype, keys.shape, keys.stride(), values.stride())
+        if layout != self._layout:
+            self._layout, k, v = layout, keys.select(2, 0), values.select(2, 0)
+            self._writer = None
+            if keys.dtype in HALVES and not why_not_store(k, v, True, 0):
+                slots, codec = _slots(self.buffer.shape[0], self.capacity, self.buffer.device), self.codec
+                how = (codec.rotation, codec.companding, codec.centroids, codec.scale, self.capacity)
+                self._writer = TokenWriter(k, v, slots, self.buffer, *how)
+        k_at, v_at = keys.data_ptr(), values.data_ptr()
+        if self._writer is None or (k_at | v_at) % 16 or torch.compiler.is_compiling():
+            return False
+        self._writer(k_at, v_at, first)
+        return True
+
     def _put(self, first: int, codes: torch.Tensor, norms: torch.Tensor) -> None:
         for part in (0, 1):
             self._put_part(part, first, codes[part], norms[part])
@@ -199,3 +230,4 @@ class PackedStorage:
         # The native kernel counts the bytes of a page, and all slots, in 32 bits.
         small = buffer.shape[0] * self.capacity < 2**31 and buffer.shape[1] < 2**32
         self._native = small and natively_stored(self.codec)
+        self._layout = self._writer = None
