@@ -1,89 +1,20 @@
-"""The native decode's source, run lane by lane on a CPU: dense caches and pages, against float64.
-
-A C++ compiler builds the kernels' own text, their PTX replaced by ``lane_emulation.h``. Two warps, three blocks.
-"""
+"""The native decode's source, run lane by lane on a CPU: dense caches and pages, against float64."""
 
 from __future__ import annotations
 
-import ctypes
-import re
-import shutil
-import struct
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from attention_cases import check, compare, expected, random_case
+from kernel_lanes import emulated_decode, needs_compiler  # noqa: F401
 from paged_cases import check_batch, random_batch
 from turboquant_vllm.cuda import decode, paged
 
-COMPILER = shutil.which("g++")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(COMPILER is None, reason="needs g++ to run the kernels' source on a CPU")]
+pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_decode")]
 
 HALF, BF16 = torch.float16, torch.bfloat16
-RUN = """
-extern "C" int size_of(int combine) { return combine ? sizeof(CombineParams) : sizeof(DecodeParams); }
-extern "C" void tq4_decode_run(const char* p, int blocks, int threads) { run_grid(tq4_decode, p, blocks, 1, threads); }
-extern "C" void tq4_combine_run(const char* p, int blocks, int threads) { run_grid(tq4_combine, p, blocks, 1, threads); }
-#if PAGED
-extern "C" void tq4_rotate_run(const char* p, int blocks, int threads) { run_grid(tq4_rotate, p, blocks, 1, threads); }
-#endif
-"""
-
-
-def build(folder: Path, macros: dict[str, int]) -> ctypes.CDLL:
-    text, replaced = re.subn(r"(?s)// ---- PTX\n.*?// ---- end of PTX\n", "", decode.source())
-    assert replaced == 1
-    text = text.replace("extern __shared__ __align__(1024) char smem[];", "char* smem = dynamic_shared;")
-    assert "asm" not in text
-    defines = "".join(f"#define {name} {value}\n" for name, value in {"BF16": 0, **macros}.items())
-    stem = folder / "_".join(str(value) for value in macros.values())
-    source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
-    source.write_text(f'{defines}#include "{Path(__file__).with_name("lane_emulation.h")}"\n{text}{RUN}')
-    options = ["-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w"]
-    assert COMPILER is not None
-    subprocess.run([COMPILER, *options, "-o", library, source], check=True)
-    return ctypes.CDLL(str(library))
-
-
-@pytest.fixture
-def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both modules launch their kernels in the emulator."""
-    libraries: dict[tuple[tuple[str, int], ...], ctypes.CDLL] = {}
-
-    def kernel(name: str, params: str, defines: dict[str, int]) -> tuple[str, str, ctypes.CDLL]:
-        key = tuple(defines.items())
-        if key not in libraries:
-            libraries[key] = build(tmp_path, defines)
-        return name, params, libraries[key]
-
-    def launch(kernel: Any, grid: Any, block: Any, shared: int, stream: None, args: Any, **options: Any) -> None:
-        name, params, library = kernel
-        packed = struct.pack(f"@{params}0q", *args)
-        assert len(packed) == library.size_of(name == "tq4_combine")
-        getattr(library, f"{name}_run")(packed, grid[0], block[0])
-
-    def variant(head_dim: int, rows: int, shared_limit: int) -> decode.Variant:
-        row_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= rows)
-        return decode.Variant(head_dim, row_tiles, 2, 2, 3, head_dim < 256 and row_tiles <= 2)
-
-    def two(index: int, variant: decode.Variant) -> Any:
-        names = {"tq4_decode": decode.DECODE_PARAMS, "tq4_combine": decode.COMBINE_PARAMS}
-        return tuple(kernel(name, params, variant.defines) for name, params in names.items())
-
-    def three(index: int, variant: decode.Variant) -> Any:
-        names = {"tq4_rotate": paged.PAGED_PARAMS, "tq4_decode": paged.PAGED_PARAMS, "tq4_combine": paged.PAGED_COMBINE_PARAMS}
-        return tuple(kernel(name, params, {**variant.defines, "PAGED": 1}) for name, params in names.items())
-
-    for module, kernels in ((decode, two), (paged, three)):
-        monkeypatch.setattr(module, "_kernels", kernels)
-        monkeypatch.setattr(module, "launch", launch)
-        monkeypatch.setattr(module, "choose_variant", variant)
-        monkeypatch.setattr(module, "device_limits", lambda index: (3, 232448))
-        module._plan.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -96,7 +27,7 @@ def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (HALF, 64, 16, 2, 20, True),
     ],
 )
-def test_dense(emulated, generator, dtype, head_dim, group, q_len, kv_len, causal):
+def test_dense(generator, dtype, head_dim, group, q_len, kv_len, causal):
     sizes = {"batch": 2, "group": group, "q_len": q_len, "kv_len": kv_len, "head_dim": head_dim, "is_causal": causal}
     case = random_case(generator, dtype=dtype, device="cpu", **sizes)
     check(decode.decode, case)
@@ -104,7 +35,7 @@ def test_dense(emulated, generator, dtype, head_dim, group, q_len, kv_len, causa
         check(lambda *args: decode.decode(*args, split_len=32), case)
 
 
-def test_rotation_folded_into_the_weights(emulated, generator):
+def test_rotation_folded_into_the_weights(generator):
     case = random_case(generator, dtype=HALF, device="cpu", group=4, kv_len=70)
     rotation = case.rotation.double()
     rotated = case.replace(q=(case.q.double() @ rotation.T).half())
@@ -134,12 +65,12 @@ def run_paged(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
         (128, 8, 16, [(4, 40), (1, 17), (2, 1)], True),
     ],
 )
-def test_pages(emulated, generator, head_dim, group, page_size, lengths, causal):
+def test_pages(generator, head_dim, group, page_size, lengths, causal):
     sizes = {"head_dim": head_dim, "group": group, "page_size": page_size, "causal": causal}
     check_batch(run_paged, random_batch(generator, lengths, dtype=HALF, device="cpu", **sizes))
 
 
-def test_sequences_of_many_rows_are_left_alone(emulated, generator):
+def test_sequences_of_many_rows_are_left_alone(generator):
     batch = random_batch(generator, [(1, 40), (9, 30), (2, 33)], dtype=HALF, device="cpu", head_dim=64, group=4)
     out, lse = run_paged(batch)
     assert out[1:10].isnan().all()
@@ -148,7 +79,7 @@ def test_sequences_of_many_rows_are_left_alone(emulated, generator):
     assert out[10:].isfinite().all()
 
 
-def test_entries_out_of_range_are_taken_for_the_nearest(emulated, generator):
+def test_entries_out_of_range_are_taken_for_the_nearest(generator):
     batch = random_batch(generator, [(1, 40), (2, 30)], dtype=HALF, device="cpu", head_dim=64, group=4)
     want, _ = run_paged(batch)
     table = batch.block_table.clone()

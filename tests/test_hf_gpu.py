@@ -156,14 +156,14 @@ def test_layers_on_several_devices(generator):
     second = "cuda:1" if torch.cuda.device_count() > 1 else "cpu"
     model = make_model("llama", "tq4", torch.float32)
     want = logits_of(model, TurboQuantCache(model.config), ids, mask)
-    devices = {
-        "model.embed_tokens": 0,
-        "model.rotary_emb": 0,
-        "model.layers.0": 0,
-        "model.layers.1": second,
-        "model.norm": second,
-    }
-    model = accelerate.dispatch_model(model, {**devices, "lm_head": second}, main_device=0)
+    if second == "cpu":  # where dispatch_model would leave the weights and compute on the GPU nevertheless
+        last = model.to(DEVICE).model.layers[1].to(second)
+        hook = accelerate.hooks.AlignDevicesHook(second, io_same_device=True, skip_keys="past_key_values")
+        accelerate.hooks.add_hook_to_module(last, hook)
+    else:
+        first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0")
+        devices = {**dict.fromkeys(first, 0), **dict.fromkeys(("model.layers.1", "model.norm", "lm_head"), second)}
+        model = accelerate.dispatch_model(model, devices, main_device=0)
     cache = TurboQuantCache(model.config)
     got = logits_of(model, cache, ids, mask)
     assert [str(layer.device) for layer in cache.layers] == ["cuda:0", second]

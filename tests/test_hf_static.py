@@ -93,12 +93,21 @@ def test_generate_and_generate_again_after_reset(family, options, generator):
         assert static.get_seq_length() == 0
 
 
-@pytest.mark.parametrize(("family", "attention"), [("llama", "tq4"), ("llama", "sdpa"), ("gemma3", "tq4")])
-def test_generate_compiles_one_graph_for_all_steps(family, attention, generator):
+@pytest.mark.parametrize(
+    ("family", "attention", "length", "padding"),
+    [
+        ("llama", "tq4", 12, 5),
+        ("llama", "tq4", 12, 0),
+        ("llama", "sdpa", 12, 5),
+        ("gemma3", "tq4", 12, 5),
+        ("gemma3", "tq4", 5, 0),  # begins within the window, ends beyond it
+    ],
+)
+def test_generate_compiles_one_graph_for_all_steps(family, attention, length, padding, generator):
     model = model_of(family, attention)
-    ids = tokens(generator, 2, 12)
+    ids = tokens(generator, 2, length)
     mask = torch.ones_like(ids)
-    mask[1, :5] = 0
+    mask[1, :padding] = 0
     options = CompileConfig(fullgraph=True, backend="aot_eager", mode=None)
     options._compile_all_devices = True
     expected = generated(model, TurboQuantCache(model.config), ids, attention_mask=mask)
@@ -346,7 +355,11 @@ def test_spans_stand_for_masks():
     mask = torch.zeros(4, 1, 1, 9, dtype=torch.bool)
     mask[0, ..., 2:7] = mask[1, ..., :9] = mask[2, ..., 8:] = True  # the last sequence sees nothing
     spans = find_spans(mask)
-    assert spans.tolist() == [[[[7, 9, 9, 0, 0]]], [[[5, 9, 1, 0, 0]]], [[[0, 1, 2, 3, 4]]]]
+    assert spans.tolist() == [[[[7, 9, 9, 0, 0]]], [[[0, 1, 2, 3, 4]]], [[[5, 9, 1, 0, 0]]]]
     assert torch.equal(written_out(spans, 9), mask)
+    assert find_spans(mask[[1, 3]]).shape[0] == 3
+    spans = find_spans(mask[[1, 3]], windows=False)
+    assert spans.tolist() == [[[[9, 0, 0]]], [[[0, 1, 2]]]]
+    assert torch.equal(written_out(spans, 9), mask[[1, 3]])
     mask[0, ..., 4] = False
     assert find_spans(mask) is None

@@ -41,9 +41,9 @@ def why_not_decode(
     for x in operands:
         if x.dtype != torch.uint8:
             return f"the CUDA kernels take packed keys and values, got {x.dtype}"
-        *apart, last = x.stride()
-        if last != 1 or any(stride % 16 and size > 1 for stride, size in zip(apart, x.shape, strict=False)):
-            return f"the CUDA kernels take codes in whole rows, 16-byte multiples apart, got strides {(*apart, last)}"
+        a, b, c, last = x.stride()
+        if last != 1 or ((a | b | c) % 16 and any(x.stride(i) % 16 and x.shape[i] > 1 for i in range(3))):
+            return f"the CUDA kernels take codes in whole rows, 16-byte multiples apart, got strides {tuple(x.stride())}"
     return ""
 
 
@@ -76,6 +76,9 @@ def why_not_store(k: torch.Tensor, v: torch.Tensor, hadamard: bool, num_slots: i
     if max(num_slots, k.shape[0] * k.shape[1]) >= 2**31:
         return f"the CUDA kernels store fewer than 2^31 vectors, got {k.shape[0] * k.shape[1]} into {num_slots} slots"
     for x in (k, v):
+        token, head, last = x.stride()
+        if last == 1 and not (token | head) % 8 and max(token, head) < 2**31:
+            continue
         apart = [stride for stride, size in zip(x.stride()[:2], x.shape[:2], strict=True) if size > 1]
         if x.stride(-1) != 1 or any(stride % 8 or stride >= 2**31 for stride in apart):
             return f"the CUDA kernels store whole vectors, 16-byte multiples apart, got strides {tuple(x.stride())}"

@@ -18,6 +18,7 @@ from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 from turboquant_vllm.limits import why_not_decode
 
 __all__ = [
+    "Call",
     "Division",
     "Variant",
     "choose_variant",
@@ -27,7 +28,6 @@ __all__ = [
     "prepare",
     "rows_at_once",
     "source",
-    "workspace_sizes",
 ]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "decode.cu", "combine.cu"))
@@ -160,62 +160,6 @@ def source() -> str:
     return "".join(f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in SOURCES)
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What the sizes of a call decide: kernels, grids, and the arguments that are not tensors."""
-
-    kernels: tuple[Kernel, Kernel]
-    variant: Variant
-    blocks: int
-    active: int  # working warps of a block
-    parts_bytes: int
-    workspace_bytes: int
-    work: tuple[int, ...]
-    layout: tuple[int, ...]
-    combine: tuple[int, int, tuple[int, ...]]  # blocks, threads, last arguments
-
-
-@lru_cache(maxsize=1024)
-def _plan(
-    index: int, batch: int, num_heads: int, num_kv_heads: int, q_len: int, kv_len: int, head_dim: int, split_len: int | None
-) -> Plan:
-    group = num_heads // num_kv_heads
-    rows, heads = q_len * group, batch * num_kv_heads
-    multiprocessors, shared_limit = device_limits(index)
-    variant = choose_variant(head_dim, rows, shared_limit)
-    chunks = -(-rows // (4 * variant.row_tiles))
-    passes, tiles = heads * chunks, -(-kv_len // 16)
-    division = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
-    workers = division.blocks * division.warps
-    slots = passes * division.splits if division.splits else passes + workers
-    piece, pieces = division.split_len // 16 or 1, division.splits or tiles
-    share, more = divmod(passes * pieces, workers)
-    divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1))
-    # What a batch changes must change no order of additions where split_len promises that.
-    at_once = 4 if split_len else rows_at_once(head_dim, heads * rows, multiprocessors)
-    parts_bytes, workspace_bytes = workspace_sizes(variant, slots)
-    return Plan(
-        _kernels(index, variant), variant, division.blocks, division.warps, parts_bytes, workspace_bytes,
-        (tiles, piece, pieces, share, more, int(split_len is not None), *divisors),
-        (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks)),
-        (-(-heads * rows // at_once), COMBINE_THREADS[head_dim], (*divisor(rows), heads * rows, q_len, at_once)),
-    )  # fmt: skip
-
-
-def workspace_sizes(variant: Variant, slots: int) -> tuple[int, int]:
-    """Bytes of the partial results of ``slots`` segments, and with their log-sum-exps after them."""
-    rows = slots * 4 * variant.row_tiles
-    return rows * variant.head_dim * 4, rows * (variant.head_dim + 1) * 4
-
-
-def rows_at_once(head_dim: int, rows: int, multiprocessors: int) -> int:
-    """How many of ``rows`` rows a block of the second kernel joins together: few, until every multiprocessor has a block."""
-    at_once = 1
-    while at_once < 4 * COMBINE_THREADS[head_dim] // head_dim and at_once * multiprocessors < rows:
-        at_once *= 2
-    return at_once
-
-
 @cache
 def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel]:
     first = load_kernel(source(), "tq4_decode", device=index, params=DECODE_PARAMS, defines=variant.defines)
@@ -229,9 +173,72 @@ def divisor(number: int) -> tuple[int, int]:
     return ((2**shift - number) << 32) // number + 1, shift
 
 
+def rows_at_once(head_dim: int, rows: int, multiprocessors: int) -> int:
+    """How many of ``rows`` rows a block of the second kernel joins together: few, until every multiprocessor has a block."""
+    at_once = 1
+    while at_once < 4 * COMBINE_THREADS[head_dim] // head_dim and at_once * multiprocessors < rows:
+        at_once *= 2
+    return at_once
+
+
 def _aligned(codes: torch.Tensor) -> torch.Tensor:
     """Codes that begin on a 16-byte boundary: as they are, or a copy."""
     return codes.clone(memory_format=torch.contiguous_format) if codes.data_ptr() % 16 else codes
+
+
+@dataclass(frozen=True)
+class Call:
+    """What of a call follows from its sizes alone; the layers of a model share it.
+
+    Attributes:
+        kernels: the two that are launched.
+        grids: blocks of each.
+        blocks: threads of each block.
+        shared_bytes: of a block of the first.
+        part_rows: rows of results of all parts.
+        attend, combine: the numbers that the kernels take behind pointers and strides.
+    """
+
+    kernels: tuple[Kernel, Kernel]
+    grids: tuple[int, int]
+    blocks: tuple[int, int]
+    shared_bytes: int
+    part_rows: int
+    attend: tuple[int, ...]
+    combine: tuple[int, ...]
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def plan(cls, index: int, shape: tuple[int, ...], num_kv_heads: int, kv_len: int, split_len: int | None) -> Call:
+        """For queries of ``shape [B, H_q, N_q, D]`` on device ``index``."""
+        batch, num_heads, q_len, head_dim = shape
+        group = num_heads // num_kv_heads
+        rows, heads = q_len * group, batch * num_kv_heads
+        multiprocessors, shared_limit = device_limits(index)
+        variant = choose_variant(head_dim, rows, shared_limit)
+        if split_len is not None and (split_len < 16 or split_len % 16):
+            raise ValueError(f"split_len must be a positive multiple of 16, got {split_len}")
+        chunks = -(-rows // (4 * variant.row_tiles))
+        passes, tiles = heads * chunks, -(-kv_len // 16)
+        plan = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
+        workers = plan.blocks * plan.warps
+        slots = passes * plan.splits if plan.splits else passes + workers
+        piece, pieces = plan.split_len // 16 or 1, plan.splits or tiles
+        share, more = divmod(passes * pieces, workers)
+        divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1))
+        work = (tiles, piece, pieces, share, more, int(split_len is not None), *divisors)
+        layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
+        # What a batch changes must change no order of additions where split_len promises that.
+        at_once = 4 if split_len else rows_at_once(head_dim, heads * rows, multiprocessors)
+        return cls(
+            kernels=_kernels(index, variant),
+            grids=(plan.blocks, -(-heads * rows // at_once)),
+            blocks=(32 * variant.warps, COMBINE_THREADS[head_dim]),
+            shared_bytes=variant.shared_bytes,
+            part_rows=slots * 4 * variant.row_tiles,
+            attend=(*work, *layout, plan.warps, kv_len, kv_len - q_len),
+            combine=(*work, *layout, *divisor(rows), heads * rows, q_len, at_once),
+        )
 
 
 def decode(
@@ -248,6 +255,7 @@ def decode(
     pre_rotated: bool = False,
     rotated_output: bool = False,
     split_len: int | None = None,
+    kv_len: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over packed keys and values; arguments that :func:`turboquant_vllm.checks.check_attention` accepted.
 
@@ -263,6 +271,7 @@ def decode(
         pre_rotated: q is ``q @ rotation.T`` already, as where the rotation is folded into a projection's weights.
         rotated_output: leave out the product with the rotation: the result is ``out @ rotation.T``.
         split_len: keys per split, a multiple of 16; None divides all keys of the batch evenly over the warps of the GPU.
+        kv_len: how many of the N_kv keys there are, where the others are room for more; None means all.
 
     The same call gives the same bits on the same model of GPU. With ``split_len``, a sequence in a batch gives the bits that
     it gives alone; without, where sums are cut depends on the sizes of the whole batch.
@@ -279,11 +288,11 @@ def decode(
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
-    if k.shape[2] == 0:
+    if k.shape[2] == 0 or kv_len == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     attend, combine = prepare(
         q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, out, lse,
-        pre_rotated=pre_rotated, rotated_output=rotated_output, split_len=split_len,
+        pre_rotated=pre_rotated, rotated_output=rotated_output, split_len=split_len, kv_len=kv_len,
     )  # fmt: skip
     attend()
     combine()
@@ -301,49 +310,48 @@ def prepare(
     sm_scale: float,
     is_causal: bool,
     out: torch.Tensor,
-    lse: torch.Tensor,
+    lse: torch.Tensor | None,
     *,
     pre_rotated: bool = False,
     rotated_output: bool = False,
     split_len: int | None = None,
+    kv_len: int | None = None,
 ) -> tuple[Callable[[], None], Callable[[], None]]:
     """The two launches of a call that is not empty: attention to the parts of the keys, and their joining into out and lse.
 
-    Arguments as in :func:`decode`; out and lse are contiguous. The first alone is what a benchmark of the kernel times.
+    Arguments as in :func:`decode`; out and lse are contiguous, and lse may be None where it is not wanted. The first launch
+    alone is what a benchmark of the kernel times.
     """
-    batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, kv_len = k.shape[1], k.shape[2]
-    if reason := why_not_decode(q.dtype, head_dim, q_len * num_heads // num_kv_heads, (k, v)):
+    num_kv_heads, head_dim = k.shape[1], q.shape[3]
+    if reason := why_not_decode(q.dtype, head_dim, q.shape[2] * (q.shape[1] // num_kv_heads), (k, v)):
         raise ValueError(reason)
-    if split_len is not None and (split_len < 16 or split_len % 16):
-        raise ValueError(f"split_len must be a positive multiple of 16, got {split_len}")
-    plan = _plan(q.get_device(), batch, num_heads, num_kv_heads, q_len, kv_len, head_dim, split_len)
     k, v = _aligned(k), _aligned(v)
-    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=q.device)
-    parts = workspace.data_ptr()
-    parts_lse = parts + plan.parts_bytes
+    call = Call.plan(q.get_device(), q.shape, num_kv_heads, k.shape[2] if kv_len is None else kv_len, split_len)
+    # One allocation for the results of parts, their log-sum-exps, and those of the whole if nobody asked for them.
+    unwanted = q.numel() // head_dim if lse is None else 0
+    parts = torch.empty((call.part_rows * (head_dim + 1) + unwanted,), dtype=torch.float32, device=q.device)
+    parts_at = parts.data_ptr()
+    parts_lse_at = parts_at + 4 * call.part_rows * head_dim
+    lse_at = parts_lse_at + 4 * call.part_rows if lse is None else lse.data_ptr()
     centroids, rotation = centroids.contiguous(), _aligned(rotation.contiguous())
-    bf16 = int(q.dtype == torch.bfloat16)
+    rotation_at, bf16 = rotation.data_ptr(), int(q.dtype == torch.bfloat16)
     attend_args = (
         q.data_ptr(), k.data_ptr(), k_norms.data_ptr(), v.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
-        rotation.data_ptr(), parts, parts_lse, *q.stride(), *k.stride()[:3], *k_norms.stride(), *v.stride()[:3],
-        *v_norms.stride(), *plan.work, *plan.layout, plan.active, kv_len, kv_len - q_len, int(is_causal), bf16,
-        int(pre_rotated), sm_scale * _LOG2_E,
+        rotation_at, parts_at, parts_lse_at, *q.stride(), *k.stride()[:3], *k_norms.stride(),
+        *v.stride()[:3], *v_norms.stride(), *call.attend, int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
     )  # fmt: skip
-    combine_blocks, combine_threads, last = plan.combine
     combine_args = (
-        parts, parts_lse, rotation.data_ptr(), out.data_ptr(), lse.data_ptr(), *plan.work, *plan.layout, *last, bf16,
-        int(rotated_output),
+        parts_at, parts_lse_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
     )  # fmt: skip
-    first, second = plan.kernels
-    keep = (q, k, k_norms, v, v_norms, centroids, rotation, workspace, out, lse)
+    keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, out, lse)
+    (first, second), grids, blocks = call.kernels, call.grids, call.blocks
 
     def attend() -> None:
         _ = keep
-        launch(first, (plan.blocks, 1, 1), (32 * plan.variant.warps, 1, 1), plan.variant.shared_bytes, None, attend_args)
+        launch(first, (grids[0], 1, 1), (blocks[0], 1, 1), call.shared_bytes, None, attend_args)
 
     def combine() -> None:
         _ = keep
-        launch(second, (combine_blocks, 1, 1), (combine_threads, 1, 1), 0, None, combine_args, pdl=True)
+        launch(second, (grids[1], 1, 1), (blocks[1], 1, 1), 0, None, combine_args, pdl=True)
 
     return attend, combine

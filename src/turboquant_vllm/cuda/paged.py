@@ -24,7 +24,6 @@ from turboquant_vllm.cuda.decode import (
     divisor,
     rows_at_once,
     source,
-    workspace_sizes,
 )
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 
@@ -45,50 +44,61 @@ def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel, Kernel]:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What the sizes of a call decide: kernels, grids, and the arguments that are not tensors."""
+class Call:
+    """What of a call follows from its sizes alone; the layers of a model share it.
+
+    Attributes:
+        kernels: the three that are launched.
+        grids: blocks of each.
+        blocks: threads of each block.
+        shared_bytes: dynamic shared memory of each block.
+        places: where the workspace holds results of parts, their log-sum-exps, rotated queries, row scales, the line of work.
+        workspace_bytes: of the workspace.
+        attend, combine: the numbers that the last two kernels take behind what is known of single sequences.
+        workers: warps that share the keys.
+    """
 
     kernels: tuple[Kernel, Kernel, Kernel]
-    variant: Variant
-    grids: tuple[tuple[int, int, int], ...]
-    shared_bytes: int
-    combine_threads: int
-    active: int  # working warps of a block
-    places: tuple[int, ...]  # where partial results, their log-sum-exps, fragments, row scales and the line of work begin
+    grids: tuple[int, int, int]
+    blocks: tuple[int, int, int]
+    shared_bytes: tuple[int, int, int]
+    places: tuple[int, ...]
     workspace_bytes: int
-    layout: tuple[int, ...]
-    combine: tuple[int, ...]  # last arguments
+    attend: tuple[int, ...]
+    combine: tuple[int, ...]
+    workers: int
 
-
-@lru_cache(maxsize=1024)
-def _plan(index: int, sequences: int, num_heads: int, num_kv_heads: int, rows: int, kv_len: int, head_dim: int) -> Plan:
-    group, heads = num_heads // num_kv_heads, sequences * num_kv_heads
-    multiprocessors, shared_limit = device_limits(index)
-    variant = choose_variant(head_dim, rows, shared_limit)
-    line = 12 * sequences
-    shared = variant.shared_bytes_without_query + line
-    if shared > shared_limit:
-        raise ValueError(f"block_table must have at most {(shared_limit - shared + line) // 12} sequences, got {sequences}")
-    tiles = heads * -(-kv_len // 16)
-    blocks = max(1, min(multiprocessors, tiles))
-    active = max(1, min(variant.warps, -(-tiles // blocks)))
-    parts_bytes, parts_and_lse_bytes = workspace_sizes(variant, heads + blocks * active)
-    sizes = (
-        parts_bytes,
-        parts_and_lse_bytes - parts_bytes,
-        heads * variant.fragment_bytes,
-        heads * 16 * variant.row_tiles,
-        line,
-    )
-    *places, workspace_bytes = itertools.accumulate((-(-size // 16) * 16 for size in sizes), initial=0)
-    at_once = rows_at_once(head_dim, heads * rows, multiprocessors)
-    return Plan(
-        _kernels(index, variant), variant,
-        ((-(-heads // variant.passes_rotated), 1, 1), (blocks, 1, 1), (-(-heads * rows // at_once), 1, 1)),
-        shared, COMBINE_THREADS[head_dim], active, tuple(places), workspace_bytes,
-        (num_kv_heads, group, rows, 1, *divisor(num_kv_heads), *divisor(group), *divisor(1)),
-        (*divisor(rows), heads * rows, num_heads, at_once),
-    )  # fmt: skip
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def plan(cls, index: int, sequences: int, num_heads: int, num_kv_heads: int, rows: int, kv_len: int, head_dim: int) -> Call:
+        """For ``rows`` query rows and ``kv_len`` keys at most per sequence and key/value head, on device ``index``."""
+        group, heads = num_heads // num_kv_heads, sequences * num_kv_heads
+        multiprocessors, shared_limit = device_limits(index)
+        variant = choose_variant(head_dim, rows, shared_limit)
+        line = 12 * sequences
+        shared = variant.shared_bytes_without_query + line
+        if shared > shared_limit:
+            raise ValueError(f"block_table must have at most {(shared_limit - shared + line) // 12} sequences, got {sequences}")
+        tiles = heads * -(-kv_len // 16)
+        blocks = max(1, min(multiprocessors, tiles))
+        active = max(1, min(variant.warps, -(-tiles // blocks)))
+        part_rows, query_rows = (heads + blocks * active) * 4 * variant.row_tiles, heads * 4 * variant.row_tiles
+        sizes = (4 * head_dim * part_rows, 4 * part_rows, heads * variant.fragment_bytes, 4 * query_rows, line)
+        *places, workspace_bytes = itertools.accumulate((-(-size // 16) * 16 for size in sizes), initial=0)
+        at_once = rows_at_once(head_dim, heads * rows, multiprocessors)
+        layout = (num_kv_heads, group, rows, 1, *divisor(num_kv_heads), *divisor(group), *divisor(1))
+        threads = 32 * variant.warps
+        return cls(
+            kernels=_kernels(index, variant),
+            grids=(-(-heads // variant.passes_rotated), blocks, -(-heads * rows // at_once)),
+            blocks=(threads, threads, COMBINE_THREADS[head_dim]),
+            shared_bytes=(variant.rotated_bytes, shared, 0),
+            places=tuple(places),
+            workspace_bytes=workspace_bytes,
+            attend=(*layout, active),
+            combine=(*layout, *divisor(rows), heads * rows, num_heads, at_once),
+            workers=blocks * active,
+        )
 
 
 def decode_pages(
@@ -120,10 +130,10 @@ def decode_pages(
         return
     rows = min(max(min(max_query_len, tokens), 1) * group, 32)
     room = max_pages * page_size if pages.shape[0] else 0
-    plan = _plan(q.get_device(), sequences, num_heads, num_kv_heads, rows, min(max_seq_len, room), head_dim)
-    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=q.device)
+    call = Call.plan(q.get_device(), sequences, num_heads, num_kv_heads, rows, min(max_seq_len, room), head_dim)
+    workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device)
     start = workspace.data_ptr()
-    parts, parts_lse, fragments, row_scales, line = (start + place for place in plan.places)
+    parts, parts_lse, fragments, row_scales, line = (start + place for place in call.places)
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
     result = out if out.stride(2) == 1 and not (out.stride(0) | out.stride(1)) % 2 else torch.empty_like(q)
@@ -136,17 +146,13 @@ def decode_pages(
         0, q.stride(1), q.stride(0), q.stride(2), page_bytes, chunk, head_dim // 2, 0, 0, 1, page_bytes, chunk, head_dim // 2,
         0, 0, 1, block_table.data_ptr(), seq_lens.data_ptr(), cu_seqlens_q.data_ptr(), fragments, row_scales, line,
         block_table.stride(0), sequences, tokens, pages.shape[0], page_size // 16, room, *divisor(page_size // 16),
-        *plan.layout, plan.active, 0, 0, int(causal), bf16, 0, sm_scale / math.log(2),
+        *call.attend, 0, 0, int(causal), bf16, 0, sm_scale / math.log(2),
     )  # fmt: skip
-    workers = plan.grids[1][0] * plan.active
     combine_args = (
         parts, parts_lse, rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), line, cu_seqlens_q.data_ptr(),
-        result.stride(0), result.stride(1), sequences, tokens, workers, *plan.layout, *plan.combine, bf16, 0,
+        result.stride(0), result.stride(1), sequences, tokens, call.workers, *call.combine, bf16, 0,
     )  # fmt: skip
-    rotate, attend, combine = plan.kernels
-    block = (32 * plan.variant.warps, 1, 1)
-    launch(rotate, plan.grids[0], block, plan.variant.rotated_bytes, None, args)
-    launch(attend, plan.grids[1], block, plan.shared_bytes, None, args, pdl=True)
-    launch(combine, plan.grids[2], (plan.combine_threads, 1, 1), 0, None, combine_args, pdl=True)
+    for i, (kernel, arguments) in enumerate(zip(call.kernels, (args, args, combine_args), strict=True)):
+        launch(kernel, (call.grids[i], 1, 1), (call.blocks[i], 1, 1), call.shared_bytes[i], None, arguments, pdl=i > 0)
     if result is not out:
         out.copy_(result)

@@ -9,7 +9,7 @@ import torch
 
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 
-__all__ = ["SOURCE", "THREADS", "blocks_per_multiprocessor", "defines", "store"]
+__all__ = ["SOURCE", "THREADS", "TokenWriter", "blocks_per_multiprocessor", "defines", "store"]
 
 SOURCE = Path(__file__).with_name("store.cu")
 PARAMS = "P" * 7 + "q" + "I" * 10 + "i" * 2
@@ -58,8 +58,8 @@ def _aligned(x: torch.Tensor) -> torch.Tensor:
 
 def _steps(x: torch.Tensor) -> tuple[int, int]:
     """Bytes from one token to the next, and from one head to the next; 0 where there is no next."""
-    token, head = (2 * x.stride(i) if x.shape[i] > 1 else 0 for i in range(2))
-    return token, head
+    (tokens, heads, _), (token, head, _) = x.shape, x.stride()
+    return (2 * token if tokens > 1 else 0), (2 * head if heads > 1 else 0)
 
 
 def store(
@@ -91,10 +91,58 @@ def store(
     Raises:
         RuntimeError: compiling or launching failed.
     """
-    tokens, heads, head_dim = k.shape
-    rows = tokens * heads
     k, v, slots = _aligned(k), _aligned(v), slot_mapping.contiguous()
     rotation, companding, centroids = rotation.contiguous(), companding.contiguous(), centroids.contiguous()
+    kernel, grid, arguments = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size)
+    launch(kernel, grid, (THREADS, 1, 1), 0, None, arguments)
+
+
+class TokenWriter:
+    """Stores one token of each sequence after the other into the same pages, where the host's time is what it takes.
+
+    Args:
+        k, v: ``[B, H_kv, D]``: those to come have their dtype, shape and strides.
+        slots: int32 or int64 ``[calls, B]``, contiguous: where the tokens of each call go.
+        buffer, rotation, companding, centroids, scale, page_size: as for :func:`store`, tables contiguous.
+    """
+
+    def __init__(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slots: torch.Tensor,
+        buffer: torch.Tensor,
+        rotation: torch.Tensor,
+        companding: torch.Tensor,
+        centroids: torch.Tensor,
+        scale: str,
+        page_size: int,
+    ) -> None:
+        found = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size)
+        self._kernel, self._grid, (_, _, self._slots, *self._others) = found
+        self._row_bytes = slots.stride(0) * slots.element_size()
+        self._keep = (slots, buffer, rotation, companding, centroids)
+
+    def __call__(self, k: int, v: int, call: int) -> None:
+        """Store the vectors at these addresses, multiples of 16, in the slots of call number ``call``."""
+        arguments = (k, v, self._slots + call * self._row_bytes, *self._others)
+        launch(self._kernel, self._grid, (THREADS, 1, 1), 0, None, arguments)
+
+
+def _prepare(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    buffer: torch.Tensor,
+    rotation: torch.Tensor,
+    companding: torch.Tensor,
+    centroids: torch.Tensor,
+    scale: str,
+    page_size: int,
+) -> tuple[Kernel, tuple[int, int, int], tuple[int, ...]]:
+    """The kernel, its grid and its arguments."""
+    tokens, heads, head_dim = k.shape
+    rows = tokens * heads
     kernel, blocks = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype, scale)
     (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_size)
     arguments = (
@@ -103,5 +151,4 @@ def store(
         buffer.shape[0] * page_size, head_inverse, page_inverse, head_shift, page_shift,
     )  # fmt: skip
     # Half of the blocks for keys, half for values.
-    grid = (min(-(-rows // _ROWS), max(1, blocks // 2)), 2, 1)
-    launch(kernel, grid, (THREADS, 1, 1), 0, None, arguments)
+    return kernel, (min(-(-rows // _ROWS), max(1, blocks // 2)), 2, 1), arguments

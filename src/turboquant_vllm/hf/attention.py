@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-from turboquant_vllm import reference
+from turboquant_vllm import ops, reference
 from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.checks import check_sm_scale
 from turboquant_vllm.codec import TQ4Tensor
+from turboquant_vllm.cuda.decode import prepare
 from turboquant_vllm.hf.dense import dense_attention
 from turboquant_vllm.hf.pages import PagedTensor, attend_pages, written_out
 from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
+from turboquant_vllm.limits import why_not_decode
 
 __all__ = ["ATTENTION_NAME", "attention_forward", "register"]
 
@@ -115,12 +119,38 @@ def _attend(
     masks: dict[str, Any] = {"is_causal": is_causal, "sliding_window": window, "softcap": softcap, "sinks": sinks}
     if not (isinstance(key, PackedTensor) and isinstance(value, PackedTensor)):
         return dense_attention(query, _dense(key), _dense(value), sm_scale=sm_scale, **masks)
+    plain = window is None and softcap is None and sinks is None and not torch.compiler.is_compiling()
+    if plain and _decodes(query.device, query.dtype, query.shape, key.shape[1]):
+        return _decode(query, key, value, sm_scale, is_causal)
     keys, codec = unpack(key)
     values, _ = unpack(value)
     if query.dtype == torch.float64:  # which no kernel takes
         scale = check_sm_scale(sm_scale, query.shape[-1])
         return reference.attention(query, *keys, *values, codec.centroids, codec.rotation, scale, **masks)[0]
     return tq4_attention(query, keys, values, codec, sm_scale=sm_scale, **masks)
+
+
+@lru_cache(maxsize=1024)
+def _decodes(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], num_kv_heads: int) -> bool:
+    """Whether the native kernel serves queries of ``shape [B, H_q, N_q, D]`` over what a cache keeps."""
+    rows = shape[1] // num_kv_heads * shape[2]
+    return not (ops.why_not_cuda(device) or why_not_decode(dtype, shape[3], rows)) and shape[0] > 0
+
+
+def _decode(
+    query: torch.Tensor, key: PackedTensor, value: PackedTensor, sm_scale: float | None, is_causal: bool
+) -> torch.Tensor:
+    """As :func:`_attend` of few queries on a GPU, where the host's time counts: nothing is checked and nothing viewed twice."""
+    codes, norms, value_codes, value_norms = key.codes, key.norms, value.codes, value.norms
+    if key.first:
+        parts = (codes, norms, value_codes, value_norms)
+        codes, norms, value_codes, value_norms = (x.narrow(2, key.first, key.count) for x in parts)
+    scale = 1 / math.sqrt(query.shape[3]) if sm_scale is None else sm_scale
+    tables = (key.centroids, key.rotation, scale, is_causal)
+    out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    for launch in prepare(query, codes, norms, value_codes, value_norms, *tables, out, None, kv_len=key.count):
+        launch()
+    return out
 
 
 def _attend_padded(

@@ -99,9 +99,10 @@ class PackedLayer(CacheLayerMixin):
 
     def _packed(self, count: int) -> tuple[PackedTensor, PackedTensor]:
         assert self.storage is not None
-        keys, values = self.storage.last(count)
-        codec = self.storage.codec
-        return PackedTensor.of(keys, codec, self.dtype), PackedTensor.of(values, codec, self.dtype)
+        keys, key_norms, values, value_norms = self.storage.parts
+        codec, first = self.storage.codec, self.storage.stop - count
+        how = (codec.rotation, codec.centroids, codec.rotation_kind, self.dtype, first, count)
+        return PackedTensor(keys, key_norms, *how), PackedTensor(values, value_norms, *how)
 
     def _come_home(self, states: torch.Tensor) -> None:
         """Bring storage that was loaded or offloaded to the device where the layer computes."""
@@ -190,7 +191,7 @@ class PackedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times, one behind the other."""
         if self.storage is not None:
-            self.storage.select(torch.arange(self.storage.codes.shape[1]).repeat_interleave(repeats))
+            self.storage.select(torch.arange(self.storage.buffer.shape[0]).repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Move the storage to the CPU."""

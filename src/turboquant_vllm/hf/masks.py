@@ -58,7 +58,7 @@ def attention_mask(
         mask = write()
         if q_length > 1 or torch.compiler.is_compiling():
             return mask
-        spans = find_spans(mask)
+        spans = find_spans(mask, windows=mask_function is not causal_mask_function)
         return mask if spans is None else spans
     kind, size = _kind(mask_function)
     if kind == "chunked":

@@ -1,4 +1,4 @@
-"""Keys and values in pages: the tensor that stands for them, and the operators that read and write them."""
+"""Keys and values in pages: the tensor that stands for them, and the operators that read them."""
 
 from __future__ import annotations
 
@@ -115,27 +115,41 @@ def attend_pages(
     return torch.ops.turboquant.attend_pages(query, *tables, sm_scale, softcap, sinks)
 
 
-def find_spans(mask: torch.Tensor) -> torch.Tensor | None:
+def find_spans(mask: torch.Tensor, *, windows: bool = True) -> torch.Tensor | None:
     """The keys that a bool mask ``[B, 1, 1, N]`` shows, or None where they are not next to one another; waits for the device.
 
+    Args:
+        mask: what the one query of each sequence sees.
+        windows: whether a later step may hide first keys that are visible now: then the shape of the result stays the same.
+
     Returns:
-        int32 ``[3, 1, 1, B + 1]``: where the visible keys end, how many they are, and the numbers 0 to B.
+        int32 ``[3, 1, 1, B + 1]``: where the visible keys end, the numbers 0 to B, and how many they are. Without the last,
+        ``[2, 1, 1, B + 1]``, where all sequences show their keys from the first on and there are no windows.
     """
     visible = mask[:, 0, 0].int()
     count = visible.sum(-1)
     stop = torch.where(count > 0, visible.shape[1] - visible.flip(-1).argmax(-1), 0)
-    if not bool(((count == 0) | (stop - visible.argmax(-1) == count)).all()):
+    together = ((count == 0) | (stop - visible.argmax(-1) == count)).all()
+    whole, no_counts = torch.stack((together, (stop == count).all())).tolist()
+    if not whole:
         return None
     rows = torch.arange(visible.shape[0] + 1, device=mask.device)
     columns = [torch.nn.functional.pad(x, (0, 1)) for x in (stop, count)]
-    return torch.stack((*columns, rows)).int()[:, None, None]
+    return torch.stack((columns[0], rows) if no_counts and not windows else (columns[0], rows, columns[1])).int()[:, None, None]
+
+
+def read_spans(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Of what :func:`find_spans` found: where visible keys end, ``[B]``, the numbers 0 to B, and how many keys, or None."""
+    stops, rows = spans[0, 0, 0, :-1], spans[1, 0, 0]
+    return stops, rows, spans[2, 0, 0, :-1] if spans.shape[0] == 3 else None
 
 
 def written_out(spans: torch.Tensor, tokens: int) -> torch.Tensor:
     """The mask ``[B, 1, 1, tokens]`` that :func:`find_spans` found these spans in."""
-    stop, count = (x[:-1, None, None, None] for x in spans[:2, 0, 0])
+    stops, _, counts = read_spans(spans)
     place = torch.arange(tokens, device=spans.device)
-    return (place < stop) & (place >= stop - count)
+    first = 0 if counts is None else (stops - counts)[:, None, None, None]
+    return (place < stops[:, None, None, None]) & (place >= first)
 
 
 def packed_places(buffer: torch.Tensor, block_table: torch.Tensor, heads: int, which: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,16 +197,6 @@ def _read_pages_fake(*args: Any) -> torch.Tensor:
     return buffer.new_empty((block_table.shape[0], heads, tokens, rotation.shape[0]), dtype=dtype)
 
 
-def _write_pages(
-    codes: torch.Tensor, norms: torch.Tensor, buffer: torch.Tensor, block_table: torch.Tensor, positions: torch.Tensor
-) -> None:
-    put_places(buffer, block_table, positions, TQ4Tensor(codes, norms))
-
-
-def _write_pages_fake(*_: Any) -> None:
-    pass
-
-
 def _attend_pages(
     query: torch.Tensor,
     buffer: torch.Tensor,
@@ -205,8 +209,8 @@ def _attend_pages(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    batch, cache = query.shape[0], _cache(buffer, heads)
-    stops, counts, rows = spans[0, 0, 0, :batch], spans[1, 0, 0, :batch], spans[2, 0, 0]
+    cache = _cache(buffer, heads)
+    stops, rows, counts = read_spans(spans)
     q = query[:, :, 0]
     if query.dtype == torch.float64:  # which no kernel takes
         scale = check_sm_scale(sm_scale, query.shape[-1])
@@ -231,11 +235,9 @@ _LIBRARY.define(
     "read_pages(Tensor buffer, Tensor block_table, int heads, int which, int tokens, Tensor rotation, Tensor centroids, "
     "bool signs, ScalarType dtype) -> Tensor"
 )
-_LIBRARY.define("write_pages(Tensor codes, Tensor norms, Tensor(a!) buffer, Tensor block_table, Tensor positions) -> ()")
 for _name, _run, _fake in (
     ("attend_pages", _attend_pages, _attend_pages_fake),
     ("read_pages", _read_pages, _read_pages_fake),
-    ("write_pages", _write_pages, _write_pages_fake),
 ):
     _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"turboquant::{_name}", _fake, lib=_LIBRARY)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
+from turboquant_vllm import ops
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.layers import check_states, to_remove
 from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, packed_places, put_places
-from turboquant_vllm.hf.storage import codec_for, compress_both
+from turboquant_vllm.hf.storage import HALVES, check_sizes, codec_for, natively_stored, store_tokens
 from turboquant_vllm.paged import PagedTQ4Cache
 
 __all__ = ["DenseStaticLayer", "PagedLayer"]
@@ -83,7 +84,10 @@ class PagedLayer(CacheLayerMixin):
         elif self.buffer.device != key_states.device:
             self._move(key_states.device)
         check_states(self.index, key_states, value_states)
-        count, first = key_states.shape[2], self.empty
+        assert self.codec is not None
+        batch, num_heads, count, head_dim = key_states.shape
+        check_sizes((batch, num_heads, head_dim), (self.block_table.shape[0], self.num_heads, self.codec.head_dim))
+        first = self.empty
         self._check_room(count, first and self.exact_prefill)
         skipped = max(0, count - self._places) if first and self.exact_prefill else 0
         positions = torch.arange(skipped, count, device=self.device) + self.cumulative_length
@@ -112,8 +116,14 @@ class PagedLayer(CacheLayerMixin):
     def _write(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
         assert self.codec is not None
         assert self.buffer is not None
-        packed = compress_both(self.codec, keys, values)
-        torch.ops.turboquant.write_pages(packed.codes, packed.norms, self.buffer, self.block_table, positions)
+        slots = self.block_table.T[positions // PAGE_SIZE] * PAGE_SIZE + (positions % PAGE_SIZE)[:, None]
+        if keys.dtype in HALVES and self._native:
+            backend = "cuda"
+        elif keys.dtype != torch.float64 and ops.triton_runs_on(keys.device):
+            backend = "triton"
+        else:
+            backend = "reference"
+        store_tokens(keys, values, slots, self.buffer, self.codec, PAGE_SIZE, backend)
 
     def _paged(self, which: int) -> PagedTensor:
         assert self.buffer is not None
@@ -139,7 +149,8 @@ class PagedLayer(CacheLayerMixin):
 
     def _settle(self, device: torch.device) -> None:
         """Say that these tensors stay where they are, which CUDA graphs need to know."""
-        self.device = device
+        assert self.codec is not None
+        self.device, self._native = device, natively_stored(self.codec)
         if not torch.compiler.is_compiling():
             for x in (self.buffer, self.block_table, self.cumulative_length):
                 torch._dynamo.mark_static_address(x)

@@ -1,17 +1,29 @@
-"""Storage of one layer's packed keys and values: two buffers that grow in steps, and the part of them that is in use."""
+"""Storage of one layer's packed keys and values: a buffer that grows in steps, and the part of it that is in use.
+
+The buffer is laid out as one page of a :class:`turboquant_vllm.paged.PagedTQ4Cache` for each sequence, as long as the buffer
+has room for tokens. So the native kernel that writes pages writes it, too: keys and values in one launch, straight to their
+places.
+"""
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 
+from turboquant_vllm import ops
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.cuda.store import TokenWriter, store
+from turboquant_vllm.limits import DECODE_HEAD_DIMS, why_not_store
 
-__all__ = ["PackedStorage", "codec_for", "compress_both"]
+__all__ = ["HALVES", "PackedStorage", "check_sizes", "codec_for", "natively_stored", "page_views", "store_tokens"]
 
-# Room beyond what is needed when buffers are made: few copies later, and at most a thirty-second of memory unused.
+HALVES = (torch.float16, torch.bfloat16)
+
+# Room beyond what is needed when a buffer is made: few copies later, and at most a thirty-second of memory unused.
 _SPARE_TOKENS, _SPARE_SHARE = 256, 32
+_WHOLE = 16  # capacities are multiples of this, so that all parts of a page begin on 16-byte boundaries
 # Up to this many new tokens, keys and values are compressed in one call, on a copy.
 _FEW_TOKENS = 64
 
@@ -23,72 +35,123 @@ def codec_for(head_dim: int, seed: int, device: torch.device) -> TQ4Codec:
         return TQ4Codec(head_dim, seed=seed, device=device)
 
 
-def compress_both(codec: TQ4Codec, keys: torch.Tensor, values: torch.Tensor) -> TQ4Tensor:
-    """Keys and values ``[B, H_kv, n, D]`` as one compressed tensor ``[2, B, H_kv, n, D]``."""
-    if keys.shape[2] <= _FEW_TOKENS:
-        return codec.compress(torch.stack((keys, values)))
-    packed = codec.compress(keys), codec.compress(values)
-    return TQ4Tensor(torch.stack([x.codes for x in packed]), torch.stack([x.norms for x in packed]))
+@lru_cache(maxsize=8)
+def _slots(batch: int, capacity: int, device: torch.device) -> torch.Tensor:
+    """Slots of the tokens of all sequences, int32 ``[capacity, batch]``; layers of the same size share it."""
+    with torch.inference_mode(False):
+        first = torch.arange(batch, dtype=torch.int32, device=device) * capacity
+        return first + torch.arange(capacity, dtype=torch.int32, device=device)[:, None]
+
+
+def page_views(
+    buffer: torch.Tensor, num_heads: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Codes and norms of keys, ``[B, H_kv, n, D // 2]`` and ``[B, H_kv, n]``, then of values, in pages ``[B, bytes]``."""
+    chunks = buffer.unflatten(-1, (num_heads, -1))
+    tokens = chunks.shape[-1] // (head_dim + 8)
+    codes, norms = tokens * head_dim // 2, tokens * 4
+    parts = chunks.split((codes, codes, norms, norms), -1)
+    keys, values = (x.unflatten(-1, (tokens, head_dim // 2)) for x in parts[:2])
+    key_norms, value_norms = (x.view(torch.float32) for x in parts[2:])
+    return keys, key_norms, values, value_norms
+
+
+def check_sizes(got: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
+    """Whether states have the batch, heads and head dimension of those before: kernels take that for granted."""
+    if got != expected:
+        names = "sequences, heads and head dimension"
+        raise ValueError(f"keys: expected {names} {list(expected)}, as the cache holds, got {list(got)}")
+
+
+def natively_stored(codec: TQ4Codec) -> bool:
+    """Whether the native kernel stores vectors of half precision for ``codec``, on its device."""
+    return codec.rotation_kind == "hadamard" and codec.head_dim in DECODE_HEAD_DIMS and not ops.why_not_cuda(codec.device)
+
+
+def store_tokens(
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slots: torch.Tensor,
+    buffer: torch.Tensor,
+    codec: TQ4Codec,
+    page_size: int,
+    backend: str,
+) -> None:
+    """Compress ``[B, H_kv, n, D]`` keys and values into pages, in one launch, or in one for each sequence if n is not 1.
+
+    ``slots`` is ``[n, B]``, or ``[B]`` for one token; the rest as the operator ``turboquant::store`` takes it.
+    """
+    if keys.shape[2] == 1:
+        calls = [(keys.select(2, 0), values.select(2, 0), slots.view(-1))]
+    else:
+        calls = list(zip(keys.transpose(1, 2), values.transpose(1, 2), slots.unbind(1), strict=True))
+    if backend == "cuda" and why_not_store(*calls[0][:2], True, 0):  # vectors that do not lie as the kernel needs them
+        return store_tokens(keys.contiguous(), values.contiguous(), slots, buffer, codec, page_size, backend)
+    for k, v, to in calls:
+        if backend == "cuda" and not torch.compiler.is_compiling():  # the operator would take longer than its kernel
+            store(k, v, buffer, to, codec.rotation, codec.companding, codec.centroids, codec.scale, page_size)
+            continue
+        torch.ops.turboquant.store.default(k, v, buffer, to, *codec.writing, page_size, backend)
 
 
 class PackedStorage:
-    """Keys and values in 4 bits: tokens ``start`` to ``stop`` of buffers with room for more.
+    """Keys and values in 4 bits: tokens ``start`` to ``stop`` of a buffer with room for more.
 
     Attributes:
         codec: of keys and values.
-        codes: uint8 ``[2, B, H_kv, capacity, D // 2]``, keys before values.
-        norms: float32 ``[2, B, H_kv, capacity]``.
+        buffer: uint8 ``[B, H_kv * capacity * (D + 8)]``.
+        capacity: tokens of each sequence that the buffer has room for.
+        parts: views of it: :func:`page_views`.
         start, stop: the tokens in use.
     """
 
-    def __init__(self, codec: TQ4Codec, batch: int, num_heads: int, capacity: int = 0) -> None:
-        self.codec = codec
+    # How the last single token lay, and what writes such, if the native kernel does.
+    _layout: tuple[Any, ...] | None
+    _writer: TokenWriter | None
+
+    def __init__(self, codec: TQ4Codec, batch: int, num_heads: int) -> None:
+        self.codec, self.num_heads = codec, num_heads
         self.start = self.stop = 0
-        self._take(*self._allocate(batch, num_heads, capacity))
+        self._allocate(batch, _WHOLE)
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     @property
-    def capacity(self) -> int:
-        """Tokens that the buffers have room for."""
-        return self.norms.shape[3]
-
-    @property
     def device(self) -> torch.device:
-        """Where the buffers are."""
-        return self.codes.device
+        """Where the buffer is."""
+        return self.buffer.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the buffers, whether in use or not."""
-        return self.codes.nbytes + self.norms.nbytes
+        """Bytes of the buffer, whether in use or not."""
+        return self.buffer.nbytes
 
     def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Compress ``[B, H_kv, n, D]`` keys and values behind the last token."""
-        count = keys.shape[2]
-        if count <= _FEW_TOKENS:
-            self.put(compress_both(self.codec, keys, values))
+        batch, num_heads, count, head_dim = keys.shape
+        check_sizes((batch, num_heads, head_dim), (self.buffer.shape[0], self.num_heads, self.codec.head_dim))
+        first = self._take(count)
+        if count == 1 and self._native and self._write_one(keys, values, first):
             return
-        self._make_room(count)
-        for part, states in enumerate((keys, values)):  # one after the other, so that the codes of one alone exist twice
-            packed = self.codec.compress(states)
-            self.codes[part].narrow(2, self.stop, count).copy_(packed.codes)
-            self.norms[part].narrow(2, self.stop, count).copy_(packed.norms)
-        self.stop += count
+        if self._native and keys.dtype in HALVES:
+            slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)
+            slots = slots[first] if count == 1 else slots[first : self.stop]
+            store_tokens(keys, values, slots, self.buffer, self.codec, self.capacity, "cuda")
+        elif count <= _FEW_TOKENS:
+            self._put(first, *self.codec.compress(torch.stack((keys, values))))
+        else:
+            for part, states in enumerate((keys, values)):  # one after the other, so that the codes of one alone exist twice
+                self._put_part(part, first, *self.codec.compress(states))
 
     def put(self, packed: TQ4Tensor) -> None:
         """Append keys and values that are packed already, ``[2, B, H_kv, n, D]``."""
-        count = packed.norms.shape[3]
-        self._make_room(count)
-        self.codes.narrow(3, self.stop, count).copy_(packed.codes)
-        self.norms.narrow(3, self.stop, count).copy_(packed.norms)
-        self.stop += count
+        self._put(self._take(packed.norms.shape[3]), *packed)
 
     def last(self, count: int) -> tuple[TQ4Tensor, TQ4Tensor]:
         """Keys and values of the last ``count`` tokens; views, to be read before the next change."""
         first = self.stop - count
-        keys, key_norms, values, value_norms = (x.narrow(2, first, count) for x in self._parts)
+        keys, key_norms, values, value_norms = (x.narrow(2, first, count) for x in self.parts)
         return TQ4Tensor(keys, key_norms), TQ4Tensor(values, value_norms)
 
     def keep_last(self, count: int) -> None:
@@ -101,39 +164,70 @@ class PackedStorage:
 
     def select(self, sequences: torch.Tensor) -> None:
         """Replace the batch by the sequences of an index, int64 ``[n]``."""
-        sequences = sequences.to(self.device)
         with torch.inference_mode(False):
-            self._take(self.codes.index_select(1, sequences), self.norms.index_select(1, sequences))
+            self._use(self.buffer.index_select(0, sequences.to(self.device)))
 
     def move(self, device: torch.device) -> None:
-        """Bring the buffers to ``device``; copies to or from a GPU are queued, not waited for."""
-        if device != self.device:
+        """Bring the buffer to ``device``; copies to or from a GPU are queued, not waited for."""
+        if device != self.buffer.device:
             self.codec = codec_for(self.codec.head_dim, self.codec.seed, device)
             with torch.inference_mode(False):
-                self._take(self.codes.to(device, non_blocking=True), self.norms.to(device, non_blocking=True))
+                self._use(self.buffer.to(device, non_blocking=True))
+
+    def _take(self, count: int) -> int:
+        """The first of ``count`` more places; they are in use from now on."""
+        if self.stop + count > self.capacity:
+            self._make_room(count)
+        first, self.stop = self.stop, self.stop + count
+        return first
 
     def _make_room(self, count: int) -> None:
-        """Where ``count`` more tokens do not fit, move what is in use to the front of larger buffers, with room to spare."""
-        if self.stop + count <= self.capacity:
-            return
+        """Move what is in use to the front of a larger buffer, with room to spare beyond ``count`` more tokens."""
         needed = len(self) + count
         used = slice(self.start, self.stop)
-        old_codes, old_norms = self.codes[:, :, :, used], self.norms[:, :, :, used]
-        batch, num_heads = self.codes.shape[1:3]
+        old = [part[:, :, used] for part in self.parts]
         capacity = needed + max(_SPARE_TOKENS, needed // _SPARE_SHARE)
-        self._take(*self._allocate(batch, num_heads, capacity))
-        self.start, self.stop = 0, old_norms.shape[3]
-        self.codes[:, :, :, : self.stop] = old_codes
-        self.norms[:, :, :, : self.stop] = old_norms
+        self._allocate(self.buffer.shape[0], capacity // _WHOLE * _WHOLE)
+        self.start, self.stop = 0, len(self)
+        for part, x in zip(self.parts, old, strict=True):
+            part[:, :, : self.stop] = x
 
-    def _take(self, codes: torch.Tensor, norms: torch.Tensor) -> None:
-        """Use these buffers from now on."""
-        self.codes, self.norms = codes, norms
-        self._parts = (codes[0], norms[0], codes[1], norms[1])
+    def _write_one(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> bool:
+        """As :meth:`append` of one token, in the least time, if it lies as the one before did."""
+        layout = (keys.dtype, keys.shape, keys.stride(), values.stride())
+        if layout != self._layout:
+            self._layout, k, v = layout, keys.select(2, 0), values.select(2, 0)
+            self._writer = None
+            if keys.dtype in HALVES and not why_not_store(k, v, True, 0):
+                slots, codec = _slots(self.buffer.shape[0], self.capacity, self.buffer.device), self.codec
+                how = (codec.rotation, codec.companding, codec.centroids, codec.scale, self.capacity)
+                self._writer = TokenWriter(k, v, slots, self.buffer, *how)
+        k_at, v_at = keys.data_ptr(), values.data_ptr()
+        if self._writer is None or (k_at | v_at) % 16 or torch.compiler.is_compiling():
+            return False
+        self._writer(k_at, v_at, first)
+        return True
 
-    def _allocate(self, batch: int, num_heads: int, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-        shape, device = (2, batch, num_heads, capacity), self.codec.device
-        # Tensors born in inference mode could not be written to outside of it.
+    def _put(self, first: int, codes: torch.Tensor, norms: torch.Tensor) -> None:
+        for part in (0, 1):
+            self._put_part(part, first, codes[part], norms[part])
+
+    def _put_part(self, part: int, first: int, codes: torch.Tensor, norms: torch.Tensor) -> None:
+        for to, x in zip(self.parts[2 * part : 2 * part + 2], (codes, norms), strict=True):
+            to.narrow(2, first, x.shape[2]).copy_(x)
+
+    def _allocate(self, batch: int, capacity: int) -> None:
+        width = self.num_heads * capacity * (self.codec.head_dim + 8)
+        # A tensor born in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            codes = torch.empty((*shape, self.codec.head_dim // 2), dtype=torch.uint8, device=device)
-            return codes, torch.empty(shape, dtype=torch.float32, device=device)
+            self._use(torch.empty((batch, width), dtype=torch.uint8, device=self.codec.device))
+
+    def _use(self, buffer: torch.Tensor) -> None:
+        """Use this buffer from now on."""
+        self.buffer = buffer
+        self.parts = page_views(buffer, self.num_heads, self.codec.head_dim)
+        self.capacity = self.parts[1].shape[2]
+        # The native kernel counts the bytes of a page, and all slots, in 32 bits.
+        small = buffer.shape[0] * self.capacity < 2**31 and buffer.shape[1] < 2**32
+        self._native = small and natively_stored(self.codec)
+        self._layout = self._writer = None

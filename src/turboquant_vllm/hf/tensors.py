@@ -23,6 +23,8 @@ __all__ = ["CausalMask", "DeferredTensor", "PackedTensor", "find_parts", "unpack
 class DeferredTensor(torch.Tensor):
     """A tensor without storage. Every operation on it runs on :meth:`dense`, except for moving it to another device."""
 
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
     def dense(self) -> torch.Tensor:
         """The elements, as an ordinary tensor of this shape, dtype and device."""
         raise NotImplementedError
@@ -48,10 +50,14 @@ class DeferredTensor(torch.Tensor):
 
 
 class PackedTensor(DeferredTensor):
-    """Keys or values ``[B, H_kv, N, D]`` in 4 bits.
+    """Keys or values ``[B, H_kv, N, D]`` in 4 bits: N tokens from ``first`` on of tensors that may hold more.
 
     torch.compile follows a tensor of this kind from where it is made to where it is read, so it is made of tensors and
     constants alone; :meth:`of` makes one from a codec.
+
+    Attributes:
+        codes: uint8 ``[B, H_kv, capacity, D // 2]``.
+        norms: float32 ``[B, H_kv, capacity]``.
     """
 
     codes: torch.Tensor
@@ -59,6 +65,8 @@ class PackedTensor(DeferredTensor):
     rotation: torch.Tensor
     centroids: torch.Tensor
     kind: RotationKind
+    first: int
+    count: int
 
     @staticmethod
     def __new__(
@@ -69,25 +77,28 @@ class PackedTensor(DeferredTensor):
         centroids: torch.Tensor,
         kind: RotationKind,
         dtype: torch.dtype,
+        first: int,
+        count: int,
     ) -> PackedTensor:
-        shape = (*codes.shape[:-1], 2 * codes.shape[-1])
+        batch, heads = codes.shape[:2]
         make: Any = torch.Tensor._make_wrapper_subclass
-        self: PackedTensor = make(cls, shape, dtype=dtype, device=codes.device)
-        self.codes, self.norms = codes, norms
+        self: PackedTensor = make(cls, (batch, heads, count, rotation.shape[0]), dtype=dtype, device=codes.device)
+        self.codes, self.norms, self.first, self.count = codes, norms, first, count
         self.rotation, self.centroids, self.kind = rotation, centroids, kind
         return self
 
     @staticmethod
     def of(packed: TQ4Tensor, codec: TQ4Codec, dtype: torch.dtype) -> PackedTensor:
         """Vectors that ``codec`` has compressed, to be read in ``dtype``."""
-        return PackedTensor(packed.codes, packed.norms, codec.rotation, codec.centroids, codec.rotation_kind, dtype)
+        tables = (codec.rotation, codec.centroids, codec.rotation_kind)
+        return PackedTensor(packed.codes, packed.norms, *tables, dtype, 0, packed.codes.shape[2])
 
     def dense(self) -> torch.Tensor:
         packed, codec = unpack(self)
         return codec.decompress(packed, self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["codes", "norms", "rotation", "centroids"], (self.kind, self.dtype)
+        return ["codes", "norms", "rotation", "centroids"], (self.kind, self.dtype, self.first, self.count)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> PackedTensor:
@@ -96,7 +107,8 @@ class PackedTensor(DeferredTensor):
 
 def unpack(x: PackedTensor) -> tuple[TQ4Tensor, TQ4Codec]:
     """Codes and norms, and what reads them. A function, since torch.compile follows no property of a tensor."""
-    return TQ4Tensor(x.codes, x.norms), TQ4Codec.reader(x.rotation, x.centroids, x.kind)
+    codes, norms = (t.narrow(2, x.first, x.count) for t in (x.codes, x.norms))
+    return TQ4Tensor(codes, norms), TQ4Codec.reader(x.rotation, x.centroids, x.kind)
 
 
 class CausalMask(DeferredTensor):

@@ -1,0 +1,104 @@
+"""A growing cache through the native kernels' own source, lane by lane on a CPU: what it stores, and attention over it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from attention_cases import compare
+from compression_checks import check_compress
+from kernel_lanes import emulated_decode, emulated_store, needs_compiler  # noqa: F401
+from turboquant_vllm import ops, reference
+from turboquant_vllm.hf import attention
+from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
+from turboquant_vllm.hf.masks import attention_mask
+from turboquant_vllm.hf.static import PagedLayer
+from turboquant_vllm.hf.storage import codec_for
+from turboquant_vllm.hf.tensors import unpack
+
+pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_store", "emulated_decode", "native")]
+
+BATCH, HEADS, GROUP, WINDOW = 2, 3, 4, 21
+
+
+@pytest.fixture
+def native(monkeypatch):
+    """The native kernels say that they run here; nothing else may compress or attend."""
+
+    def refuse(*args, **options):
+        raise AssertionError("expected a native kernel")
+
+    monkeypatch.setattr(ops, "why_not_cuda", lambda device: "")
+    monkeypatch.setattr(ops, "_compress", refuse)
+    monkeypatch.setattr(attention, "tq4_attention", refuse)
+    attention._decodes.cache_clear()
+    yield
+    attention._decodes.cache_clear()
+
+
+def as_models_make_them(x):
+    """The same ``[B, H, n, D]``, laid out token by token, as projections leave it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("window", "head_dim", "dtype", "counts"),
+    [
+        (None, 128, torch.bfloat16, (5, 1, 1, 3, 1)),
+        (None, 64, torch.float16, (270, 1, 20, 1)),  # the buffer is replaced on the way
+        (WINDOW, 128, torch.float16, (30, 1, 1, 2, 1)),
+    ],
+)
+def test_a_layer(window, head_dim, dtype, counts, generator):
+    layer = PackedLayer(0, seed=3) if window is None else PackedSlidingLayer(0, window, seed=3)
+    module = torch.nn.Module()
+    codec, seen = codec_for(head_dim, 3, torch.device("cpu")), torch.empty(2, BATCH, HEADS, 0, head_dim, dtype=dtype)
+    for step, count in enumerate(counts):
+        draw = torch.randn(2, BATCH, HEADS, count, head_dim, generator=generator).to(dtype)
+        key, value = (as_models_make_them(x) for x in draw)
+        seen = torch.cat((seen, draw), 3)
+        keys, values = layer.update(key, value)
+        if step == 0:
+            continue
+        for got, want in zip((keys, values), seen[:, :, :, -keys.shape[2] :], strict=True):
+            packed, _ = unpack(got)
+            check_compress(lambda *_, packed=packed: packed, want, codec)
+
+        query = torch.randn(BATCH, count, HEADS * GROUP, head_dim, generator=generator).to(dtype).transpose(1, 2)
+        if count * GROUP > 32:
+            continue  # not for these kernels
+        kv_len = keys.shape[2]
+        mask = attention_mask(BATCH, count, kv_len, kv_len - count, device="cpu")
+        got, _ = attention.attention_forward(module, query, keys, values, mask, scaling=0.07)
+        (k, _), (v, _) = unpack(keys), unpack(values)
+        tables = (codec.centroids, codec.rotation, 0.07, True)
+        want, _ = reference.attention(query.double(), *k, *v, *tables)
+        compare(got.transpose(1, 2), want, dtype)
+
+
+def test_a_layer_of_fixed_size(generator):
+    layer = PagedLayer(0, 300, seed=0)
+    codec, seen = codec_for(128, 0, torch.device("cpu")), []
+    for count in (70, 1, 3, 1):
+        seen.append(torch.randn(2, BATCH, HEADS, count, 128, generator=generator).to(torch.bfloat16))
+        layer.update(*(as_models_make_them(x) for x in seen[-1]))
+    for found, want in zip(layer.export()[:2], torch.cat(seen, 3), strict=True):
+        check_compress(lambda *_, found=found: found, want, codec)
+
+
+def test_states_that_lie_badly_are_copied(generator):
+    layer, codec = PackedLayer(0, seed=0), codec_for(64, 0, torch.device("cpu"))
+    x = torch.randn(BATCH, HEADS, 6, 69, generator=generator).half()[..., 5:]
+    for tokens in (slice(0, 4), slice(4, 5), slice(5, 6)):
+        layer.update(x[:, :, tokens], x[:, :, tokens])
+    check_compress(lambda *_: layer.export()[1], x, codec)
+
+
+@pytest.mark.parametrize("make", [lambda: PackedLayer(0, seed=0), lambda: PagedLayer(0, 64, seed=0)])
+def test_another_batch_is_refused(make):
+    layer, x = make(), torch.zeros(BATCH, HEADS, 1, 64, dtype=torch.float16)
+    layer.update(x, x)
+    with pytest.raises(ValueError, match=r"expected sequences, heads and head dimension \[2, 3, 64\]"):
+        layer.update(x[:1], x[:1])
