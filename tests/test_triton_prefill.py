@@ -79,6 +79,20 @@ def test_slices(interpreter, generator, slice_len, is_causal, q_len, kv_len):
     check(sliced(interpreter, slice_len), case)
 
 
+@pytest.mark.parametrize(("q_len", "kv_len"), [(40, 200), (40, 30), (3, 0)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sinks(interpreter, generator, is_causal, q_len, kv_len):
+    case = random_case(generator, dtype=HALF, batch=2, q_len=q_len, kv_len=kv_len, is_causal=is_causal)
+    case = case.replace(sinks=torch.randn(4, generator=generator) + 3)
+    patch = {"triton.prefill:SCRATCH_BYTES": 32 * 2 * 2 * 64 * 2}  # keys; K and V; heads; head_dim; bytes
+
+    def run(*args):
+        *plain, _, _, sinks = args
+        return interpreter.call("triton.prefill:attention", *plain, sinks, patch=patch)
+
+    check(run, case)
+
+
 def test_batch_changes_no_bits_where_the_scratch_is_short(interpreter, generator):
     case = random_case(generator, dtype=HALF, batch=3, q_len=40, kv_len=50, is_causal=True)
     run = sliced(interpreter, 120)  # two sequences at a time

@@ -189,7 +189,11 @@ def _attention(
     """Attention of some sequences that share a scratch; ``like`` has the batch size, dtype and device of the queries."""
     shape = (2, like.shape[0], packed.k.shape[1], slice_len, like.shape[3])
     scratch = torch.empty(shape, dtype=like.dtype, device=like.device)
-    sinks = None if sinks is None else sinks.contiguous()
+    if sinks is not None:
+        sinks = sinks.contiguous()
+        if target is None:  # what dense attention makes knows of no sinks
+            out = torch.empty((like.shape[0], like.shape[1], q_len, like.shape[3]), dtype=like.dtype, device=like.device)
+            target = Part(out, torch.empty(out.shape[:3], dtype=torch.float32, device=like.device), 0)
 
     def dense_slice(first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = scratch[:, :, :, : stop - first].unbind()
