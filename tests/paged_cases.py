@@ -163,7 +163,7 @@ def check_batch(run: Run, batch: Batch, *, gate: bool = True) -> tuple[torch.Ten
             check_sequence(case, out[tokens], lse[tokens])
             want, want_lse = expected(case)
             seen = want_lse != float("-inf")
-            if gate and seen.any():
+            if gate and want[seen].any():
                 unit = want.abs().max()
                 results = (out[tokens].transpose(0, 1)[None].double(), want, pytorch_attention(case).double())
                 gated.append([(x[seen] / unit).flatten() for x in results])

@@ -31,7 +31,7 @@ def _take(part, count, batch, head, heads, n, column, state, D: tl.constexpr):
     x, lse, x_b, x_h, x_n, rows, first = part
     top, total, acc = state
     live, row = n < count, first + n
-    x = tl.load(x + (batch * x_b + head * x_h + row * x_n)[:, None] + column[None, :],
+    x = tl.load(x + (batch * x_b + head * x_h + row * x_n)[:, None] * D + column[None, :],
                 mask=live[:, None] & (column[None, :] < D), other=0.0)  # fmt: skip  # [BM, DP]
     log = tl.load(lse + (batch * heads + head) * rows + row, mask=live, other=float("-inf"))
     x = tl.where((log == float("-inf"))[:, None], 0.0, x)  # without a weight: whatever it is, NaN included
@@ -42,17 +42,19 @@ def _take(part, count, batch, head, heads, n, column, state, D: tl.constexpr):
 
 
 # Arguments that change with a length are not specialised: a new length must never compile anything.
-_LENGTHS = ["count", "used", "first", "x_b", "l_b"]
-_LENGTHS += [f"{name}{i}" for name in ("x_b", "x_h", "rows", "first") for i in range(MOST_PARTS)]
+_LENGTHS = ["count", "used", "first", "x_b", "x_h", "x_n", "l_b", "l_h"]
+_LENGTHS += [f"{name}{i}" for name in ("x_b", "x_h", "x_n", "rows", "first") for i in range(MOST_PARTS)]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
 def merge_kernel(count, used, heads, sinks, part0, lse0, x_b0, x_h0, x_n0, rows0, first0, part1, lse1, x_b1, x_h1, x_n1, rows1,
                  first1, part2, lse2, x_b2, x_h2, x_n2, rows2, first2, part3, lse3, x_b3, x_h3, x_n3, rows3, first3, out, lse,
-                 x_b, x_h, x_n, x_d, l_b, l_h, l_n, first, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+                 x_b, x_h, x_n, x_d, l_b, l_h, l_n, first, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                 BM: tl.constexpr):  # fmt: skip
     """Join ``count`` rows of the first ``used`` parts ``[batch, heads, rows, D]``, each from its ``first`` on, into out's.
 
-    A part's log-sum-exps are contiguous. ``sinks`` is None or holds one logit more for each head, whose value is zero.
+    Strides are in units of D for parts and of UNIT for out, but for its last. A part's log-sum-exps are contiguous. ``sinks``
+    is None or holds one logit more for each head, whose value is zero.
     """
     n = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)  # [BM]
     batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
@@ -77,7 +79,7 @@ def merge_kernel(count, used, heads, sinks, part0, lse0, x_b0, x_h0, x_n0, rows0
     tl.debug_barrier()
     row, live = first + n, n < count
     x = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + (batch * x_b + head * x_h + row * x_n)[:, None] + column.to(tl.int64)[None, :] * x_d, x,
+    tl.store(out + (batch * x_b + head * x_h + row * x_n)[:, None] * UNIT + column.to(tl.int64)[None, :] * x_d, x,
              mask=live[:, None] & (column[None, :] < D))  # fmt: skip
     tl.store(lse + batch * l_b + head * l_h + row * l_n, tl.where(empty, float("-inf"), top + tl.log(total)), mask=live)
 
@@ -236,10 +238,20 @@ def merge(parts: Sequence[Part], first_row: int, stop_row: int, target: Part, si
     # Parts that are not there are not read; one kernel serves any number.
     for i in range(MOST_PARTS):
         part = parts[min(i, len(parts) - 1)] if parts else target
-        assert part.out.stride(3) == 1 or not parts
-        given += [part.out, part.lse, *part.out.stride()[:3], part.out.shape[2], first_row - part.first_row]
+        *strides, last = part.out.stride()
+        assert not parts or (last == 1 and not any(stride % head_dim for stride in strides))
+        given += [
+            part.out,
+            part.lse,
+            *(stride // head_dim for stride in strides),
+            part.out.shape[2],
+            first_row - part.first_row,
+        ]
+    *strides, last = target.out.stride()
+    unit = 1 if any(stride % head_dim for stride in strides) else head_dim  # says how loads and stores are aligned
     count = stop_row - first_row
     merge_kernel[(batch * num_heads, -(-count // _BLOCK))](
-        count, len(parts), num_heads, sinks, *given, target.out, target.lse, *target.out.stride(), *target.lse.stride(),
-        first_row - target.first_row, D=head_dim, DP=1 << (head_dim - 1).bit_length(), BM=_BLOCK,
+        count, len(parts), num_heads, sinks, *given, target.out, target.lse, *(stride // unit for stride in strides), last,
+        *target.lse.stride(), first_row - target.first_row, UNIT=unit, D=head_dim, DP=1 << (head_dim - 1).bit_length(),
+        BM=_BLOCK,
     )  # fmt: skip
