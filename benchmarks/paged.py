@@ -1,4 +1,5 @@
-"""Rows of ``benchmarks/serving.py`` about pages: decode against our own dense call, and a mixed batch against its two parts.
+"""Rows of ``benchmarks/serving.py`` about pages: decode against our own dense call, prompts whose lengths the host knows
+against PyTorch's best dense attention, and a mixed batch against its two parts.
 
 Both sides of a row read the same bytes, the pages in random order. Answers are checked against the reference in float64, and
 whole public calls are timed, replayed from CUDA graphs.
@@ -22,15 +23,24 @@ DECODE = [
     ("paged-d", 32, 32, 8, 4096),
     ("paged-e", 16, 64, 8, 32768),
 ]
+# id, query heads, kv heads, query tokens, keys
+PROMPTS = [("prefill", 32, 8, 8192, 8192), ("chunk512", 32, 8, 512, 32768 + 512)]
 # Sequences, query tokens and keys of each.
 DECODES, CHUNKS = (56, 1, 8192), (8, 512, 8192 + 512)
 
 
 class Batch:
-    """Sequences of one length each in pages in random order, and the call over them."""
+    """Sequences of some lengths in pages in random order, and the call over them; ``known``: with the lengths for the host."""
 
     def __init__(
-        self, codec: TQ4Codec, caches: list[tuple[TQ4Tensor, TQ4Tensor]], tokens: list[int], heads: int, page: int
+        self,
+        codec: TQ4Codec,
+        caches: list[tuple[TQ4Tensor, TQ4Tensor]],
+        tokens: list[int],
+        heads: int,
+        page: int,
+        *,
+        known: bool = False,
     ) -> None:
         counts = [k.codes.shape[0] * -(-k.codes.shape[2] // page) for k, _ in caches]
         kv_heads = caches[0][0].codes.shape[1]
@@ -46,14 +56,14 @@ class Batch:
         queries = [n for (k, _), n in zip(caches, tokens, strict=True) for _ in range(k.codes.shape[0])]
         self.seq_lens = torch.tensor(lengths, dtype=torch.int32, device="cuda")
         self.cu_seqlens_q = torch.tensor([0, *queries], device="cuda").cumsum(0).int()
-        self.max_query_len, self.max_seq_len = max(queries), max(lengths)
+        self.bounds: dict[str, Any] = {"max_query_len": max(queries), "max_seq_len": max(lengths)}
+        if known:
+            self.bounds = {"seq_lens_cpu": self.seq_lens.tolist(), "cu_seqlens_q_cpu": self.cu_seqlens_q.tolist()}
         self.q = torch.randn(sum(queries), heads, HEAD_DIM, dtype=torch.float16, device="cuda")
 
     def __call__(self) -> torch.Tensor:
         index = (self.block_table, self.seq_lens, self.cu_seqlens_q)
-        return tq4_paged_attention(
-            self.q, self.cache, self.codec, *index, max_query_len=self.max_query_len, max_seq_len=self.max_seq_len
-        )
+        return tq4_paged_attention(self.q, self.cache, self.codec, *index, **self.bounds)
 
 
 def _fill(cache: PagedTQ4Cache, k: TQ4Tensor, v: TQ4Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -90,7 +100,32 @@ def decode_row(case: tuple[str, int, int, int, int], page: int, codec: TQ4Codec,
     }
 
 
-def mixed_row(page: int, codec: TQ4Codec) -> dict[str, Any]:
+def prompt_row(case: tuple[str, int, int, int, int], page: int, codec: TQ4Codec) -> dict[str, Any]:
+    """``ratio`` is the best dense time over ours; PyTorch's dense attention has a causal mask for whole prompts alone."""
+    name, heads, kv_heads, q_len, kv_len = case
+    k, v = (random_cache(1, kv_heads, kv_len, HEAD_DIM) for _ in range(2))
+    batch = Batch(codec, [(k, v)], [q_len], heads, page, known=True)
+    q = batch.q.transpose(0, 1)[None]
+    worst = error(q, k, v, codec, True, batch().transpose(0, 1)[None])
+    ours, eager = common.median_ms(common.graphed(batch), 60), common.median_ms(batch, 60)
+    k_dense, v_dense = (torch.randn(1, kv_heads, kv_len, HEAD_DIM, dtype=q.dtype, device="cuda") for _ in range(2))
+    best, backend, _ = common.best_dense_ms(q.contiguous(), k_dense, v_dense, q_len == kv_len, rep=60, graph=True)
+    return {
+        "id": f"{name}-page{page}",
+        "scope": "call",
+        "shape": {"heads": heads, "kv_heads": kv_heads, "q_len": q_len, "kv_len": kv_len, "head_dim": HEAD_DIM},
+        "page_size": page,
+        "dtype": "fp16",
+        "ours_ms": round(ours, 5),
+        "ours_eager_ms": round(eager, 5),
+        "best_fp16_ms": round(best, 5),
+        "best_backend": backend,
+        "ratio": round(best / ours, 3),
+        "max_abs_err": worst,
+    }
+
+
+def mixed_row(page: int, codec: TQ4Codec, known: bool) -> dict[str, Any]:
     """Decodes and chunks of prompts in one call; ``ratio`` is the time of two calls, one for each kind, over it."""
     heads, kv_heads = 32, 8
     caches = [
@@ -98,8 +133,8 @@ def mixed_row(page: int, codec: TQ4Codec) -> dict[str, Any]:
         for count, _, kv_len in (DECODES, CHUNKS)
     ]
     tokens = [DECODES[1], CHUNKS[1]]
-    together = Batch(codec, caches, tokens, heads, page)
-    apart = [Batch(codec, [cache], [count], heads, page) for cache, count in zip(caches, tokens, strict=True)]
+    together = Batch(codec, caches, tokens, heads, page, known=known)
+    apart = [Batch(codec, [cache], [count], heads, page, known=known) for cache, count in zip(caches, tokens, strict=True)]
     out, first = together(), 0
     worst = 0.0
     for (k, v), (count, n, _) in zip(caches, (DECODES, CHUNKS), strict=True):
@@ -110,7 +145,7 @@ def mixed_row(page: int, codec: TQ4Codec) -> dict[str, Any]:
     ours = common.median_ms(common.graphed(together))
     parts = [common.median_ms(common.graphed(part)) for part in apart]
     return {
-        "id": f"mixed-page{page}",
+        "id": f"mixed{'-known' if known else ''}-page{page}",
         "scope": "call",
         "shape": {"decodes": DECODES, "chunks": CHUNKS, "heads": heads, "kv_heads": kv_heads, "head_dim": HEAD_DIM},
         "page_size": page,
@@ -130,6 +165,10 @@ def rows(codec: TQ4Codec, bandwidth: float) -> list[dict[str, Any]]:
         for case in DECODE:
             result.append(decode_row(case, page, codec, bandwidth))
             torch.cuda.empty_cache()
-        result.append(mixed_row(page, codec))
-        torch.cuda.empty_cache()
+        for prompt in PROMPTS:
+            result.append(prompt_row(prompt, page, codec))
+            torch.cuda.empty_cache()
+        for known in (False, True):
+            result.append(mixed_row(page, codec, known))
+            torch.cuda.empty_cache()
     return result

@@ -16,6 +16,8 @@ import torch
 
 from attention_cases import Case, check, check_gate, expected, levels_and_rotation, pytorch_attention
 from turboquant_vllm import PagedTQ4Cache, reference
+from turboquant_vllm.checks import PagedShape
+from turboquant_vllm.lengths import HostLengths
 
 Run = Callable[["Batch"], tuple[torch.Tensor, torch.Tensor]]
 HALF, FULL = torch.float16, torch.float32
@@ -161,7 +163,7 @@ def check_batch(run: Run, batch: Batch, *, gate: bool = True) -> tuple[torch.Ten
             check_sequence(case, out[tokens], lse[tokens])
             want, want_lse = expected(case)
             seen = want_lse != float("-inf")
-            if gate and seen.any():
+            if gate and want[seen].any():
                 unit = want.abs().max()
                 results = (out[tokens].transpose(0, 1)[None].double(), want, pytorch_attention(case).double())
                 gated.append([(x[seen] / unit).flatten() for x in results])
@@ -191,3 +193,17 @@ def operator_arguments(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> tu
     q, cache, *rest = arguments(batch)
     bounds = (q.shape[0], batch.block_table.shape[1] * cache.page_size)
     return (q, cache.buffer, cache.page_size, cache.num_kv_heads, *rest, *bounds, out, lse, *batch.masks.values())
+
+
+def host_lengths(batch: Batch) -> tuple[list[int], list[int]] | tuple[None, None]:
+    """The batch's lengths as ``seq_lens_cpu, cu_seqlens_q_cpu``; None for those that the public function refuses."""
+    lens, starts = batch.seq_lens.tolist(), batch.cu_seqlens_q.tolist()
+    shape = PagedShape(
+        batch.q.shape[0], len(lens), batch.q.shape[1], batch.cache.num_kv_heads, batch.cache.head_dim, batch.cache.page_size,
+        batch.block_table.shape[1],
+    )  # fmt: skip
+    try:
+        HostLengths.check(lens, starts, shape)
+    except ValueError:
+        return None, None
+    return lens, starts

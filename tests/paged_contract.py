@@ -102,6 +102,15 @@ class PagedContract:
         assert (out[unseen] == 0).all()
         assert torch.allclose(lse[unseen], sinks.expand(2, 4), rtol=1e-6)
 
+    def test_sinks(self, run, device, dtype, generator):
+        sinks = torch.randn(4, generator=generator).to(device) + 3
+        sinks[1] = float("-inf")  # none
+        lengths = [(20, 300), (1, 40), (30, 9), (3, 30), (2, 0)]
+        batch = random_batch(generator, lengths, dtype=dtype, device=device, sinks=sinks)
+        out, lse = check_batch(run, batch)
+        assert (out[batch.tokens[4]] == 0).all()
+        assert torch.allclose(lse[batch.tokens[4]], sinks.expand(2, 4), rtol=1e-6)
+
     @pytest.mark.parametrize("sequence", range(3))
     def test_nan_stays_in_its_sequence(self, run, device, dtype, generator, sequence):
         batch = random_batch(generator, [(1, 40), (20, 40), (3, 40)], dtype=dtype, device=device)

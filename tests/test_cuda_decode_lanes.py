@@ -44,11 +44,11 @@ def test_rotation_folded_into_the_weights(generator):
     compare(out, want.double() @ rotation.T, HALF)
 
 
-def run_paged(batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unserved rows stay NaN."""
+def run_paged(batch: Any, longest: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unserved rows stay NaN; ``longest``: query tokens of a sequence that is served."""
     out = torch.full_like(batch.q, float("nan"))
     lse = torch.full(batch.q.shape[:2], float("nan"))
-    longest = int(batch.cu_seqlens_q.diff().max())
+    longest = int(batch.cu_seqlens_q.diff().max()) if longest is None else longest
     pages = (batch.cache.buffer, batch.cache.page_size, batch.cache.num_kv_heads, batch.block_table, batch.seq_lens)
     how = (batch.centroids, batch.rotation, batch.sm_scale, batch.causal, longest, int(batch.seq_lens.max()))
     paged.decode_pages(batch.q, *pages, batch.cu_seqlens_q, *how, out, lse)
@@ -70,9 +70,10 @@ def test_pages(generator, head_dim, group, page_size, lengths, causal):
     check_batch(run_paged, random_batch(generator, lengths, dtype=HALF, device="cpu", **sizes))
 
 
-def test_sequences_of_many_rows_are_left_alone(generator):
-    batch = random_batch(generator, [(1, 40), (9, 30), (2, 33)], dtype=HALF, device="cpu", head_dim=64, group=4)
-    out, lse = run_paged(batch)
+@pytest.mark.parametrize(("head_dim", "longest"), [(64, None), (64, 2), (256, 4)])
+def test_sequences_of_many_rows_are_left_alone(generator, head_dim, longest):
+    batch = random_batch(generator, [(1, 40), (9, 30), (2, 33)], dtype=HALF, device="cpu", head_dim=head_dim, group=4)
+    out, lse = run_paged(batch, longest)
     assert out[1:10].isnan().all()
     assert lse[1:10].isnan().all()
     assert out[:1].isfinite().all()

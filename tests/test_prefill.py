@@ -26,20 +26,25 @@ from turboquant_vllm.prefill import (
 CPU = torch.device("cpu")
 
 
-def merge(parts: Sequence[Part], first_row: int, stop_row: int, target: Part) -> None:
-    assert 1 <= len(parts) <= MOST_PARTS
+def merge(parts: Sequence[Part], first_row: int, stop_row: int, target: Part, is_last: bool) -> None:
+    assert len(parts) <= MOST_PARTS
 
     def some(part: Part) -> tuple[torch.Tensor, torch.Tensor]:
         rows = (slice(None), slice(None), slice(first_row - part.first_row, stop_row - part.first_row))
-        assert part.out.is_contiguous()
+        assert part.first_row <= first_row
         assert part.lse.is_contiguous()
         assert part.out[rows].shape[2] == stop_row - first_row
         return part.out[rows], part.lse[rows]
 
+    out, lse = some(target)
+    if not parts:
+        assert is_last
+        out[:], lse[:] = 0, float("-inf")
+        return
     outs, lses = zip(*(some(part) for part in parts), strict=True)
-    out, lse = merge_attention_states(torch.stack([out.float() for out in outs]), torch.stack(lses))
-    some(target)[0].copy_(out)
-    some(target)[1].copy_(lse)
+    joined, joined_lse = merge_attention_states(torch.stack([out.float() for out in outs]), torch.stack(lses))
+    out.copy_(joined)
+    lse.copy_(joined_lse)
 
 
 class Scratch:
@@ -73,13 +78,21 @@ class Recorder:
         return dense_attention(CPU, q.dtype, q.shape[-1]).run(q, k, v, is_causal, sm_scale)
 
 
-def run(case: Case, slice_len: int, grain: int = 1) -> tuple[torch.Tensor, torch.Tensor, Recorder]:
+def widened(q: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """Rows ``first .. stop`` of q; those that it does not have are NaN."""
+    inside = q[:, :, max(first, 0) : stop]
+    return torch.nn.functional.pad(inside, (0, 0, max(-first, 0), max(stop - q.shape[2], 0)), value=float("nan"))
+
+
+def run(case: Case, slice_len: int, grain: int = 1, target: Part | None = None) -> tuple[torch.Tensor, torch.Tensor, Recorder]:
     dense = Recorder(grain)
-    out, lse = attention_over_slices(
-        case.q, case.k.shape[2], case.sm_scale, case.is_causal,
-        slice_len=slice_len, unpack=Scratch(case, slice_len).unpack, dense=Dense(dense, grain), merge=merge,
+    part = attention_over_slices(
+        lambda first, stop: widened(case.q, first, stop), case.q.shape[2], case.k.shape[2], case.sm_scale, case.is_causal,
+        slice_len=slice_len, unpack=Scratch(case, slice_len).unpack, dense=Dense(dense, grain), merge=merge, target=target,
     )  # fmt: skip
-    return out, lse, dense
+    assert part.first_row == 0
+    assert target is None or part is target
+    return part.out, part.lse, dense
 
 
 @given(
@@ -91,26 +104,27 @@ def run(case: Case, slice_len: int, grain: int = 1) -> tuple[torch.Tensor, torch
     grain=st.sampled_from([1, 2, 8]),
     is_causal=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float16]),
+    in_place=st.booleans(),
     seed=st.integers(0, 2**31 - 1),
 )
-def test_slices_give_the_whole(batch, group, q_len, kv_len, slice_grains, grain, is_causal, dtype, seed):
+def test_slices_give_the_whole(batch, group, q_len, kv_len, slice_grains, grain, is_causal, dtype, in_place, seed):
     case = random_case(
         torch.Generator().manual_seed(seed), dtype=dtype, batch=batch, group=group, q_len=q_len, kv_len=kv_len,
         head_dim=16, is_causal=is_causal,
     )  # fmt: skip
-    out, lse, dense = run(case, slice_grains * grain, grain)
+    target = Part(torch.full_like(case.q, float("nan")), torch.full(case.q.shape[:3], float("nan")), 0) if in_place else None
+    out, lse, dense = run(case, slice_grains * grain, grain, target)
     want, want_lse = reference.attention(case.q.double(), *case.arguments[1:])
     assert (out.dtype, lse.dtype) == (dtype, torch.float32)
-    assert out.is_contiguous()
-    assert lse.is_contiguous()
     unseen = want_lse == float("-inf")
     assert (out[unseen] == 0).all()
     assert torch.equal(lse == float("-inf"), unseen)
     if not unseen.all():
         compare(out, want, dtype)
         compare(lse[~unseen], want_lse[~unseen], dtype, at_least=1.0, what="lse")
-    # Shapes are multiples of the grain, but for one short rest of the keys.
-    assert all(rows % grain == 0 and (keys % grain == 0 or keys < grain) for rows, keys in dense.shapes)
+    # Shapes are multiples of the grain, but for one short rest of the keys where there is no causal mask.
+    assert all(rows % grain == 0 for rows, _ in dense.shapes)
+    assert all(keys % grain == 0 or (keys < grain and not is_causal) for _, keys in dense.shapes)
 
 
 @given(
@@ -149,9 +163,16 @@ def test_one_slice_is_one_dense_call_without_joining(generator):
     case = random_case(generator, dtype=torch.float32, q_len=8, kv_len=8, is_causal=True)
     dense = Recorder(4)
     attention_over_slices(
-        case.q, 8, case.sm_scale, True, slice_len=12, unpack=Scratch(case, 12).unpack, dense=Dense(dense, 4), merge=refuse
-    )
+        lambda first, stop: case.q[:, :, first:stop], 8, 8, case.sm_scale, True, slice_len=12,
+        unpack=Scratch(case, 12).unpack, dense=Dense(dense, 4), merge=refuse,
+    )  # fmt: skip
     assert dense.shapes == [(8, 8)]
+
+
+def test_a_chunk_behind_a_prefix_of_odd_length_is_two_calls(generator):
+    # The square begins at a multiple of the grain; what is before it is read by as few rows as the chunk needs.
+    case = random_case(generator, dtype=torch.float32, q_len=8, kv_len=27, is_causal=True)
+    assert run(case, 40, 8)[2].shapes == [(8, 16), (16, 16)]
 
 
 def test_pieces_of_a_chunk_over_a_prefix():

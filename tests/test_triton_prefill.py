@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from importlib import metadata
 
+import hypothesis
 import pytest
 import torch
+from hypothesis import strategies as st
 from packaging.version import Version
 
 from attention_cases import check, compare, random_case
-from attention_contract import HEAD_DIM, AttentionContract, check_causal_sizes
-from turboquant_vllm import PagedTQ4Cache, reference
+from attention_contract import AttentionContract, check_causal_sizes
+from paged_cases import check_batch, host_lengths, operator_arguments, random_batch
+from paged_contract import PagedContract
+from turboquant_vllm import reference
 
 VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
 pytestmark = [
@@ -75,6 +79,20 @@ def test_slices(interpreter, generator, slice_len, is_causal, q_len, kv_len):
     check(sliced(interpreter, slice_len), case)
 
 
+@pytest.mark.parametrize(("q_len", "kv_len"), [(40, 200), (40, 30), (3, 0)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sinks(interpreter, generator, is_causal, q_len, kv_len):
+    case = random_case(generator, dtype=HALF, batch=2, q_len=q_len, kv_len=kv_len, is_causal=is_causal)
+    case = case.replace(sinks=torch.randn(4, generator=generator) + 3)
+    patch = {"triton.prefill:SCRATCH_BYTES": 32 * 2 * 2 * 64 * 2}  # keys; K and V; heads; head_dim; bytes
+
+    def run(*args):
+        *plain, _, _, sinks = args
+        return interpreter.call("triton.prefill:attention", *plain, sinks, patch=patch)
+
+    check(run, case)
+
+
 def test_batch_changes_no_bits_where_the_scratch_is_short(interpreter, generator):
     case = random_case(generator, dtype=HALF, batch=3, q_len=40, kv_len=50, is_causal=True)
     run = sliced(interpreter, 120)  # two sequences at a time
@@ -114,38 +132,48 @@ def test_unpack(interpreter, generator, dtype, head_dim, layout):
     assert (values[0, 1, 42 - first] == 0).all()
 
 
-@pytest.mark.parametrize(("q_len", "kv_len"), [(9, 70), (70, 70), (5, 16), (20, 0)])
-@pytest.mark.parametrize("page_size", [16, 48])
-def test_pages(interpreter, generator, page_size, q_len, kv_len):
-    case = random_case(generator, dtype=FULL, q_len=q_len, kv_len=kv_len, is_causal=True)
-    used = -(-kv_len // page_size)
-    table = torch.randperm(used + 3, generator=generator, dtype=torch.int32)[:used]
-    # Whatever is no token of the sequence is poison: a norm of these bytes is NaN.
-    cache = PagedTQ4Cache.allocate(used + 3, page_size=page_size, num_kv_heads=2, head_dim=HEAD_DIM)
-    cache.buffer.fill_(255)
-    pages = cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms
-    for i, page in enumerate(table.tolist()):
-        for x, place in zip((case.k, case.k_norms, case.v, case.v_norms), pages, strict=True):
-            some = x[0, :, i * page_size : (i + 1) * page_size]
-            place[page, :, : some.shape[1]] = some
-    patch = {"triton.prefill:SCRATCH_BYTES": 40 * 2 * 2 * HEAD_DIM * 4}  # keys; K and V; heads; head_dim; bytes
-    # Beyond the sequence a table may hold anything.
-    table = torch.cat([table, torch.tensor([2**31 - 1, -1], dtype=torch.int32)])
+@pytest.fixture
+def run_pages(interpreter):
+    """Calls over pages whose lengths the host knows: slices of 48 keys or so for sequences of more than 8 rows."""
 
-    def run(q: torch.Tensor, *others: object) -> object:
-        *_, centroids, rotation, sm_scale, is_causal = others
-        path = "triton.prefill:paged_attention"
-        return interpreter.call(path, q, *pages, table, kv_len, centroids, rotation, sm_scale, is_causal, patch=patch)
+    def call(batch, **options):
+        out = torch.full_like(batch.q, float("nan"), memory_format=torch.contiguous_format)
+        lse = torch.full(batch.q.shape[:2], float("nan"))
+        width = 2 * batch.cache.num_kv_heads * batch.cache.head_dim * batch.q.dtype.itemsize
+        patch = {"triton.prefill:MANY_ROWS": 9, "triton.prefill:uses_prmt": bool, "triton.prefill:SCRATCH_BYTES": 48 * width}
+        args = operator_arguments(batch, out, lse)
+        interpreter.call("triton.route:attention_over_pages", *args, 1, *host_lengths(batch), patch=patch)
+        return out, lse
 
-    check(run, case)
+    return call
 
 
-def test_page_number_out_of_range_reads_inside_the_buffer(interpreter, generator):
-    case = random_case(generator, dtype=FULL, q_len=4, kv_len=32, is_causal=True)
-    pages = [torch.stack([x[0, :, :16], x[0, :, 16:]]) for x in (case.k, case.k_norms, case.v, case.v_norms)]
-    rest = (32, case.centroids, case.rotation, case.sm_scale, True)
-    results = [
-        interpreter.call("triton.prefill:paged_attention", case.q, *pages, torch.tensor(table, dtype=torch.int32), *rest)[0]
-        for table in ([0, 1], [-7, 2**31 - 1])
-    ]
-    assert torch.equal(*results)
+@pytest.mark.parametrize("dtype", [HALF, FULL], ids=["fp16", "fp32"])
+class TestPages(PagedContract):
+    @pytest.fixture
+    def run(self, run_pages):
+        return run_pages
+
+
+@hypothesis.given(data=st.data())
+@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+def test_any_batch_over_pages(run_pages, data):
+    draw = data.draw
+    lengths = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 120)), min_size=1, max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    sizes = {
+        "dtype": draw(st.sampled_from([HALF, FULL])),
+        "num_kv_heads": draw(st.integers(1, 2)),
+        "group": draw(st.integers(1, 5)),
+        "head_dim": 16 * draw(st.integers(1, 6)),
+        "page_size": draw(st.sampled_from([16, 32, 48, 64])),
+        "spare_tokens": draw(st.integers(0, 3)),
+        "sliding_window": draw(st.none() | st.integers(1, 50)),
+        "causal": True,
+    }
+    if sizes["sliding_window"] is None:
+        sizes["causal"] = draw(st.booleans())
+    batch = random_batch(generator, lengths, **sizes)
+    if draw(st.booleans()):
+        batch = batch.replace(sinks=torch.randn(batch.q.shape[1], generator=generator))
+    check_batch(run_pages, batch, gate=False)

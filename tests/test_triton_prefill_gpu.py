@@ -7,7 +7,9 @@ import torch
 
 from attention_cases import check, compare, expected, poisoned_memory, random_case
 from attention_contract import AttentionContract, check_causal_sizes
-from turboquant_vllm import reference
+from paged_cases import arguments, check_batch, host_lengths, operator_arguments, random_batch
+from paged_contract import PagedContract
+from turboquant_vllm import TQ4Codec, reference, tq4_paged_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -127,7 +129,8 @@ def test_graph_replays_with_other_contents(prefill, generator, q_len, kv_len):
         compare(lse, want_lse, HALF, at_least=1.0, what="lse")
 
 
-def test_memory_does_not_grow_with_the_context(prefill, generator):
+def test_memory_does_not_grow_with_the_context(prefill, monkeypatch, generator):
+    monkeypatch.setattr(prefill, "SCRATCH_BYTES", 8 << 20)  # 2048 keys, so many slices that some are joined on the way
     peaks = []
     for kv_len in (32768, 131072):
         case = random_case(
@@ -151,6 +154,88 @@ def test_memory_does_not_grow_with_the_context(prefill, generator):
     assert peaks[1] <= peaks[0]
     # The scratch, and a handful of tensors of the queries' size.
     assert peaks[1] <= prefill.SCRATCH_BYTES + 8 * case.q.nbytes
+
+
+def attend_pages(batch, **options):
+    """The public function, with the batch's lengths for the host where it takes them."""
+    codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar")
+    q, cache, *index = arguments(batch)[:5]
+    names = {"sliding_window": batch.sliding_window if batch.windows is None else batch.windows}
+    names |= {"softcap": batch.softcap, "sinks": batch.sinks, "sm_scale": batch.sm_scale, "causal": batch.causal}
+    lens, starts = host_lengths(batch)
+    host = {"seq_lens_cpu": lens, "cu_seqlens_q_cpu": starts}
+    return tq4_paged_attention(q, cache, codec, *index, return_lse=True, **names, **host, **options)
+
+
+class TestPages(PagedContract):
+    """Sequences of 9 rows and more go by slices of 512 keys; ``auto`` leaves the others to the native kernels or Triton."""
+
+    same_bits_alone = False  # for the native kernels
+
+    @pytest.fixture
+    def dtype(self):
+        return BF16
+
+    @pytest.fixture
+    def run(self, prefill, monkeypatch):
+        monkeypatch.setattr(prefill, "MANY_ROWS", 9)
+        monkeypatch.setattr(prefill, "SCRATCH_BYTES", 512 * 2 * 2 * 64 * 2)  # keys; K and V; heads; head_dim; bytes
+
+        def call(batch):
+            with poisoned_memory():
+                return attend_pages(batch)
+
+        return call
+
+
+@pytest.mark.parametrize("page_size", [16, 64])
+@pytest.mark.parametrize(("dtype", "head_dim", "group"), [(HALF, 128, 4), (BF16, 128, 8), (HALF, 256, 4), (BF16, 64, 1)])
+def test_long_prompts_over_pages(generator, dtype, head_dim, group, page_size):
+    sizes = {"dtype": dtype, "device": "cuda", "head_dim": head_dim, "group": group, "page_size": page_size}
+    lengths = [(1, 900), (512, 512), (301, 5003), (1, 33), (60, 4000), (700, 20011), (300, 200), (5, 5)]
+    check_batch(attend_pages, random_batch(generator, lengths, **sizes))
+
+
+def test_prompts_of_any_length_are_captured(generator):
+    batch = random_batch(generator, [(1, 300), (130, 1029), (128, 128)], dtype=HALF, device="cuda", group=4)
+    attend_pages(batch)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend_pages(batch)
+    out.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    check_batch(lambda _: (out, lse), batch)
+
+
+def test_nothing_waits_for_the_gpu(generator):
+    batch = random_batch(generator, [(1, 300), (130, 1029), (128, 128)], dtype=HALF, device="cuda", group=4)
+    lens, starts = host_lengths(batch)
+    codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar")
+    q, cache, *index = arguments(batch)[:5]
+
+    def call():
+        return tq4_paged_attention(q, cache, codec, *index, return_lse=True, seq_lens_cpu=lens, cu_seqlens_q_cpu=starts)
+
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        result = call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    check_batch(lambda _: result, batch)
+
+
+@pytest.mark.parametrize("masks", [{}, {"sinks": True}], ids=["plain", "sinks"])
+def test_operator_over_pages_is_registered_right(generator, masks):
+    batch = random_batch(generator, [(1, 40), (300, 330)], dtype=HALF, device="cuda")
+    if masks:
+        batch = batch.replace(sinks=torch.zeros(4, device="cuda"))
+    out, lse = torch.zeros_like(batch.q), torch.zeros(batch.q.shape[:2], device="cuda")
+    args = (*operator_arguments(batch, out, lse), 1, *host_lengths(batch))
+    torch.library.opcheck(torch.ops.turboquant.triton_paged.default, args, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_device_that_is_not_current(run, generator):

@@ -8,7 +8,7 @@ import torch
 
 from turboquant_vllm.checks import DECODE_MAX_ROWS
 
-__all__ = ["why_not_decode", "why_not_decode_pages", "why_not_store"]
+__all__ = ["most_rows_over_pages", "why_not_decode", "why_not_decode_pages", "why_not_store"]
 
 DECODE_HEAD_DIMS = (64, 128, 256)
 MAX_SEQUENCES = 512  # of a batch over pages: what is known of each lies in shared memory
@@ -47,14 +47,17 @@ def why_not_decode(
     return ""
 
 
-def why_not_decode_pages(
-    dtype: torch.dtype, head_dim: int, group: int, rows: int, num_seqs: int, masks: Collection[str] = ()
-) -> str:
-    """As :func:`why_not_decode`, for pages: ``rows`` at most per sequence and key/value head, ``group`` for one query token."""
+def most_rows_over_pages(head_dim: int) -> int:
+    """Query rows per key/value head up to which the native kernels serve a sequence over pages."""
+    return 16 if head_dim == 256 else DECODE_MAX_ROWS
+
+
+def why_not_decode_pages(dtype: torch.dtype, head_dim: int, group: int, num_seqs: int, masks: Collection[str] = ()) -> str:
+    """As :func:`why_not_decode`, for the sequences over pages that have few rows; ``group``: rows of one query token."""
     if reason := why_not_decode(dtype, head_dim, group, (), masks):
         return reason
-    if head_dim == 256 and rows > 16:
-        return f"the CUDA kernels take up to 16 query rows per key/value head over pages at head_dim 256, got {rows}"
+    if group > most_rows_over_pages(head_dim):
+        return f"the CUDA kernels take up to {most_rows_over_pages(head_dim)} query heads per key/value head, got {group}"
     if num_seqs > MAX_SEQUENCES:
         return f"the CUDA kernels take up to {MAX_SEQUENCES} sequences, got {num_seqs}"
     return ""

@@ -177,7 +177,7 @@ def _triton_attention(*args: Any) -> Any:
 
 
 def _triton_paged(*args: Any) -> None:
-    _kernel("turboquant_vllm.triton.paged_attention:paged_attention")(*args)
+    _kernel("turboquant_vllm.triton.route:attention_over_pages")(*args)
 
 
 def _cuda_paged(*args: Any) -> None:
@@ -241,7 +241,7 @@ _define(
     "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
     "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "
     "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, Tensor? windows=None, "
-    "bool skip_few=False) -> ()",
+    "int min_rows=1, int[]? seq_lens_cpu=None, int[]? cu_seqlens_q_cpu=None) -> ()",
     _triton_paged,
     lambda *args: None,
 )

@@ -11,7 +11,6 @@ import torch
 from turboquant_vllm import ops, reference
 from turboquant_vllm.attention import BACKENDS
 from turboquant_vllm.checks import (
-    DECODE_MAX_ROWS,
     PagedShape,
     check_count,
     check_masks,
@@ -21,7 +20,8 @@ from turboquant_vllm.checks import (
     check_windows,
 )
 from turboquant_vllm.codec import TQ4Codec
-from turboquant_vllm.limits import why_not_decode_pages
+from turboquant_vllm.lengths import HostLengths
+from turboquant_vllm.limits import most_rows_over_pages, why_not_decode_pages
 from turboquant_vllm.paged import PagedTQ4Cache
 
 __all__ = ["choose_paged_backend", "tq4_paged_attention", "why_not_paged"]
@@ -46,6 +46,8 @@ def tq4_paged_attention(
     return_lse: Literal[False] = False,
     max_query_len: int | None = None,
     max_seq_len: int | None = None,
+    seq_lens_cpu: Sequence[int] | torch.Tensor | None = None,
+    cu_seqlens_q_cpu: Sequence[int] | torch.Tensor | None = None,
     backend: str = "auto",
     out: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
@@ -68,6 +70,8 @@ def tq4_paged_attention(
     return_lse: Literal[True],
     max_query_len: int | None = None,
     max_seq_len: int | None = None,
+    seq_lens_cpu: Sequence[int] | torch.Tensor | None = None,
+    cu_seqlens_q_cpu: Sequence[int] | torch.Tensor | None = None,
     backend: str = "auto",
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
@@ -89,13 +93,17 @@ def tq4_paged_attention(
     return_lse: bool = False,
     max_query_len: int | None = None,
     max_seq_len: int | None = None,
+    seq_lens_cpu: Sequence[int] | torch.Tensor | None = None,
+    cu_seqlens_q_cpu: Sequence[int] | torch.Tensor | None = None,
     backend: str = "auto",
     out: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch of sequences over a paged cache: decode, prefill, continued prefixes, verification, in any order.
 
     The new tokens' keys and values are in the cache already. Nothing waits for the GPU, and grids follow from shapes and from
-    ``max_query_len`` and ``max_seq_len`` alone: a CUDA graph may be replayed with other contents within these bounds.
+    ``max_query_len`` and ``max_seq_len`` alone: a CUDA graph may be replayed with other contents within these bounds. With
+    ``seq_lens_cpu`` and ``cu_seqlens_q_cpu`` the work follows from these: long prompts are faster, and a graph may be replayed
+    with these lengths only.
 
     Args:
         q: ``[T, H_q, D]``, fp16, bf16 or fp32, any strides: the query tokens of all sequences one after the other.
@@ -112,6 +120,8 @@ def tq4_paged_attention(
         max_query_len: no sequence has more query tokens; None means T.
         max_seq_len: no sequence has more keys; None means ``max_pages * page_size``. The closer these two, the less is
             launched in vain.
+        seq_lens_cpu, cu_seqlens_q_cpu: what ``seq_lens`` and ``cu_seqlens_q`` hold, for the host: int32 tensors on the CPU or
+            ints, both or neither. They imply both bounds.
         backend: "auto", "cuda", "triton" or "reference"; a named backend that cannot run raises and never falls back.
         out: where the result goes, ``[T, H_q, D]`` in q's dtype, any strides.
 
@@ -143,6 +153,7 @@ def tq4_paged_attention(
     masks = check_masks(causal, one_window, softcap, sinks, shape.num_heads, q.device, causal_name="causal")
     if isinstance(sliding_window, torch.Tensor):
         masks["windows"] = check_windows(sliding_window, causal, shape.num_seqs, q.device)
+    lengths = HostLengths.check(seq_lens_cpu, cu_seqlens_q_cpu, shape)
     bounds = []
     for name, bound, limit in (
         ("max_query_len", max_query_len, shape.total_tokens),
@@ -153,6 +164,10 @@ def tq4_paged_attention(
         bounds.append(limit if bound is None else min(bound, limit))
     if not torch.compiler.is_compiling() and os.environ.get("TURBOQUANT_DEBUG") == "1":
         check_paged_contents(shape, cache.num_pages, block_table, seq_lens, cu_seqlens_q, *bounds)
+        if lengths is not None:
+            lengths.check_contents(seq_lens, cu_seqlens_q)
+    if lengths is not None:
+        bounds = [max(lengths.query_lens, default=0), max(lengths.seq_lens, default=0)]
     name, reason = choose_paged_backend(q, shape, backend, [mask for mask in masks if masks[mask] is not None], bounds[0])
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
@@ -165,10 +180,16 @@ def tq4_paged_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         pages = (cache.buffer, cache.page_size, cache.num_kv_heads)
+        least = 1
         if name == "cuda":
-            torch.ops.turboquant.cuda_paged(q, *pages, *index, *bounds, out, lse)
-        if name == "triton" or bounds[0] * shape.group > DECODE_MAX_ROWS:
-            torch.ops.turboquant.triton_paged(q, *pages, *index, *bounds, out, lse, **masks, skip_few=name == "cuda")
+            # The sequences of few rows; a bound that fits them makes their kernels smaller.
+            least = most_rows_over_pages(shape.head_dim) + 1
+            few = [n for n in lengths.query_lens if 0 < n * shape.group < least] if lengths else [(least - 1) // shape.group]
+            if few:
+                torch.ops.turboquant.cuda_paged(q, *pages, *index, min(bounds[0], max(few)), bounds[1], out, lse)
+        if bounds[0] * shape.group >= least:
+            host = {} if lengths is None else {f"{key}_cpu": value for key, value in vars(lengths).items()}
+            torch.ops.turboquant.triton_paged(q, *pages, *index, *bounds, out, lse, **masks, min_rows=least, **host)
     return (out, lse) if return_lse else out
 
 
@@ -210,10 +231,9 @@ def why_not_paged(
     if backend == "cuda":
         if reason := ops.why_not_cuda(device):
             return reason
-        rows = max_query_len * shape.group
-        if reason := why_not_decode_pages(dtype, shape.head_dim, shape.group, rows, shape.num_seqs, masks):
+        if reason := why_not_decode_pages(dtype, shape.head_dim, shape.group, shape.num_seqs, masks):
             return reason
-        return ops.why_not_triton(device) if rows > DECODE_MAX_ROWS else ""
+        return ops.why_not_triton(device) if max_query_len * shape.group > most_rows_over_pages(shape.head_dim) else ""
     if backend == "triton":
         return ops.why_not_triton(device)
     return ""

@@ -15,9 +15,9 @@ many queries as keys. So each slice falls into pieces that are either such a squ
 Where dense keys and values come from, what attends to them and what joins the results are arguments; this module is the
 schedule, and a table of PyTorch's operators.
 
-cuDNN plans every new shape for some 40 ms. A *grain* keeps shapes few: queries are padded to a multiple of it, with keys
-that only the padding sees, and keys are cut at multiples of it. What remains of a cut is short, and read by kernels
-that plan nothing.
+cuDNN plans every new shape for some 40 ms. A *grain* keeps shapes few: with a causal mask, both the first query's own key
+and the end of the keys are brought to multiples of it, by queries that stand before and after the others and by keys that
+only the last of these see. Without one keys are cut at a multiple, and what remains is read by kernels that plan nothing.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ __all__ = [
     "Operator",
     "Part",
     "Piece",
+    "Queries",
     "Unpack",
     "attention_over_slices",
     "dense_attention",
@@ -46,8 +47,13 @@ __all__ = [
 # key. They need not outlive the next call.
 Unpack = Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
 
-# (q, k, v, is_causal, sm_scale) -> out [B, H_q, N_q, D], lse [B, H_q, N_q] (natural); is_causal only where N_q = N_kv.
+# (q, k, v, is_causal, sm_scale) -> out [B, H_q, N_q, D], last stride 1, and lse [B, H_q, N_q], natural and contiguous;
+# is_causal only where N_q = N_kv.
 Operator = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, bool, float], tuple[torch.Tensor, torch.Tensor]]
+
+# (first, stop) -> queries first .. stop, [B, H_q, stop - first, D]. Those before 0, and those that a sequence does not have,
+# may be anything.
+Queries = Callable[[int, int], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -63,8 +69,8 @@ class Part:
     """Attention of queries ``first_row ..`` to some of the keys.
 
     Attributes:
-        out: ``[B, H_q, n, D]``, contiguous.
-        lse: float32 ``[B, H_q, n]``, contiguous.
+        out: ``[B, H_q, n, D]``.
+        lse: float32 ``[B, H_q, n]``.
         first_row: the query that row 0 is of.
     """
 
@@ -73,9 +79,10 @@ class Part:
     first_row: int
 
 
-# (parts, first_row, stop_row, target): join the parts, MOST_PARTS at most and all over disjoint keys, for queries
-# first_row .. stop_row, into the rows of target that are theirs, and in its dtype. Target may be one of the parts.
-Merge = Callable[[Sequence[Part], int, int, Part], None]
+# (parts, first_row, stop_row, target, is_last): join the parts, MOST_PARTS at most and all over disjoint keys, for queries
+# first_row .. stop_row, into the rows of target that are theirs, and in its dtype. Target may be one of the parts. is_last: the
+# parts are all that the queries see.
+Merge = Callable[[Sequence[Part], int, int, Part, bool], None]
 MOST_PARTS = 4
 
 
@@ -124,7 +131,8 @@ def pieces(q_len: int, kv_len: int, is_causal: bool, first: int, stop: int, grai
 
 
 def attention_over_slices(
-    q: torch.Tensor,
+    queries: Queries,
+    q_len: int,
     kv_len: int,
     sm_scale: float,
     is_causal: bool,
@@ -133,79 +141,67 @@ def attention_over_slices(
     unpack: Unpack,
     dense: Dense,
     merge: Merge,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    target: Part | None = None,
+) -> Part:
     """Attention of all queries to ``kv_len`` keys, about ``slice_len`` of them at a time.
 
     Args:
-        q: ``[B, H_q, N_q, D]``.
+        queries: gives ``[B, H_q, n, D]``.
+        q_len: number of queries.
         kv_len: number of keys.
         sm_scale: factor on the scores.
         is_causal: query i sees keys ``0 .. kv_len - N_q + i``.
         slice_len: keys per call of ``unpack``, a multiple of ``dense.grain``.
         unpack, dense, merge: see their types.
+        target: where queries ``0 .. q_len`` go; None: into a new part, or one that dense attention has made.
 
     Returns:
-        out ``[B, H_q, N_q, D]`` in q's dtype and lse float32 ``[B, H_q, N_q]``, contiguous; zeros and -inf for a query
-        that sees no key.
+        The result; zeros and -inf, or what ``merge`` makes of no part, for a query that sees no key.
     """
-    batch, num_heads, q_len, head_dim = q.shape
-    unseeing = max(0, q_len - kv_len) if is_causal or not kv_len else 0
-    q = q[:, :, unseeing:]
-    seeing = q.shape[2]
-    if padding := -seeing % dense.grain:
-        q = torch.nn.functional.pad(q, (0, 0, 0, padding))
-        kv_len += padding if is_causal else 0
-    room = _Room(batch, num_heads, q_len, head_dim, q.dtype, q.device)
+    grain = dense.grain
+    unseeing = max(0, q_len - kv_len) if is_causal else 0 if kv_len else q_len
+    seeing = q_len - unseeing
+    front = (kv_len - seeing) % grain if is_causal and seeing else 0
+    base = unseeing - front  # the query that row 0 is of
+    rows = _rounded_up(front + seeing, grain)
+    fewest = _rounded_up(seeing, grain)  # rows of a call that may begin anywhere
+    keys = kv_len + (base + rows - q_len if is_causal else 0)
+    q = queries(base, base + rows)
+
+    def new(dtype: torch.dtype) -> Part:
+        out = torch.empty((*q.shape[:2], q_len, q.shape[3]), dtype=dtype, device=q.device)
+        return Part(out, torch.empty(out.shape[:3], dtype=torch.float32, device=q.device), 0)
+
+    result, joined = target, None
+    if unseeing:
+        result = result or new(q.dtype)
+        merge((), 0, unseeing, result, True)
     waiting: list[Part] = []  # of queries that see more keys: all from the last one's first_row on
-    offset = kv_len - q.shape[2] if is_causal else 0
-    for first, stop in slices(kv_len, offset, slice_len) if q.numel() else ():
-        keys, values = unpack(first, stop)
-        for piece in pieces(q.shape[2], kv_len, is_causal, first, stop, dense.grain):
+    for first, stop in slices(keys, keys - rows if is_causal else 0, slice_len) if seeing else ():
+        k, v = unpack(first, stop)
+        for piece in pieces(rows, keys, is_causal, first, stop, grain):
+            top, bottom = piece.first_row, piece.stop_row
+            if bottom - top == rows and not piece.is_causal and front + fewest <= rows:
+                top, bottom = front, front + fewest
             some = (slice(None), slice(None), slice(piece.first_key - first, piece.stop_key - first))
-            rows = (slice(None), slice(None), slice(piece.first_row, piece.stop_row))
-            out, lse = dense.run(q[rows], keys[some], values[some], piece.is_causal, sm_scale)
-            part = Part(out.contiguous(), lse.contiguous(), piece.first_row)
-            stop_row = min(piece.stop_row, seeing)
+            part = Part(*dense.run(q[:, :, top:bottom], k[some], v[some], piece.is_causal, sm_scale), base + top)
+            first_row, stop_row = max(base + top, unseeing), min(base + bottom, q_len)
             if piece.ends:
-                if not waiting and out.shape[2] == seeing == q_len:
-                    return part.out, part.lse
-                merge([*waiting, part], piece.first_row, stop_row, room.result(unseeing))
+                if result is None and not waiting and part.out.shape[2] == q_len and base == 0:
+                    return part
+                result = result or new(q.dtype)
+                merge([*waiting, part], first_row, stop_row, result, True)
             else:
                 waiting.append(part)
             if len(waiting) == MOST_PARTS:
-                joined = room.joined(seeing)
-                merge(waiting, piece.first_row, stop_row, joined)
+                joined = joined or new(torch.float32)
+                merge(waiting, first_row, stop_row, joined, False)
                 waiting = [joined]
-    result = room.result(unseeing)
-    return result.out, result.lse
+    return result or new(q.dtype)
 
 
-class _Room:
-    """Tensors of one call, made when they are first needed."""
-
-    def __init__(self, batch: int, num_heads: int, q_len: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
-        self._shape, self._dtype, self._device = (batch, num_heads, q_len, head_dim), dtype, device
-        self._result: Part | None = None
-        self._joined: Part | None = None
-
-    def _part(self, rows: int, dtype: torch.dtype, first_row: int) -> Part:
-        shape = (*self._shape[:2], rows, self._shape[3])
-        out = torch.empty(shape, dtype=dtype, device=self._device)
-        return Part(out, torch.empty(shape[:3], dtype=torch.float32, device=self._device), first_row)
-
-    def result(self, unseeing: int) -> Part:
-        """All queries, the first ``unseeing`` of which, before row 0, see no key."""
-        if self._result is None:
-            self._result = self._part(self._shape[2], self._dtype, -unseeing)
-            self._result.out[:, :, :unseeing] = 0.0
-            self._result.lse[:, :, :unseeing] = float("-inf")
-        return self._result
-
-    def joined(self, rows: int) -> Part:
-        """What is joined on the way, in float32."""
-        if self._joined is None:
-            self._joined = self._part(rows, torch.float32, 0)
-        return self._joined
+def _rounded_up(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
 
 
 @cache
@@ -254,4 +250,5 @@ def _flash(
 def _cpu(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, is_causal: bool, sm_scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=sm_scale)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=sm_scale)
+    return out, lse.contiguous()

@@ -47,20 +47,22 @@ def paged_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     windows: torch.Tensor | None = None,
-    skip_few: bool = False,
+    min_rows: int = 1,
+    max_rows: int | None = None,
 ) -> None:
     """Fill ``out`` and ``lse``; arguments as :func:`turboquant_vllm.reference.paged_attention`, and checked.
 
     Args:
         max_query_len, max_seq_len: no sequence has more query tokens or keys.
-        skip_few: leave the sequences with at most :data:`turboquant_vllm.checks.DECODE_MAX_ROWS` query rows per key/value
-            head to another backend; their rows of ``out`` and ``lse`` are not touched.
+        min_rows, max_rows: leave the sequences with fewer or more query rows per key/value head to others; their rows of
+            ``out`` and ``lse`` are not touched.
     """
     total_tokens, num_heads, head_dim = q.shape
     num_seqs, max_pages = block_table.shape
     group = num_heads // num_kv_heads
-    max_rows = min(max_query_len, total_tokens) * group
-    if out.numel() == 0 or num_seqs == 0:
+    most = min(max_query_len, total_tokens) * group
+    max_rows = most if max_rows is None else min(most, max_rows)
+    if out.numel() == 0 or num_seqs == 0 or max_rows == 0:
         return
     max_keys = min(max_seq_len, max_pages * page_size) if pages.shape[0] else 0
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
@@ -105,12 +107,13 @@ def paged_attention(
                 row_step, slots = few_rows, num_seqs * few_rows
         partial = torch.empty((splits, num_kv_heads, slots, head_dim), dtype=torch.float32, device=q.device)
         partial_lse = torch.empty((splits, num_kv_heads, slots), dtype=torch.float32, device=q.device)
-        kind = {"FEW": is_few, "FEW_ROWS": DECODE_MAX_ROWS, "SPLITS": SPLITS if is_few else 1, "MIN_SPLIT": MIN_SPLIT}
+        kind = {"FEW": is_few, "SPLITS": SPLITS if is_few else 1, "MIN_SPLIT": MIN_SPLIT}
+        served = (min_rows, few_rows) if is_few else (max(min_rows, DECODE_MAX_ROWS + 1), max_rows)
         parts = order if config.swap or exact else 2
         paged_attention_kernel[(count, num_kv_heads, splits)](
             queries, query_scale, pages.view(torch.int16 if parts == 4 else torch.uint8), pages.view(torch.float32), centroids,
             block_table, seq_lens, cu_seqlens_q, partial, partial_lse, total_tokens, num_seqs, pages.shape[0], max_keys,
-            pages.stride(0) // 16, block_table.stride(0), slots, row_step, tiles, window, cap, group, num_kv_heads,
+            pages.stride(0) // 16, block_table.stride(0), slots, row_step, tiles, *served, window, cap, group, num_kv_heads,
             D=head_dim, PAGE=page_size, Q_PARTS=order, PARTS=parts, DP=padded(head_dim, parts), CAUSAL=causal,
             SWAP=config.swap, BM=config.block_m, BN=config.block_n, STAGES=config.num_stages, PRMT=nvidia and not exact,
             num_warps=config.num_warps, **kind,
@@ -120,7 +123,7 @@ def paged_attention(
         count = num_seqs * tiles if is_few else rows // block + num_seqs
         paged_merge_kernel[(count, num_kv_heads)](
             partial, partial_lse, sinks, rotation, seq_lens, cu_seqlens_q, rotated, lse, total_tokens, num_seqs, max_keys,
-            slots, row_step, tiles, window, group, num_kv_heads, *rotated.stride(), *lse.stride(), BM=block,
+            slots, row_step, tiles, *served, window, group, num_kv_heads, *rotated.stride(), *lse.stride(), BM=block,
             UNROLL=4 if is_few else 1, num_warps=4 if is_few and head_dim <= 128 else 8, **kind, **rotate,
         )  # fmt: skip
 
@@ -130,7 +133,7 @@ def paged_attention(
             q, rotation, queries, query_scale, rows, group, num_kv_heads, sm_scale * LOG2_E, 0, q.stride(1), q.stride(0),
             q.stride(2), BM=block, num_warps=4 if block == 16 and head_dim <= 128 else 8, **rotate,
         )  # fmt: skip
-        if not skip_few:
+        if min_rows <= DECODE_MAX_ROWS:
             attend(few, True)
         if max_rows > DECODE_MAX_ROWS:
             attend(choose_config(2 * DECODE_MAX_ROWS, head_dim, q.dtype.itemsize, True, nvidia), False)

@@ -12,7 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_vllm.prefill import MOST_PARTS, Dense, Part, attention_over_slices, dense_attention
+from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.prefill import MOST_PARTS, Dense, Part, Queries, attention_over_slices, dense_attention
 from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.unpack import Packed, unpack
 
@@ -25,60 +26,67 @@ _BLOCK = 16  # rows that one program joins
 
 
 @triton.jit
-def _take(part, lse, rows, first, batch_head, row, live, column, top, total, acc, D: tl.constexpr):
-    """Take rows ``first + row`` of one part into the running softmax over parts."""
-    at = batch_head * rows + first + row  # [BM]
-    x = tl.load(part + at[:, None] * D + column[None, :], mask=live[:, None] & (column[None, :] < D), other=0.0)  # [BM, DP]
-    log = tl.load(lse + at, mask=live, other=float("-inf"))
+def _take(part, count, batch, head, heads, n, column, state, D: tl.constexpr):
+    """Take ``count`` rows of one part, of which this program has ``n [BM]``, into the running softmax over parts."""
+    x, lse, x_b, x_h, x_n, rows, first = part
+    top, total, acc = state
+    live, row = n < count, first + n
+    x = tl.load(x + (batch * x_b + head * x_h + row * x_n)[:, None] * D + column[None, :],
+                mask=live[:, None] & (column[None, :] < D), other=0.0)  # fmt: skip  # [BM, DP]
+    log = tl.load(lse + (batch * heads + head) * rows + row, mask=live, other=float("-inf"))
     x = tl.where((log == float("-inf"))[:, None], 0.0, x)  # without a weight: whatever it is, NaN included
     new_top = tl.maximum(top, log)
     anchor = tl.where(new_top == float("-inf"), 0.0, new_top)
     keep, weight = tl.exp(top - anchor), tl.exp(log - anchor)
-    acc = acc * keep[:, None] + x.to(tl.float32) * weight[:, None]
-    return new_top, total * keep + weight, acc
+    return new_top, total * keep + weight, acc * keep[:, None] + x.to(tl.float32) * weight[:, None]
 
 
 # Arguments that change with a length are not specialised: a new length must never compile anything.
-_LENGTHS = ["count", "used", "rows", "first", *(f"{name}{i}" for name in ("rows", "first") for i in range(MOST_PARTS))]
+_LENGTHS = ["count", "used", "first", "x_b", "x_h", "x_n", "l_b", "l_h"]
+_LENGTHS += [f"{name}{i}" for name in ("x_b", "x_h", "x_n", "rows", "first") for i in range(MOST_PARTS)]
 
 
 @triton.jit(do_not_specialize=_LENGTHS)
-def merge_kernel(count, used, part0, lse0, rows0, first0, part1, lse1, rows1, first1, part2, lse2, rows2, first2, part3, lse3,
-                 rows3, first3, out, lse, rows, first, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):  # fmt: skip
-    """Join ``count`` rows of the first ``used`` parts ``[batch * heads, rows, D]``, each from its ``first`` on, into out's."""
-    n = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
-    live, row = n < count, n.to(tl.int64)
-    batch_head = tl.program_id(0).to(tl.int64)
+def merge_kernel(count, used, heads, sinks, part0, lse0, x_b0, x_h0, x_n0, rows0, first0, part1, lse1, x_b1, x_h1, x_n1, rows1,
+                 first1, part2, lse2, x_b2, x_h2, x_n2, rows2, first2, part3, lse3, x_b3, x_h3, x_n3, rows3, first3, out, lse,
+                 x_b, x_h, x_n, x_d, l_b, l_h, l_n, first, UNIT: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+                 BM: tl.constexpr):  # fmt: skip
+    """Join ``count`` rows of the first ``used`` parts ``[batch, heads, rows, D]``, each from its ``first`` on, into out's.
+
+    Strides are in units of D for parts and of UNIT for out, but for its last. A part's log-sum-exps are contiguous. ``sinks``
+    is None or holds one logit more for each head, whose value is zero.
+    """
+    n = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)  # [BM]
+    batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
     column = tl.arange(0, DP)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
-    acc = tl.zeros([BM, DP], tl.float32)
-    top, total, acc = _take(part0, lse0, rows0, first0, batch_head, row, live, column, top, total, acc, D)
-    top, total, acc = _take(
-        part1, lse1, rows1, first1, batch_head, row, n < tl.where(used > 1, count, 0), column, top, total, acc, D
-    )
-    top, total, acc = _take(
-        part2, lse2, rows2, first2, batch_head, row, n < tl.where(used > 2, count, 0), column, top, total, acc, D
-    )
-    top, total, acc = _take(
-        part3, lse3, rows3, first3, batch_head, row, n < tl.where(used > 3, count, 0), column, top, total, acc, D
-    )
+    if sinks is not None:
+        top = tl.maximum(top, tl.load(sinks + head))
+        total = tl.where(top == float("-inf"), 0.0, 1.0)
+    state = (top, total, tl.zeros([BM, DP], tl.float32))
+    part = (part0, lse0, x_b0, x_h0, x_n0, rows0, first0)
+    state = _take(part, tl.where(used > 0, count, 0), batch, head, heads, n, column, state, D)
+    part = (part1, lse1, x_b1, x_h1, x_n1, rows1, first1)
+    state = _take(part, tl.where(used > 1, count, 0), batch, head, heads, n, column, state, D)
+    part = (part2, lse2, x_b2, x_h2, x_n2, rows2, first2)
+    state = _take(part, tl.where(used > 2, count, 0), batch, head, heads, n, column, state, D)
+    part = (part3, lse3, x_b3, x_h3, x_n3, rows3, first3)
+    top, total, acc = _take(part, tl.where(used > 3, count, 0), batch, head, heads, n, column, state, D)
     empty = total == 0.0
     total = tl.where(empty, 1.0, total)
     # Out may be one of the parts, and several threads read the same number.
     tl.debug_barrier()
-    at = batch_head * rows + first + row
+    row, live = first + n, n < count
     x = (acc / total[:, None]).to(out.dtype.element_ty)
-    tl.store(out + at[:, None] * D + column[None, :], x, mask=live[:, None] & (column[None, :] < D))
-    tl.store(lse + at, tl.where(empty, float("-inf"), top + tl.log(total)), mask=live)
+    tl.store(out + (batch * x_b + head * x_h + row * x_n)[:, None] * UNIT + column.to(tl.int64)[None, :] * x_d, x,
+             mask=live[:, None] & (column[None, :] < D))  # fmt: skip
+    tl.store(lse + batch * l_b + head * l_h + row * l_n, tl.where(empty, float("-inf"), top + tl.log(total)), mask=live)
 
 
-def serves(q: torch.Tensor, k_norms: torch.Tensor | None, v_norms: torch.Tensor | None, group: int, sm_scale: float) -> bool:
-    """Whether :func:`attention` is the faster way for a call, and can serve it; ``group``: query heads per key/value head."""
-    if k_norms is None or v_norms is None or not sm_scale > 0:
-        return False
-    many = q.shape[2] * group >= MANY_ROWS
-    return many and uses_prmt(q.device.type) and dense_attention(q.device, q.dtype, q.shape[3]) is not None
+def serves(q: torch.Tensor, sm_scale: float) -> bool:
+    """Whether these functions can serve queries ``[..., D]`` over packed keys and values."""
+    return sm_scale > 0 and uses_prmt(q.device.type) and dense_attention(q.device, q.dtype, q.shape[-1]) is not None
 
 
 def attention(
@@ -91,6 +99,7 @@ def attention(
     rotation: torch.Tensor,
     sm_scale: float,
     is_causal: bool,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over packed keys and values; arguments and results as :func:`turboquant_vllm.reference.attention`.
 
@@ -98,91 +107,151 @@ def attention(
     ``sm_scale`` must be positive. Which bits come out depends on the sizes of a sequence, not on the batch.
     """
     grain = _dense(q).grain
-    slice_len = _slice_len(q, k.shape[1], grain)
+    q_len, kv_len = q.shape[2], k.shape[2]
+    needed = (kv_len // grain + 2) * grain
+    slice_len = min(_slice_len(q, k.shape[1], grain), needed)
     # Short sequences share a scratch. How long a slice is must not depend on the batch.
-    together = max(1, slice_len // ((k.shape[2] // grain + 2) * grain))
-    results = []
+    together = max(1, _slice_len(q, k.shape[1], grain) // needed)
+    q, results = _aligned(q), []
     with device_guard(q.device):
         for start in range(0, max(q.shape[0], 1), together):
             some = slice(start, start + together)
-            packed = Packed(k[some], k_norms[some], v[some], v_norms[some], centroids, rotation)
-            results.append(_attention(q[some], packed, k.shape[2], sm_scale, is_causal))
-    if len(results) == 1:
-        return results[0]
-    outs, lses = zip(*results, strict=True)
-    return torch.cat(outs), torch.cat(lses)
+            queries, packed = q[some], Packed(k[some], k_norms[some], v[some], v_norms[some], centroids, rotation)
+
+            def rows(first: int, stop: int, queries: torch.Tensor = queries) -> torch.Tensor:
+                inside = queries[:, :, max(first, 0) : stop]
+                if first >= 0 and stop <= q_len:
+                    return inside
+                return torch.nn.functional.pad(inside, (0, 0, max(-first, 0), max(stop - q_len, 0)))
+
+            results.append(_attention(rows, q_len, queries, packed, kv_len, slice_len, sm_scale, is_causal, sinks))
+    outs, lses = [part.out for part in results], [part.lse for part in results]
+    return (torch.cat(outs), torch.cat(lses)) if len(results) > 1 else (outs[0].contiguous(), lses[0])
 
 
 def paged_attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    k_norms: torch.Tensor,
-    v: torch.Tensor,
-    v_norms: torch.Tensor,
+    first: int,
+    stop: int,
+    cache: PagedTQ4Cache,
     block_table: torch.Tensor,
     kv_len: int,
     centroids: torch.Tensor,
     rotation: torch.Tensor,
     sm_scale: float,
     is_causal: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of one sequence's queries over its pages, otherwise as :func:`attention`.
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sinks: torch.Tensor | None = None,
+) -> None:
+    """Attention of one sequence's query tokens ``first .. stop`` over its pages, into their rows of ``out`` and ``lse``.
 
     Args:
-        q: ``[1, H_q, N_q, D]``.
-        k, v: uint8 pages ``[num_pages, H_kv, page_size, D // 2]``, last stride 1.
-        k_norms, v_norms: float32 ``[num_pages, H_kv, page_size]``.
+        q: ``[T, H_q, D]``, the queries of all sequences.
+        first, stop: which of them are the sequence's.
+        cache: the pages.
         block_table: int32 ``[at least ceil(kv_len / page_size)]``: token t is in page ``block_table[t // page_size]``, at
             place ``t % page_size``. A number that is no page's is taken for the nearest that is.
         kv_len: tokens of the sequence, known on the host: the schedule depends on it.
-        centroids, rotation, sm_scale, is_causal: as in :func:`attention`.
+        centroids, rotation, sm_scale, is_causal, sinks: as in :func:`attention`.
+        out: like q, any strides.
+        lse: float32 ``[T, H_q]``.
     """
+    q_len, total = stop - first, q.shape[0]
+    q = _aligned(q)
+
+    def rows(begin: int, end: int) -> torch.Tensor:
+        """Rows that are not the sequence's are mostly those of others, which saves a copy."""
+        begin, end = first + begin, first + end
+        inside = q[max(begin, 0) : end].transpose(0, 1)[None]
+        if begin >= 0 and end <= total:
+            return inside
+        return torch.nn.functional.pad(inside, (0, 0, max(-begin, 0), max(end - total, 0)))
+
+    packed = Packed(cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms, centroids, rotation, block_table)
+    some = slice(first, stop)
+    target = Part(out[some].transpose(0, 1)[None], lse[some].T[None], 0)
+    slice_len = _slice_len(q, cache.num_kv_heads, _dense(q).grain)
     with device_guard(q.device):
-        packed = Packed(k, k_norms, v, v_norms, centroids, rotation, block_table)
-        return _attention(q, packed, kv_len, sm_scale, is_causal)
+        _attention(rows, q_len, target.out, packed, kv_len, slice_len, sm_scale, is_causal, sinks, target)
 
 
 def _attention(
-    q: torch.Tensor, packed: Packed, kv_len: int, sm_scale: float, is_causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention of some sequences that share a scratch."""
-    batch, num_kv_heads, head_dim = q.shape[0], packed.k.shape[1], q.shape[3]
-    dense = _dense(q)
-    slice_len = min(_slice_len(q, num_kv_heads, dense.grain), (kv_len // dense.grain + 2) * dense.grain)
-    scratch = torch.empty((2, batch, num_kv_heads, slice_len, head_dim), dtype=q.dtype, device=q.device)
+    queries: Queries,
+    q_len: int,
+    like: torch.Tensor,
+    packed: Packed,
+    kv_len: int,
+    slice_len: int,
+    sm_scale: float,
+    is_causal: bool,
+    sinks: torch.Tensor | None,
+    target: Part | None = None,
+) -> Part:
+    """Attention of some sequences that share a scratch; ``like`` has the batch size, dtype and device of the queries."""
+    shape = (2, like.shape[0], packed.k.shape[1], slice_len, like.shape[3])
+    scratch = torch.empty(shape, dtype=like.dtype, device=like.device)
+    if sinks is not None:
+        sinks = sinks.contiguous()
+        if target is None:  # what dense attention makes knows of no sinks
+            out = torch.empty((like.shape[0], like.shape[1], q_len, like.shape[3]), dtype=like.dtype, device=like.device)
+            target = Part(out, torch.empty(out.shape[:3], dtype=torch.float32, device=like.device), 0)
 
     def dense_slice(first: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = scratch[:, :, :, : stop - first].unbind()
         unpack(packed, first, min(stop, kv_len) - first, keys, values)
         return keys, values
 
+    def join(parts: Sequence[Part], first_row: int, stop_row: int, target: Part, is_last: bool) -> None:
+        merge(parts, first_row, stop_row, target, sinks if is_last else None)
+
     return attention_over_slices(
-        q.contiguous(), kv_len, sm_scale, is_causal, slice_len=slice_len, unpack=dense_slice, dense=dense, merge=merge
-    )
+        queries, q_len, kv_len, sm_scale, is_causal, slice_len=slice_len, unpack=dense_slice, dense=_dense(like), merge=join,
+        target=target,
+    )  # fmt: skip
 
 
 def _dense(q: torch.Tensor) -> Dense:
-    dense = dense_attention(q.device, q.dtype, q.shape[3])
+    dense = dense_attention(q.device, q.dtype, q.shape[-1])
     assert dense is not None
     return dense
 
 
 def _slice_len(q: torch.Tensor, num_kv_heads: int, grain: int) -> int:
     """Keys that one sequence's scratch has room for."""
-    return max(SCRATCH_BYTES // (2 * num_kv_heads * q.shape[3] * q.dtype.itemsize * grain), 1) * grain
+    return max(SCRATCH_BYTES // (2 * num_kv_heads * q.shape[-1] * q.dtype.itemsize * grain), 1) * grain
 
 
-def merge(parts: Sequence[Part], first_row: int, stop_row: int, target: Part) -> None:
-    """See :data:`turboquant_vllm.prefill.Merge`."""
-    batch, num_heads, rows, head_dim = target.out.shape
+def _aligned(q: torch.Tensor) -> torch.Tensor:
+    """Queries whose rows are contiguous, on 16-byte boundaries: as they are, or a copy."""
+    apart = [stride * q.dtype.itemsize for stride, size in zip(q.stride()[:-1], q.shape[:-1], strict=True) if size > 1]
+    if q.stride(-1) == 1 and all(apart) and not any(x % 16 for x in (*apart, q.data_ptr())):
+        return q
+    return q.clone(memory_format=torch.contiguous_format)
+
+
+def merge(parts: Sequence[Part], first_row: int, stop_row: int, target: Part, sinks: torch.Tensor | None = None) -> None:
+    """See :data:`turboquant_vllm.prefill.Merge`; ``sinks``, float32 ``[H_q]``, hold for each head a logit of one more key."""
+    batch, num_heads, _, head_dim = target.out.shape
     assert len(parts) <= MOST_PARTS
     given: list[object] = []
     # Parts that are not there are not read; one kernel serves any number.
     for i in range(MOST_PARTS):
-        part = parts[min(i, len(parts) - 1)]
-        given += [part.out, part.lse, part.out.shape[2], first_row - part.first_row]
+        part = parts[min(i, len(parts) - 1)] if parts else target
+        *strides, last = part.out.stride()
+        assert not parts or (last == 1 and not any(stride % head_dim for stride in strides))
+        given += [
+            part.out,
+            part.lse,
+            *(stride // head_dim for stride in strides),
+            part.out.shape[2],
+            first_row - part.first_row,
+        ]
+    *strides, last = target.out.stride()
+    unit = 1 if any(stride % head_dim for stride in strides) else head_dim  # says how loads and stores are aligned
     count = stop_row - first_row
     merge_kernel[(batch * num_heads, -(-count // _BLOCK))](
-        count, len(parts), *given, target.out, target.lse, rows, first_row - target.first_row, D=head_dim,
-        DP=1 << (head_dim - 1).bit_length(), BM=_BLOCK,
+        count, len(parts), num_heads, sinks, *given, target.out, target.lse, *(stride // unit for stride in strides), last,
+        *target.lse.stride(), first_row - target.first_row, UNIT=unit, D=head_dim, DP=1 << (head_dim - 1).bit_length(),
+        BM=_BLOCK,
     )  # fmt: skip

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 
-from turboquant_vllm.triton import launch, prefill
+from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.triton import launch, paged_attention, prefill
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_over_pages"]
 
 
 def attention(
@@ -27,11 +31,72 @@ def attention(
 
     Arguments must have passed :func:`turboquant_vllm.checks.check_attention`.
     """
-    plain = sliding_window is None and softcap is None and sinks is None
-    if plain and prefill.serves(q, k_norms, v_norms, q.shape[1] // k.shape[1], sm_scale):
+    uncut = sliding_window is None and softcap is None and k_norms is not None and v_norms is not None
+    many = q.shape[2] * (q.shape[1] // k.shape[1]) >= prefill.MANY_ROWS
+    if uncut and many and prefill.serves(q, sm_scale):
         assert k_norms is not None
         assert v_norms is not None
         assert centroids is not None
         assert rotation is not None
-        return prefill.attention(q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal)
+        return prefill.attention(q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, sinks)
     return launch.attention(q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, sliding_window, softcap, sinks)
+
+
+def attention_over_pages(
+    q: torch.Tensor,
+    pages: torch.Tensor,
+    page_size: int,
+    num_kv_heads: int,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    centroids: torch.Tensor,
+    rotation: torch.Tensor,
+    sm_scale: float,
+    causal: bool,
+    max_query_len: int,
+    max_seq_len: int,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    windows: torch.Tensor | None = None,
+    min_rows: int = 1,
+    seq_lens_cpu: Sequence[int] | None = None,
+    cu_seqlens_q_cpu: Sequence[int] | None = None,
+) -> None:
+    """Fill ``out`` and ``lse``; arguments as :func:`turboquant_vllm.reference.paged_attention`, and checked.
+
+    Args:
+        max_query_len, max_seq_len: no sequence has more query tokens or keys.
+        min_rows: leave the sequences with fewer query rows per key/value head to another backend; their rows of ``out`` and
+            ``lse`` are not touched.
+        seq_lens_cpu, cu_seqlens_q_cpu: what these tensors hold. With them, sequences of many rows go by slices.
+    """
+    tensors = (q, pages, page_size, num_kv_heads, block_table, seq_lens, cu_seqlens_q, centroids, rotation, sm_scale, causal)
+    masks = (sliding_window, softcap, sinks, windows)
+    if seq_lens_cpu is None or cu_seqlens_q_cpu is None:
+        paged_attention.paged_attention(*tensors, max_query_len, max_seq_len, out, lse, *masks, min_rows, None)
+        return
+    group = q.shape[1] // num_kv_heads
+    uncut = sliding_window is None and softcap is None and windows is None
+    many = prefill.MANY_ROWS if uncut and prefill.serves(q, sm_scale) else None
+    lens = seq_lens_cpu if pages.shape[0] else [0] * len(seq_lens_cpu)
+    sequences = list(zip(itertools.pairwise(cu_seqlens_q_cpu), lens, strict=True))
+    # Where the fused kernels have work, bounds that fit it, and their long launches come first.
+    rest = [((stop - first) * group, keys) for (first, stop), keys in sequences]
+    rest = [(rows, keys) for rows, keys in rest if rows >= min_rows and (many is None or rows < many)]
+    if rest:
+        least, most = min(rest)[0], max(rest)[0]
+        longest = max(keys for _, keys in rest)
+        paged_attention.paged_attention(*tensors, most // group, longest, out, lse, *masks, least, most)
+    if many is None:
+        return
+    cache = PagedTQ4Cache(pages, page_size, num_kv_heads, q.shape[2])
+    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    for index, ((first, stop), keys) in enumerate(sequences):
+        if (stop - first) * group >= max(many, min_rows):
+            prefill.paged_attention(
+                q, first, stop, cache, block_table[index], keys, centroids, rotation, sm_scale, causal, out, lse, sinks
+            )

@@ -43,12 +43,12 @@ def _store(packed, norm, even, odd, centroids, inverse, table, out, mask, DTYPE:
 # Arguments that change with a length are not specialised: a new length must never compile anything.
 @triton.jit(do_not_specialize=["tiles", "tokens", "filled", "capacity", "first", "num_pages", "kn_b", "kn_h", "vn_b", "vn_h"])
 def unpack_both_kernel(k, k_norms, v, v_norms, centroids, rotation, block_table, keys, values, tiles, heads, tokens, filled,
-                  capacity, first, page_size, num_pages, k_b, k_h, k_n, k_d, kn_b, kn_h, kn_n, v_b, v_h, v_n, v_d, vn_b, vn_h,
-                  vn_n, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr, DTYPE: tl.constexpr,
-                  PRMT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                       capacity, first, num_pages, k_b, k_h, k_n, k_d, kn_b, kn_h, kn_n, v_b, v_h, v_n, v_d, vn_b, vn_h, vn_n,
+                       PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr, BM: tl.constexpr,
+                       DTYPE: tl.constexpr, PRMT: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """Vectors ``first .. first + tokens`` of each head to ``[batch * heads, capacity, D]``, then zeros up to ``filled``.
 
-    A program makes CHUNK coordinates of keys and values. With ``block_table`` these are pages of one sequence.
+    A program makes CHUNK coordinates of keys and values. With ``block_table`` these are pages of one sequence, of PAGE.
     """
     byte = tl.arange(0, DP // 2)
     inner = tl.arange(0, DP)
@@ -70,10 +70,10 @@ def unpack_both_kernel(k, k_norms, v, v_norms, centroids, rotation, block_table,
         live = token < tokens
         page, head, place = batch_head // heads, batch_head % heads, first + token
         if block_table is not None:
-            page = tl.load(block_table + place // page_size, mask=live, other=0).to(tl.int64)  # [BM]
+            page = tl.load(block_table + place // PAGE, mask=live, other=0).to(tl.int64)  # [BM]
             # A number that is no page's reads another page, and never outside the buffer.
             page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
-            place %= page_size
+            place %= PAGE
         mask = live[:, None] & (byte[None, :] < D // 2)
         k_rows, v_rows = page * k_b + head * k_h + place * k_n, page * v_b + head * v_h + place * v_n  # [BM]
         k_packed = tl.load(k + k_rows[:, None] + byte.to(tl.int64)[None, :] * k_d, mask=mask, other=0)  # [BM, DP // 2]
@@ -136,8 +136,8 @@ def unpack(packed: Packed, first: int, tokens: int, keys: torch.Tensor, values: 
     limit = {"maxnreg": _REGISTERS} if prmt and padded <= 128 else {}
     unpack_both_kernel[(min(tiles, max(1, _PROGRAMS * processors(keys.device) // chunks)), chunks)](
         k, packed.k_norms, v, packed.v_norms, packed.centroids, packed.rotation, table, keys, values, tiles, heads, tokens,
-        filled, keys.stride(1) // head_dim, first, 1 if table is None else k.shape[2], k.shape[0], *k.stride(),
-        *packed.k_norms.stride(), *v.stride(), *packed.v_norms.stride(), D=head_dim, DP=padded, CHUNK=chunk, BM=_BLOCK,
+        filled, keys.stride(1) // head_dim, first, k.shape[0], *k.stride(), *packed.k_norms.stride(), *v.stride(),
+        *packed.v_norms.stride(), PAGE=1 if table is None else k.shape[2], D=head_dim, DP=padded, CHUNK=chunk, BM=_BLOCK,
         # float16 holds levels better than bfloat16, whatever the result is rounded to.
         DTYPE=tl.float32 if exact else tl.float16, PRMT=prmt, STAGES=_STAGES, num_warps=_WARPS, **limit,
     )  # fmt: skip
