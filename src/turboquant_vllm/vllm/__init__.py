@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import re
-from importlib.metadata import PackageNotFoundError, version
 
 __all__ = ["BACKEND", "NEWEST", "OLDEST", "register", "why_not_version"]
 
@@ -22,10 +21,9 @@ logger = logging.getLogger(__name__)
 
 def register() -> None:
     """Make ``--attention-backend CUSTOM`` this backend; with a version of vLLM that is not supported, say so and do nothing."""
-    try:
-        reason = why_not_version(version("vllm"))
-    except PackageNotFoundError:
-        reason = "vLLM is not installed as a package, so that its version is not known"
+    import vllm
+
+    reason = why_not_version(vllm.__version__)
     if reason:
         logger.warning("--attention-backend CUSTOM is not available: %s", reason)
         return

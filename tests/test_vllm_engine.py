@@ -1,7 +1,9 @@
-"""vLLM's engine with the TQ4 cache against transformers with ``TurboQuantCache``: the committed small model, on a GPU.
+"""vLLM's engine with the TQ4 cache against transformers with ``TurboQuantCache``: the committed small model.
 
 Each token that the engine gives must be the one that transformers would choose after the same tokens, up to what rounding does
 to the logits: then whole answers agree, and an answer that differs does so where two tokens are as good.
+
+Runs on a GPU, or where vLLM was built for CPUs: there the engine itself is the same, and attention is that of the reference.
 """
 
 from __future__ import annotations
@@ -19,14 +21,21 @@ import transformers
 import vllm
 from tokenizers import Tokenizer
 from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 import turboquant_vllm.vllm as plugin
 from turboquant_vllm.demo.compare import held_out_windows
 from turboquant_vllm.demo.run import MODEL
 from turboquant_vllm.hf import TurboQuantCache, register
 
-pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
+if not (torch.cuda.is_available() or current_platform.is_cpu()):
+    pytest.skip("needs a GPU, or vLLM for CPUs", allow_module_level=True)
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
 NEW_TOKENS = 40
 # A logit's rounding, in units in the last place of float16 of the largest: two stacks of six layers, each rounded its own way.
 ULPS = 6
@@ -36,13 +45,18 @@ ULPS = 6
 def one_process(monkeypatch):
     """What is tested is the engine, and a failure shows its own traceback."""
     monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    plugin.register()
+    if DEVICE == "cpu":  # there vLLM takes one backend, whatever it is asked for
+        register_backend(AttentionBackendEnum.CPU_ATTN, plugin.BACKEND)
+    yield
+    AttentionBackendEnum.CPU_ATTN.clear_override()
 
 
 @pytest.fixture(scope="module")
 def model():
     register()
-    one = transformers.AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="tq4", dtype=torch.float16)
-    return one.cuda().eval()
+    one = transformers.AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="tq4", dtype=DTYPE)
+    return one.to(DEVICE).eval()
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +71,6 @@ class Engine:
     """An engine over the small model; graphs of decoding, nothing compiled by torch."""
 
     def __init__(self, *, exact_prefill=True, **options):
-        plugin.register()
         given = {
             "max_num_batched_tokens": 8192,
             "enable_prefix_caching": False,
@@ -73,6 +86,7 @@ class Engine:
         self.llm = vllm.LLM(
             model=str(MODEL),
             skip_tokenizer_init=True,
+            dtype=DTYPE,
             attention_backend="CUSTOM",
             additional_config={"turboquant": {"exact_prefill": exact_prefill}},
             disable_log_stats=False,
@@ -95,7 +109,6 @@ class Engine:
         del self.llm
         cleanup_dist_env_and_memory()
         gc.collect()
-        torch.cuda.empty_cache()
 
 
 @torch.inference_mode()
@@ -107,10 +120,10 @@ def check(model, prompts, answers, *, exact_prefill, cuts=lambda length: ()):
         cache = TurboQuantCache(model.config, exact_prefill=exact_prefill)
         ends = [0, *cuts(len(prompt)), len(prompt)]
         for first, stop in itertools.pairwise(ends):
-            logits = model(torch.tensor([prompt[first:stop]], device="cuda"), past_key_values=cache).logits[0, -1:]
-        rest = model(torch.tensor([answer[:-1]], device="cuda"), past_key_values=cache).logits[0]
+            logits = model(torch.tensor([prompt[first:stop]], device=DEVICE), past_key_values=cache).logits[0, -1:]
+        rest = model(torch.tensor([answer[:-1]], device=DEVICE), past_key_values=cache).logits[0]
         logits = torch.cat([logits, rest]).float()
-        best, chosen = logits.amax(-1), logits.gather(-1, torch.tensor(answer, device="cuda")[:, None])[:, 0]
+        best, chosen = logits.amax(-1), logits.gather(-1, torch.tensor(answer, device=DEVICE)[:, None])[:, 0]
         behind = best - chosen
         allowed = ULPS * 2.0**-10 * logits.abs().amax(-1)
         assert (behind <= allowed).all(), (
