@@ -3,7 +3,7 @@
     python benchmarks/vllm_serving.py        # writes results/vllm-h200.json
 
 An engine for each cache type, all with the shape of Llama-3.1-8B but fewer layers, dummy weights, and the share of one card's
-cache that the whole model would have. They start together and are timed one after another; a time is that of whole engine steps.
+cache that the whole model would have. They start together and are timed one after another, in whole engine steps.
 The TQ4 engine checks its attention against the definition first.
 """
 

@@ -36,7 +36,7 @@ if not (torch.cuda.is_available() or current_platform.is_cpu()):
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float16 if DEVICE == "cuda" else torch.float32
-NEW_TOKENS = 40
+NEW_TOKENS = 24
 # A logit's rounding, in units in the last place of float16 of the largest: two stacks of six layers, each rounded its own way.
 ULPS = 6
 
@@ -61,9 +61,9 @@ def model():
 
 @pytest.fixture(scope="module")
 def prompts():
-    """Held-out text: 12 prompts of 3 to 900 tokens."""
-    windows = held_out_windows(Tokenizer.from_file(str(MODEL / "tokenizer.json")), 900, 12)
-    lengths = (900, 3, 17, 640, 64, 65, 300, 33, 500, 128, 7, 250)
+    """Held-out text: ten prompts of 3 to 320 tokens."""
+    windows = held_out_windows(Tokenizer.from_file(str(MODEL / "tokenizer.json")), 320, 10)
+    lengths = (320, 3, 17, 210, 64, 65, 100, 33, 180, 7)
     return [window[:length].tolist() for window, length in zip(windows, lengths, strict=True)]
 
 
@@ -75,9 +75,11 @@ class Engine:
             "max_num_batched_tokens": 8192,
             "enable_prefix_caching": False,
             "max_num_seqs": 16,
+            "block_size": 16,
+            "max_model_len": 400,
             "compilation_config": {
                 "mode": 0,
-                "cudagraph_mode": "FULL_DECODE_ONLY",
+                "cudagraph_mode": "FULL_DECODE_ONLY" if DEVICE == "cuda" else "NONE",
                 "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
             },
             "kv_cache_memory_bytes": 2**28,
@@ -148,15 +150,9 @@ def test_prefix_hits_beside_prompts_of_equal_length(model, prompts):
         for _ in range(2):
             check(model, prompts, engine.answers(prompts), exact_prefill=False)
         # Cached prefixes with new ends, among new prompts whose lengths are the totals of others.
-        mixed = [
-            prompts[0][:256] + prompts[3][:44],
-            prompts[6][::-1],
-            prompts[3][:300],
-            prompts[8][:96] + prompts[9],
-            prompts[2],
-        ]
+        mixed = [prompts[0][:96] + prompts[3][:4], prompts[6][::-1], prompts[3][:100], prompts[8][:48] + prompts[7], prompts[2]]
         check(model, mixed, engine.answers(mixed), exact_prefill=False)
-        assert engine.counter("vllm:prefix_cache_hits") > 1000
+        assert engine.counter("vllm:prefix_cache_hits") > 500
 
 
 @pytest.mark.parametrize("chunk", [16, 64])
@@ -169,15 +165,15 @@ def test_chunks(model, prompts, chunk):
         check(model, prompts, engine.answers(prompts), exact_prefill=False)
 
 
+def test_preemption(model, prompts):
+    longest = [prompts[index] for index in (0, 3, 6, 8)]
+    with Engine(exact_prefill=False, num_gpu_blocks_override=56) as engine:
+        check(model, longest, engine.answers(longest), exact_prefill=False)
+        assert engine.counter("vllm:num_preemptions") > 0
+
+
 def test_drafts_from_the_prompt(model, prompts):
     drafts = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
     with Engine(speculative_config=drafts) as engine:
         check(model, prompts, engine.answers(prompts), exact_prefill=True)
-        assert engine.counter("vllm:spec_decode_num_accepted_tokens") > 20
-
-
-def test_preemption(model, prompts):
-    longest = [prompts[index] for index in (0, 3, 6, 8)]
-    with Engine(exact_prefill=False, num_gpu_blocks_override=150) as engine:
-        check(model, longest, engine.answers(longest), exact_prefill=False)
-        assert engine.counter("vllm:num_preemptions") > 0
+        assert engine.counter("vllm:spec_decode_num_accepted_tokens") > 10

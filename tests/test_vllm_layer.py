@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -212,7 +214,7 @@ class TestVersions:
 
     @pytest.mark.parametrize("other", ["0.29.9", "0.34.0", "1.30.0", "dev"])
     def test_another_version_is_one_clear_line_and_no_error(self, other, monkeypatch, caplog):
-        monkeypatch.setattr(plugin, "version", lambda name: other)
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=other))
         with caplog.at_level("WARNING"):
             plugin.register()
         (record,) = caplog.records
