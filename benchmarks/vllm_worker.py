@@ -1,0 +1,221 @@
+"""One vLLM engine with one cache type: started by ``vllm_serving.py``, waits for its turn, times whole engine steps.
+
+Prints one JSON object a line: ``{"ready": ...}`` once the engine is there, then one for each case after "go" on standard input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CACHES: dict[str, dict[str, Any]] = {
+    "tq4": {"attention_backend": "CUSTOM"},
+    "bf16": {"attention_backend": "FLASH_ATTN"},
+    "fp8": {"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
+    "int4_per_token_head": {"attention_backend": "TRITON_ATTN", "kv_cache_dtype": "int4_per_token_head"},
+    "turboquant_4bit_nc": {"kv_cache_dtype": "turboquant_4bit_nc"},
+}
+# id: requests, tokens of context.
+DECODE = {"short-1": (1, 1024), "short-32": (32, 1024), "b1-32k": (1, 32768), "b32-8k": (32, 8192), "b8-32k": (8, 32768)}
+TTFT, CAPACITY = 16384, (256, 8192)
+STEPS, WARMUP_STEPS = 48, 6
+CAPTURED = [1, 2, 4, 8, 16, 32, 64, 96, 104, 112, 128, 160, 192, 208, 224, 256]
+VOCABULARY = 128256
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": VOCABULARY, "hidden_act": "silu",
+    "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
+    "tie_word_embeddings": False, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
+def say(**message: Any) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def check_answer() -> float:
+    """Attention of one layer as the plugin calls it, a decode and a prompt, against the definition; the largest error."""
+    from turboquant_vllm import reference
+    from turboquant_vllm.vllm.batch import plan_runs
+    from turboquant_vllm.vllm.flash import choose_exact
+    from turboquant_vllm.vllm.layer import PagedLayer, codec_for
+
+    device, lengths = torch.device("cuda"), [(1, 3000), (200, 200)]
+    codec = codec_for(128, torch.empty(0, device=device).device)
+    layer = PagedLayer(32, 8, 128, 128**-0.5, exact=choose_exact(128, False))
+    count = sum(keys for _, keys in lengths)
+    k, v = (torch.randn(count, 8, 128, dtype=torch.bfloat16, device=device) for _ in range(2))
+    q = torch.randn(201, 32, 128, dtype=torch.bfloat16, device=device)
+    kv_cache = torch.zeros(256, 8, 16, 136, dtype=torch.uint8, device=device)
+    pages = torch.randperm(256, device=device).int()
+    table = torch.stack([pages[:200], torch.cat([pages[200:], pages[:144]])])
+    position = torch.cat([torch.arange(keys, device=device) for _, keys in lengths])
+    row = torch.repeat_interleave(torch.arange(2, device=device), torch.tensor([3000, 200], device=device))
+    layer.store(k, v, kv_cache, table[row, position // 16].long() * 16 + position % 16)
+    starts, totals = torch.tensor([0, 1, 201], dtype=torch.int32), torch.tensor([3000, 200], dtype=torch.int32)
+    on_host = (starts.numpy(), totals.numpy())
+    runs = plan_runs(starts.to(device), totals.to(device), table, *on_host, max_query_len=200, max_seq_len=3000, decode_len=1)
+    out = torch.empty_like(q)
+    layer.attend(q, torch.cat([k[2999:3000], k[3000:]]), torch.cat([v[2999:3000], v[3000:]]), kv_cache, runs, out)
+    worst = 0.0
+    for packed, rows, own in ((True, slice(0, 1), slice(0, 3000)), (False, slice(1, 201), slice(3000, 3200))):
+        keys, values = (codec.decompress(codec.compress(x[own])) if packed else x[own].float() for x in (k, v))
+        queries, keys, values = (x.transpose(0, 1)[None].float() for x in (q[rows], keys, values))
+        expected, _ = reference.attention(queries, keys, None, values, None, None, None, layer.sm_scale, True)
+        error = (out[rows].float() - expected[0].transpose(0, 1)).abs().max() / expected.abs().max()
+        worst = max(worst, error.item())
+    return worst
+
+
+class Timer:
+    """Requests with random prompts in one engine, and the time of its steps."""
+
+    def __init__(self, llm: Any) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        self.engine = llm.llm_engine
+        self.params = lambda tokens: SamplingParams(
+            temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
+        )
+        self.ids: list[str] = []
+
+    def add(self, requests: int, context: int, tokens: int) -> None:
+        for _ in range(requests):
+            prompt = torch.randint(10, VOCABULARY, (context,)).tolist()
+            self.ids.append(
+                self.engine.add_request(f"r{time.monotonic_ns()}", {"prompt_token_ids": prompt}, self.params(tokens))
+            )
+
+    def step(self) -> int:
+        """One step; how many tokens came."""
+        return sum(len(output.outputs[0].token_ids) for output in self.engine.step())
+
+    def clear(self) -> None:
+        self.engine.abort_request(self.ids, internal=True)
+        self.ids = []
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+    def steps_ms(self, requests: int) -> float:
+        """Milliseconds of a step in which all requests decode, each giving a token; the median of six stretches."""
+        for _ in range(WARMUP_STEPS):
+            self.step()
+        stretches, length = [], STEPS // 6
+        for _ in range(6):
+            start, tokens = time.perf_counter(), 0
+            for _ in range(length):
+                tokens += self.step()
+            stretches.append(1e3 * (time.perf_counter() - start) / length)
+            if tokens != requests * length:
+                raise RuntimeError(f"expected {requests * length} tokens of {length} steps, got {tokens}")
+        return statistics.median(stretches)
+
+    def decode_ms(self, requests: int, context: int) -> float:
+        self.add(requests, context, STEPS + WARMUP_STEPS + requests + 64)
+        waiting = requests
+        while waiting > 0:  # steps in which prompts are read give tokens of the others, too
+            self.step()
+            waiting = self.unread()
+        time_ms = self.steps_ms(requests)
+        self.clear()
+        return time_ms
+
+    def unread(self) -> int:
+        """Requests whose prompts have not been read to the end."""
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        reading = [request for request in scheduler.running if request.num_computed_tokens < request.num_prompt_tokens]
+        return len(scheduler.waiting) + len(reading)
+
+    def ttft_ms(self, context: int) -> float:
+        """Milliseconds from a request to its first token, in an engine with nothing else to do; the median of five."""
+        times = []
+        for _ in range(6):
+            start = time.perf_counter()
+            self.add(1, context, 2)
+            while not self.step():
+                pass
+            times.append(1e3 * (time.perf_counter() - start))
+            self.clear()
+        return statistics.median(times[1:])
+
+    def capacity(self, requests: int, context: int) -> tuple[float, int]:
+        """Tokens a second of as many of the requests as the cache has room for, and how many those are."""
+        tokens = 16 + STEPS + WARMUP_STEPS + 4 * -(-requests * context // 8192)
+        self.add(requests, context, tokens)
+        scheduler = self.engine.engine_core.engine_core.scheduler
+        running, settled = -1, 0
+        while settled < 3:  # until no step has read a prompt for a while
+            self.step()
+            reading = any(request.num_computed_tokens < request.num_prompt_tokens for request in scheduler.running)
+            settled = 0 if reading or len(scheduler.running) != running else settled + 1
+            running = len(scheduler.running)
+        rate = 1e3 * running / self.steps_ms(running)
+        self.clear()
+        return rate, running
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("cache", choices=CACHES)
+    parser.add_argument("--folder", type=Path, required=True, help="for the model's config.json")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--cache-bytes", type=float, default=27.5e9)
+    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--cases", nargs="*", default=[*DECODE, "ttft", "capacity"])
+    options = parser.parse_args()
+    os.environ.update(
+        VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_FLASHINFER_SAMPLER="0", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1"
+    )
+    from vllm import LLM
+
+    import turboquant_vllm.vllm as plugin
+
+    plugin.register()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    (options.folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": options.layers}))
+    start = time.perf_counter()
+    llm = LLM(
+        model=str(options.folder),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        dtype="bfloat16",
+        max_model_len=33792,
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        enable_prefix_caching=False,
+        kv_cache_memory_bytes=int(options.cache_bytes),
+        block_size=options.block_size,
+        compilation_config={"cudagraph_capture_sizes": CAPTURED},
+        **CACHES[options.cache],
+    )
+    import vllm
+
+    blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+    error = check_answer() if options.cache == "tq4" else None
+    if error is not None and not error < 0.02:
+        sys.exit(f"expected a largest error below 0.02, got {error}")
+    ready = {"blocks": blocks, "seconds": round(time.perf_counter() - start, 1), "vllm": vllm.__version__, "error": error}
+    say(ready=ready)
+    sys.stdin.readline()
+    timer = Timer(llm)
+    for case in options.cases:
+        if case in DECODE:
+            say(id=case, value=round(timer.decode_ms(*DECODE[case]), 4))
+        elif case == "ttft":
+            say(id=case, value=round(timer.ttft_ms(TTFT), 2))
+        else:
+            rate, running = timer.capacity(*CAPACITY)
+            say(id=case, value=round(rate, 1), running=running)
+
+
+if __name__ == "__main__":
+    main()

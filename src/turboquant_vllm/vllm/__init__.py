@@ -1,0 +1,41 @@
+"""The vLLM plugin: attention backend CUSTOM, which keeps the key/value cache in 4 bits per coordinate.
+
+    vllm serve MODEL --attention-backend CUSTOM
+
+vLLM finds :func:`register` through the entry point group ``vllm.general_plugins`` and calls it in each of its processes.
+Importing this package does not import vLLM.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+
+__all__ = ["BACKEND", "NEWEST", "OLDEST", "register", "why_not_version"]
+
+BACKEND = "turboquant_vllm.vllm.backend.TQ4Backend"
+OLDEST, NEWEST = (0, 30), (0, 33)  # releases whose hooks this plugin has been read and tested against
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Make ``--attention-backend CUSTOM`` this backend; with a version of vLLM that is not supported, say so and do nothing."""
+    import vllm
+
+    reason = why_not_version(vllm.__version__)
+    if reason:
+        logger.warning("--attention-backend CUSTOM is not available: %s", reason)
+        return
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+
+
+def why_not_version(vllm_version: str) -> str:
+    """Why the plugin does not work with this version of vLLM; empty where it does."""
+    numbers = re.match(r"(\d+)\.(\d+)", vllm_version)
+    if numbers is not None and OLDEST <= (int(numbers[1]), int(numbers[2])) <= NEWEST:
+        return ""
+    oldest, newest = (".".join(map(str, numbers)) for numbers in (OLDEST, NEWEST))
+    return f"turboquant-vllm supports vLLM {oldest} to {newest}, got {vllm_version}"

@@ -1,0 +1,98 @@
+"""The layer object of the vLLM backend: vLLM's arguments to :class:`turboquant_vllm.vllm.layer.PagedLayer`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import get_current_vllm_config_or_none
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from turboquant_vllm.vllm.flash import choose_exact
+from turboquant_vllm.vllm.layer import PagedLayer
+from turboquant_vllm.vllm.metadata import TQ4Metadata
+from turboquant_vllm.vllm.options import Options
+
+__all__ = ["TQ4Impl"]
+
+
+class TQ4Impl(AttentionImpl[TQ4Metadata]):
+    """Attention of one layer of a vLLM model over a cache in 4 bits per coordinate."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        if alibi_slopes is not None:
+            raise ValueError("the TQ4 backend has no ALiBi, got alibi_slopes")
+        if attn_type != AttentionType.DECODER:
+            raise ValueError(f"the TQ4 backend serves decoders, got attention of type {attn_type}")
+        self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self.shares_cache = kv_sharing_target_layer_name is not None
+        self.sinks = sinks
+        softcap = logits_soft_cap or None  # vLLM writes 0 for none
+        config = get_current_vllm_config_or_none()
+        options = Options() if config is None else Options.read(config.additional_config)
+        self.layer = PagedLayer(
+            num_heads,
+            self.num_kv_heads,
+            head_size,
+            self.scale,
+            sliding_window=sliding_window,
+            softcap=softcap,
+            exact=choose_exact(head_size, sinks is not None) if options.exact_prefill else None,
+        )
+        self._max_seqs = 1 if config is None else config.scheduler_config.max_num_seqs
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Sinks are weights, which are there only now."""
+        if self.sinks is not None:
+            self.layer.sinks = self.sinks.detach().float()
+
+    def do_kv_cache_update(
+        self,
+        layer: AttentionLayer,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Compress the step's keys and values into their slots."""
+        if kv_cache.numel():
+            self.layer.store(key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        attn_metadata: TQ4Metadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of the step's tokens into ``output``."""
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("the TQ4 backend does not quantize its output, got output_scale")
+        if attn_metadata is None:  # vLLM measures memory: the scratch of a real step must be part of it
+            torch.empty(self.layer.scratch_bytes(query.shape[0], self._max_seqs), dtype=torch.uint8, device=query.device)
+            return output.zero_()
+        shape: tuple[Any, ...] = (query.shape[0], self.num_heads, self.head_size)
+        # A layer that reads another's cache must see what that layer has stored.
+        own = None if self.shares_cache else key
+        self.layer.attend(query.view(shape), own, value, kv_cache, attn_metadata.runs, output.view(shape))
+        return output

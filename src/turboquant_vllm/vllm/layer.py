@@ -1,0 +1,143 @@
+"""Attention of one layer over its pages: what the vLLM backend does, without vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+
+import torch
+
+from turboquant_vllm import ops, reference
+from turboquant_vllm.codec import TQ4Codec
+from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.paged_attention import tq4_paged_attention
+from turboquant_vllm.store import tq4_store
+from turboquant_vllm.vllm.batch import Run
+
+__all__ = ["SLOT_NORM_BYTES", "Exact", "PagedLayer", "codec_for", "exact_attention"]
+
+SLOT_NORM_BYTES = 8  # one float32 for a key and one for a value
+_MANY_SPLITS = 16
+
+# (layer, q, k, v, run, out): causal attention of a run's tokens to their own keys and values, into out. All [tokens, heads, D].
+Exact = Callable[["PagedLayer", torch.Tensor, torch.Tensor, torch.Tensor, Run, torch.Tensor], None]
+
+
+@cache
+def codec_for(head_dim: int, device: torch.device) -> TQ4Codec:
+    """The codec of all layers of this head dimension on ``device``: the same on every rank and in every process."""
+    with torch.device("cpu"):  # a server may have made its GPU the default device
+        return TQ4Codec(head_dim, seed=0, device=device)
+
+
+def exact_attention(layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run, out: torch.Tensor) -> None:
+    """:data:`Exact` on any device, one sequence after the other."""
+    attend = torch.ops.turboquant.triton_attention if ops.triton_runs_on(q.device) else reference.attention
+    first = 0
+    for length, _ in run.lengths:
+        own = slice(first, first + length)
+        queries, keys, values = (x[own].transpose(0, 1)[None] for x in (q, k, v))
+        masks = (layer.sliding_window, layer.softcap, layer.sinks)
+        result, _ = attend(queries, keys, None, values, None, None, None, layer.sm_scale, True, *masks)
+        out[own] = result[0].transpose(0, 1)
+        first += length
+
+
+class PagedLayer:
+    """One layer's sizes and masks, its pages once they are known, and its attention.
+
+    Args:
+        num_heads, num_kv_heads: of queries, and of keys and values.
+        head_dim: a multiple of 16 from 16 to 256.
+        sm_scale: factor on the scores.
+        sliding_window, softcap, sinks: as in :func:`turboquant_vllm.tq4_attention`.
+        exact: attends to dense keys and values; None: whole prompts read the pages like all others.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        sm_scale: float,
+        *,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        exact: Exact | None = exact_attention,
+    ) -> None:
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.sm_scale, self.sliding_window, self.softcap, self.sinks = sm_scale, sliding_window, softcap, sinks
+        self.exact = exact
+        self._pages: PagedTQ4Cache | None = None
+
+    def pages(self, kv_cache: torch.Tensor) -> PagedTQ4Cache:
+        """``kv_cache``, uint8 ``[num_pages, H_kv, page_size, D + 8]`` with contiguous pages, as a paged cache; copies nothing.
+
+        Raises:
+            TypeError, ValueError: it is no such tensor.
+        """
+        known = self._pages
+        if known is not None and known.buffer.data_ptr() == kv_cache.data_ptr() and known.num_pages == kv_cache.shape[0]:
+            return known
+        num_pages, heads, page_size, slot = kv_cache.shape
+        if (heads, slot) != (self.num_kv_heads, self.head_dim + SLOT_NORM_BYTES):
+            expected = f"[num_pages, {self.num_kv_heads}, page_size, {self.head_dim + SLOT_NORM_BYTES}]"
+            raise ValueError(f"kv_cache must have shape {expected}, got {list(kv_cache.shape)}")
+        if not kv_cache[:1].is_contiguous():
+            raise ValueError(f"kv_cache must have contiguous pages, got strides {kv_cache.stride()}")
+        buffer = kv_cache.view(num_pages, heads * page_size * slot)
+        self._pages = PagedTQ4Cache(buffer, page_size=page_size, num_kv_heads=heads, head_dim=self.head_dim)
+        return self._pages
+
+    def store(self, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """Compress ``k, v [tokens, H_kv, D]`` into the slots of the first ``len(slot_mapping)`` tokens; -1 is no slot."""
+        cache = self.pages(kv_cache)
+        count = slot_mapping.shape[0]
+        tq4_store(k[:count], v[:count], cache, codec_for(self.head_dim, cache.device), slot_mapping)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        kv_cache: torch.Tensor,
+        runs: Sequence[Run],
+        out: torch.Tensor,
+    ) -> None:
+        """Attention of a step's tokens into ``out``; rows that belong to no sequence are left alone.
+
+        Args:
+            q, out: ``[T, H_q, D]``.
+            k, v: ``[T, H_kv, D]``, stored already; None: read all from the pages.
+            kv_cache: as in :meth:`pages`.
+            runs: of all sequences.
+        """
+        cache = self.pages(kv_cache)
+        codec = codec_for(self.head_dim, cache.device)
+        for run in runs:
+            rows = run.tokens
+            if run.exact and self.exact is not None and k is not None and v is not None:
+                self.exact(self, q[rows], k[rows], v[rows], run, out[rows])
+                continue
+            tq4_paged_attention(
+                q[rows],
+                cache,
+                codec,
+                run.block_table,
+                run.seq_lens,
+                run.cu_seqlens_q,
+                sm_scale=self.sm_scale,
+                sliding_window=self.sliding_window,
+                softcap=self.softcap,
+                sinks=self.sinks,
+                max_query_len=run.max_query_len,
+                max_seq_len=run.max_seq_len,
+                out=out[rows],
+            )
+
+    def scratch_bytes(self, tokens: int, sequences: int) -> int:
+        """A bound on the scratch memory that :meth:`attend` takes for ``tokens`` tokens of at most ``sequences`` sequences."""
+        vectors = tokens * self.num_heads
+        splits = _MANY_SPLITS * min(vectors, 32 * sequences * self.num_kv_heads)
+        return (splits + 2 * vectors) * (self.head_dim + 1) * 4

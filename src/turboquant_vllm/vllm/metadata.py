@@ -1,0 +1,87 @@
+"""What attention needs to know of a step: made once a step by the builder, read by every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from vllm.config import VllmConfig
+from vllm.v1.attention.backend import (
+    AttentionCGSupport,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import AttentionSpec
+
+from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.vllm.batch import Run, plan_runs
+from turboquant_vllm.vllm.layer import SLOT_NORM_BYTES, codec_for
+
+__all__ = ["TQ4Metadata", "TQ4MetadataBuilder"]
+
+
+@dataclass(frozen=True)
+class TQ4Metadata(AttentionMetadata):
+    """A step's sequences, in runs that are served alike."""
+
+    runs: list[Run]
+
+
+class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
+    """Makes :class:`TQ4Metadata`. Graphs may be captured of decoding, and of verifying drafts of one length.
+
+    Kernels find lengths, pages and query tokens in vLLM's persistent tensors, and take any number of query tokens, so what
+    is captured is right for whatever these hold at a replay.
+    """
+
+    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        spec = kv_cache_spec
+        if spec.state_content_bytes != spec.head_size + SLOT_NORM_BYTES:
+            raise ValueError(
+                f"the cache of {layer_names} must have {spec.head_size + SLOT_NORM_BYTES} bytes a token and head, "
+                f"got {spec.state_content_size_bytes}"
+            )
+        page_bytes = PagedTQ4Cache.page_bytes(spec.block_size, spec.num_kv_heads, spec.head_size)
+        assert spec.real_page_size_bytes == page_bytes, (spec, page_bytes)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        codec_for(spec.head_size, device)  # before any graph is captured
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TQ4Metadata:
+        return self._build(common_attn_metadata, captured=False)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TQ4Metadata:
+        return self._build(common_attn_metadata, captured=True)
+
+    def _build(self, step: CommonAttentionMetadata, *, captured: bool) -> TQ4Metadata:
+        if isinstance(step.causal, torch.Tensor) or not step.causal:
+            raise ValueError("the TQ4 backend attends causally, got a step that does not")
+        decode_len = self.reorder_batch_threshold
+        assert decode_len is not None
+        if captured and step.max_query_len > decode_len:
+            raise ValueError(f"graphs are captured of up to {decode_len} query tokens, got {step.max_query_len}")
+        lengths = step.seq_lens_cpu_upper_bound
+        if lengths is None:  # waits for the device; vLLM's runners give the bound
+            lengths = step.seq_lens.cpu()
+        count = step.num_reqs
+        return TQ4Metadata(
+            plan_runs(
+                step.query_start_loc[: count + 1],
+                step.seq_lens[:count],
+                step.block_table_tensor[:count],
+                step.query_start_loc_cpu[: count + 1].numpy(),
+                lengths[:count].numpy(),
+                max_query_len=step.max_query_len,
+                max_seq_len=step.max_seq_len,
+                decode_len=decode_len,
+                captured=captured,
+            )
+        )

@@ -1,0 +1,223 @@
+"""The vLLM plugin's logic, without vLLM: runs of a batch, and one layer's attention over its pages, on a CPU."""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import turboquant_vllm.vllm as plugin
+from turboquant_vllm import PagedTQ4Cache
+from turboquant_vllm.vllm.batch import plan_runs
+from turboquant_vllm.vllm.layer import PagedLayer, codec_for
+from turboquant_vllm.vllm.options import Options
+from vllm_cases import random_step
+
+# (query tokens, keys): two decode; a prompt; a chunk behind a prefix whose total is the prompt's and whose length is another's;
+# a prompt as long as that; a prefix hit of all but one token of a page; a one-token prompt.
+MIXED = [(1, 40), (1, 17), (33, 33), (20, 33), (20, 20), (16, 48), (5, 5)]
+EXACT = [False, False, True, False, True, False, True]
+
+
+def layer(**options: object) -> PagedLayer:
+    return PagedLayer(4, 2, 64, 64**-0.5, **options)
+
+
+def attend(step, runs, k="own", v="own"):
+    out = torch.full_like(step.q, float("nan"))
+    step.store()
+    step.layer.attend(step.q, step.k if k == "own" else k, step.v if v == "own" else v, step.kv_cache, runs, out)
+    return out
+
+
+class TestRuns:
+    def plan(self, lengths, decode_len=1, captured=False):
+        starts = np.cumsum([0, *(tokens for tokens, _ in lengths)], dtype=np.int32)
+        totals = np.array([keys for _, keys in lengths], dtype=np.int32)
+        table = torch.arange(len(lengths), dtype=torch.int32)[:, None]
+        return plan_runs(
+            torch.from_numpy(starts), torch.from_numpy(totals), table, starts, totals,
+            max_query_len=max(tokens for tokens, _ in lengths), max_seq_len=int(totals.max()), decode_len=decode_len,
+            captured=captured,
+        )  # fmt: skip
+
+    def test_each_sequence_is_in_one_run_in_order(self):
+        runs = self.plan(MIXED)
+        assert torch.cat([run.block_table for run in runs]).flatten().tolist() == list(range(len(MIXED)))
+        kinds = [run.exact for run in runs for _ in range(len(run.seq_lens))]
+        assert kinds == EXACT
+        stop = 0
+        for run in runs:
+            assert run.tokens.start == stop
+            stop = run.tokens.stop
+            assert run.cu_seqlens_q[0] == 0
+            assert run.cu_seqlens_q[-1] == stop - run.tokens.start
+            query_lens = run.cu_seqlens_q.diff()
+            assert query_lens.max() <= run.max_query_len
+            assert run.seq_lens.max() <= run.max_seq_len
+            if run.lengths:
+                assert list(run.lengths) == list(zip(query_lens.tolist(), run.seq_lens.tolist(), strict=True))
+        assert stop == sum(tokens for tokens, _ in MIXED)
+
+    def test_decoding_is_one_run_of_vllms_own_tensors(self):
+        starts, totals = np.array([0, 1, 2, 2], dtype=np.int32), np.array([5, 9, 0], dtype=np.int32)
+        cu_seqlens, seq_lens, table = torch.from_numpy(starts), torch.from_numpy(totals), torch.zeros(3, 4, dtype=torch.int32)
+        (run,) = plan_runs(
+            cu_seqlens, seq_lens, table, starts, totals, max_query_len=1, max_seq_len=9, decode_len=1, captured=False
+        )
+        assert not run.exact
+        assert run.tokens == slice(0, 2)
+        for own, given in ((run.cu_seqlens_q, cu_seqlens), (run.seq_lens, seq_lens), (run.block_table, table)):
+            assert own.data_ptr() == given.data_ptr()
+            assert own.shape == given.shape
+
+    def test_drafts_decode_and_short_prompts_do_not(self):
+        runs = self.plan([(4, 60), (4, 60), (2, 2), (4, 4), (3, 70)], decode_len=4)
+        assert [(run.exact, len(run.seq_lens)) for run in runs] == [(False, 2), (True, 2), (False, 1)]
+        assert runs[0].max_query_len == 4
+
+    def test_what_is_captured_decodes_whatever_its_lengths_are(self):
+        (run,) = self.plan([(4, 4), (4, 4)], decode_len=4, captured=True)
+        assert not run.exact
+        assert run.tokens == slice(0, 8)
+
+
+class TestAttention:
+    @pytest.mark.parametrize("page_size", [16, 32])
+    def test_mixed_batch(self, generator, page_size):
+        step = random_step(generator, MIXED, layer(), page_size=page_size)
+        out = attend(step, step.runs())
+        for index, exact in enumerate(EXACT):
+            step.check(out, index, exact=exact)
+
+    def test_exact_and_packed_differ_by_more_than_the_tolerance(self, generator):
+        step = random_step(generator, MIXED, layer())
+        out = attend(step, step.runs())
+        for index, exact in enumerate(EXACT):
+            with pytest.raises(AssertionError):
+                step.check(out, index, exact=not exact)
+
+    @pytest.mark.parametrize("masks", [{"sliding_window": 9}, {"softcap": 3.0}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}])
+    def test_masks(self, generator, masks):
+        step = random_step(generator, MIXED, layer(**masks))
+        out = attend(step, step.runs())
+        for index, exact in enumerate(EXACT):
+            step.check(out, index, exact=exact)
+
+    def test_without_exact_prefill_all_read_the_pages(self, generator):
+        step = random_step(generator, MIXED, layer(exact=None))
+        out = attend(step, step.runs())
+        for index in range(len(MIXED)):
+            step.check(out, index, exact=False)
+
+    def test_a_layer_that_shares_a_cache_reads_the_pages(self, generator):
+        step = random_step(generator, MIXED, layer())
+        out = attend(step, step.runs(), k=None, v=None)
+        for index in range(len(MIXED)):
+            step.check(out, index, exact=False)
+
+    def test_padding_has_no_slot_and_is_left_alone(self, generator):
+        step = random_step(generator, [(1, 30), (1, 18)], layer())
+        runs = step.runs()
+        padded = {name: torch.cat([getattr(step, name), torch.full_like(getattr(step, name), float("nan"))]) for name in "qkv"}
+        before = step.kv_cache.clone()
+        step.layer.store(padded["k"], padded["v"], step.kv_cache, torch.cat([step.slots, torch.tensor([-1, -1])]))
+        changed = (step.kv_cache != before).flatten(1).any(1).nonzero().flatten().tolist()
+        assert set(changed) <= {int(slot) // 16 for slot in step.slots}
+        out = torch.full_like(padded["q"], 7.0)
+        step.layer.attend(padded["q"], padded["k"], padded["v"], step.kv_cache, runs, out)
+        for index in range(2):
+            step.check(out, index, exact=False)
+        assert (out[2:] == 7.0).all()
+
+    def test_verification_of_drafts(self, generator):
+        step = random_step(generator, [(4, 60), (4, 19), (6, 6)], layer())
+        out = attend(step, step.runs(decode_len=4))
+        for index, exact in enumerate([False, False, True]):
+            step.check(out, index, exact=exact)
+
+    @pytest.mark.parametrize("chunk", [1, 7, 16])
+    def test_chunks_change_nothing_without_exact_prefill(self, generator, chunk):
+        whole = random_step(generator, [(30, 30)], layer(exact=None))
+        expected = whole.expected(0, exact=False)
+        for first in range(0, 30, chunk):
+            stop = min(first + chunk, 30)
+            part = type(whole)(**{**vars(whole), "lengths": [(stop - first, stop)]})
+            for name in ("q", "k", "v", "slots"):
+                setattr(part, name, getattr(whole, name)[first:stop])
+            out = attend(part, part.runs())
+            torch.testing.assert_close(out.double(), expected[first:stop], rtol=1e-5, atol=1e-5)
+
+
+class TestPages:
+    def test_a_page_is_136_bytes_a_token_and_head_and_nothing_is_copied(self):
+        one = PagedLayer(32, 8, 128, 1.0)
+        kv_cache = torch.zeros(3, 8, 16, 136, dtype=torch.uint8)
+        pages = one.pages(kv_cache)
+        assert pages.buffer.data_ptr() == kv_cache.data_ptr()
+        assert pages.buffer.shape == (3, PagedTQ4Cache.page_bytes(16, 8, 128))
+        assert one.pages(kv_cache) is pages
+        assert one.pages(torch.zeros_like(kv_cache)).buffer.data_ptr() != kv_cache.data_ptr()
+
+    def test_pages_of_several_layers_in_one_block(self, generator):
+        blocks = torch.full((5, 3, 2, 16, 72), 255, dtype=torch.uint8)
+        step = random_step(generator, [(1, 20), (9, 9)], layer())
+        blocks[:, 1] = step.kv_cache
+        step.kv_cache = blocks[:, 1]
+        out = attend(step, step.runs())
+        step.check(out, 0, exact=False)
+        step.check(out, 1, exact=True)
+
+    def test_other_tensors_are_refused(self):
+        with pytest.raises(ValueError, match=r"kv_cache must have shape \[num_pages, 2, page_size, 72\], got \[3, 2, 16, 64\]"):
+            layer().pages(torch.zeros(3, 2, 16, 64, dtype=torch.uint8))
+        with pytest.raises(ValueError, match="kv_cache must have contiguous pages"):
+            layer().pages(torch.zeros(3, 16, 2, 72, dtype=torch.uint8).transpose(1, 2))
+
+    def test_one_codec_for_all_layers_whatever_the_default_device(self):
+        codec = codec_for(64, torch.device("cpu"))
+        assert codec_for(64, torch.device("cpu")) is codec
+        with torch.device("meta"):
+            assert codec_for(32, torch.device("cpu")).rotation.device.type == "cpu"
+
+
+class TestOptions:
+    def test_defaults_and_values(self):
+        assert Options.read({}) == Options.read(None) == Options(exact_prefill=True)
+        assert Options.read({"other": 1, "turboquant": {"exact_prefill": False}}) == Options(exact_prefill=False)
+
+    def test_mistakes_are_named(self):
+        with pytest.raises(ValueError, match="may have exact_prefill, got exactprefill"):
+            Options.read({"turboquant": {"exactprefill": True}})
+        with pytest.raises(TypeError, match="exact_prefill must be true or false, got 'no'"):
+            Options.read({"turboquant": {"exact_prefill": "no"}})
+        with pytest.raises(TypeError, match="must be a dict of options, got str"):
+            Options.read({"turboquant": "fast"})
+
+
+class TestVersions:
+    def test_the_entry_point_is_register(self):
+        pyproject = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))
+        (target,) = pyproject["project"]["entry-points"]["vllm.general_plugins"].values()
+        module, name = target.split(":")
+        assert getattr(import_module(module), name) is plugin.register
+
+    @pytest.mark.parametrize("supported", ["0.30.0", "0.31.2", "0.33.0", "0.33.1.dev4+g1234", "0.33.0rc1"])
+    def test_supported(self, supported):
+        assert plugin.why_not_version(supported) == ""
+
+    @pytest.mark.parametrize("other", ["0.29.9", "0.34.0", "1.30.0", "dev"])
+    def test_another_version_is_one_clear_line_and_no_error(self, other, monkeypatch, caplog):
+        monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__=other))
+        with caplog.at_level("WARNING"):
+            plugin.register()
+        (record,) = caplog.records
+        assert record.getMessage() == (
+            f"--attention-backend CUSTOM is not available: turboquant-vllm supports vLLM 0.30 to 0.33, got {other}"
+        )
