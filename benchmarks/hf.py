@@ -3,6 +3,9 @@
 Random weights in bf16. Caches are filled with random keys and values through their own `update`, and `generate` is timed from
 there: "eager" is DynamicCache with sdpa against TurboQuantCache with tq4, "compiled" is StaticCache with sdpa against
 TurboQuantStaticCache with tq4, both compiled by `generate`. "memory" is a real prefill of one long prompt and a few tokens.
+
+A row says how many of the model's layers ran: fewer where bf16's cache of all would not fit, or where compiling all would take
+too long. Before a case is timed, the logits of one step on each cache are compared. The file is written after every row.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +25,11 @@ from common import RESULTS, environment, write_results
 from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache, register
 
 DTYPE = torch.bfloat16
+WARMUP = 4  # tokens, compiling among them
 CASES = [(1, 8192), (1, 32768), (1, 131072), (8, 8192), (8, 32768), (8, 131072)]
 MEMORY_TOKENS = 131072
+DENSE_BYTES = 75e9  # of bf16's cache at most: attention over a StaticCache repeats a layer's keys and values for every head
+LARGEST_ERROR = 0.5  # of logits, relative to their spread: 4 bits move them by a fifth of it, a wrong cache by all of it
 
 
 def make_model(layers: int) -> Any:
@@ -42,11 +49,28 @@ def make_model(layers: int) -> Any:
         return LlamaForCausalLM._from_config(config, dtype=DTYPE, attn_implementation="sdpa").eval()
 
 
-def fill(cache: Any, model: Any, batch: int, tokens: int) -> None:
-    """Fill a new cache with random keys and values."""
+def use_layers(model: Any, all_layers: Any, count: int) -> None:
+    """Leave the model its first ``count`` layers."""
+    model.model.layers, model.config.num_hidden_layers = all_layers[:count], count
+
+
+def fitting_layers(model: Any, batch: int, tokens: int, most: int) -> int:
+    """Layers whose cache in bf16 takes no more than ``DENSE_BYTES``."""
     config = model.config
+    layer_bytes = 4 * batch * tokens * config.num_key_value_heads * config.head_dim
+    return max(1, min(most, int(DENSE_BYTES // layer_bytes)))
+
+
+def fill(cache: Any, model: Any, batch: int, tokens: int) -> None:
+    """Fill a new cache with random keys and values, the same in every call with the same sizes.
+
+    Values are large, so that what a layer attends to outweighs what it passes on, and logits say whether attention is right.
+    """
+    config = model.config
+    generator = torch.Generator("cuda").manual_seed(0)
     shape = (batch, config.num_key_value_heads, tokens, config.head_dim)
-    k, v = (torch.randn(shape, device="cuda", dtype=DTYPE) for _ in range(2))
+    k, v = (torch.randn(shape, generator=generator, device="cuda", dtype=DTYPE) for _ in range(2))
+    v *= 8
     for layer in range(config.num_hidden_layers):
         cache.update(k, v, layer)
 
@@ -63,48 +87,46 @@ def release() -> None:
     torch.cuda.empty_cache()
 
 
+def generate(model: Any, cache: Any, batch: int, length: int, count: int, **options: Any) -> Any:
+    """``count`` greedy tokens behind ``length``, of which the last is not in the cache yet."""
+    ids = torch.ones((batch, length), dtype=torch.long, device="cuda")
+    how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": count, **options}
+    return model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **how)
+
+
 @torch.inference_mode()
-def tokens_per_second(model: Any, cache: Any, batch: int, tokens: int, steps: int, warmup: int) -> float:
-    """Tokens a second of `generate` on a full cache, all sequences together."""
-    elapsed = 0.0
-    length = tokens + 1
-    for count in (warmup, steps):
-        ids = torch.ones((batch, length), dtype=torch.long, device="cuda")
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            past_key_values=cache,
-            max_new_tokens=count,
-            do_sample=False,
-            eos_token_id=None,
-            pad_token_id=0,
-        )
-        torch.cuda.synchronize()
-        elapsed = time.perf_counter() - start
-        length += count
-    return batch * steps / elapsed
+def tokens_per_second(model: Any, cache: Any, batch: int, tokens: int, steps: int) -> tuple[float, torch.Tensor]:
+    """Tokens a second of `generate` on a full cache, all sequences together, and the first's logits ``[B, vocabulary]``."""
+    first = generate(model, cache, batch, tokens + 1, WARMUP, return_dict_in_generate=True, output_logits=True)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    generate(model, cache, batch, tokens + 1 + WARMUP, steps)
+    torch.cuda.synchronize()
+    return batch * steps / (time.perf_counter() - start), first.logits[0].float()
 
 
 def measure(
     model: Any, attention: str, make: Any, batch: int, tokens: int, steps: int
-) -> tuple[float | None, int | None, bool | None]:
-    """Tokens a second, bytes of the cache, and whether cuDNN's attention was allowed; None where memory does not suffice.
+) -> tuple[float | None, torch.Tensor | None, dict[str, Any]]:
+    """Tokens a second, logits, and what else a row says of a cache; None where memory does not suffice.
 
-    With and without cuDNN's, whichever is faster: it makes a plan for each new length, which can take longer than all else.
+    With and without cuDNN's attention, whichever is faster: it makes a plan for each new length, which can take longer than all
+    else, so that a few steps show it.
     """
     model.set_attn_implementation(attention)
-    best: tuple[float | None, int | None, bool | None] = (None, None, None)
-    for allowed in (True, False) if attention == "sdpa" else (True,):
-        torch.backends.cuda.enable_cudnn_sdp(allowed)
+    best: tuple[float | None, torch.Tensor | None, dict[str, Any]] = (None, None, {})
+    for cudnn in (False, True) if attention == "sdpa" else (True,):
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch._dynamo.reset()
         cache = None
         try:
+            torch.cuda.reset_peak_memory_stats()
             cache = make(tokens)
             fill(cache, model, batch, tokens)
-            speed = tokens_per_second(model, cache, batch, tokens, steps, warmup=4)
-            best = max(best, (speed, bytes_of(cache), allowed), key=lambda found: found[0] or 0.0)
+            speed, logits = tokens_per_second(model, cache, batch, tokens, steps if not best[0] else min(steps, 8))
+            peak = torch.cuda.max_memory_allocated()
+            more = {"cudnn": cudnn, "bytes": bytes_of(cache), "peak_bytes": peak}
+            best = max(best, (speed, logits, more), key=lambda found: found[0] or 0.0)
         except torch.OutOfMemoryError:
             pass
         del cache
@@ -114,33 +136,40 @@ def measure(
 
 
 def decode_rows(
-    model: Any, caches: dict[str, tuple[str, Any]], steps: int, cases: list[tuple[int, int]]
-) -> list[dict[str, Any]]:
+    model: Any, caches: dict[str, tuple[str, Any]], steps: int, cases: list[tuple[int, int]], most_layers: int
+) -> Iterator[dict[str, Any]]:
     """A row for each case: tokens a second with the dense cache and with ours."""
-    rows = []
+    all_layers = model.model.layers
     for batch, tokens in cases:
+        layers = fitting_layers(model, batch, tokens, min(most_layers, len(all_layers)))
+        use_layers(model, all_layers, layers)
         found = [measure(model, attention, make, batch, tokens, steps) for attention, make in caches.values()]
-        (dense, dense_bytes, cudnn), (ours, our_bytes, _) = found
-        row = {
+        (dense, want, dense_more), (ours, got, our_more) = found
+        error = None
+        if got is not None and want is not None:
+            error = float((got - want).norm() / (want - want.mean(-1, keepdim=True)).norm())
+            if not error < LARGEST_ERROR:
+                raise RuntimeError(f"{list(caches)} at {batch} x {tokens}: logits differ by {error:.2f} of their spread")
+        yield {
             "id": f"{'-'.join(caches)}-{batch}x{tokens}",
             "batch": batch,
             "context": tokens,
+            "layers": layers,
             "caches": list(caches),
-            "dense_with_cudnn": cudnn,
+            "dense_with_cudnn": dense_more.get("cudnn"),
             "dense_tokens_per_s": dense and round(dense, 2),
             "ours_tokens_per_s": ours and round(ours, 2),
             "ratio": round(ours / dense, 3) if ours and dense else None,
-            "dense_bytes": dense_bytes,
-            "ours_bytes": our_bytes,
-        }
-        rows.append(row)
-        print(row, flush=True)
-    return rows
+            "logits_error": error and round(error, 4),
+            **{f"{name}_{key}": more.get(key) for key in ("bytes", "peak_bytes") for name, more in
+               (("dense", dense_more), ("ours", our_more))},
+        }  # fmt: skip
+    use_layers(model, all_layers, len(all_layers))
 
 
 @torch.inference_mode()
 def memory_rows(model: Any, tokens: int) -> list[dict[str, Any]]:
-    """Bytes of the cache and peaks of a real prefill and of decoding, for both caches."""
+    """Bytes of the cache and peaks of a real prefill and of decoding, for both caches; the peaks without the weights."""
     rows: list[dict[str, Any]] = []
     for name, attention, cache in (
         ("dynamic", "sdpa", DynamicCache(config=model.config)),
@@ -161,12 +190,12 @@ def memory_rows(model: Any, tokens: int) -> list[dict[str, Any]]:
         row = {
             "id": f"memory-{name}",
             "context": tokens,
+            "layers": len(cache.layers),
             "cache_bytes": bytes_of(cache),
             "prefill_peak_bytes": prefill,
             "decode_peak_bytes": decode,
         }
         rows.append(row)
-        print(row, flush=True)
         del cache
     for key in ("cache_bytes", "prefill_peak_bytes", "decode_peak_bytes"):
         rows[1][f"{key}_share"] = round(rows[1][key] / rows[0][key], 4)
@@ -177,32 +206,35 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=16, help="tokens that are timed")
-    parser.add_argument("--parts", default="eager,compiled,memory", help="of eager, compiled and memory")
+    parser.add_argument("--compiled-layers", type=int, default=8, help="of the compiled pair")
+    parser.add_argument("--memory-tokens", type=int, default=MEMORY_TOKENS, help="of the prompt of the part on memory")
+    parser.add_argument("--steps", type=int, default=24, help="tokens that are timed")
+    parser.add_argument("--parts", default="memory,eager,compiled", help="of memory, eager and compiled, in their order")
     parser.add_argument("--cases", default=",".join(f"{b}x{n}" for b, n in CASES), help="batch x context, separated by commas")
     options = parser.parse_args()
-    parts = options.parts.split(",")
     cases = [(int(b), int(n)) for b, n in (case.split("x") for case in options.cases.split(","))]
     torch.manual_seed(0)
     model = make_model(options.layers)
-    rows: list[dict[str, Any]] = []
-    if "eager" in parts:
-        caches = {
-            "dynamic": ("sdpa", lambda tokens: DynamicCache(config=model.config)),
-            "turboquant": ("tq4", lambda tokens: TurboQuantCache(model.config)),
-        }
-        rows += decode_rows(model, caches, options.steps, cases)
-    if "memory" in parts:
-        rows += memory_rows(model, MEMORY_TOKENS)
-    if "compiled" in parts:
-        room = options.steps + 16
-        caches = {
-            "static": ("sdpa", lambda tokens: StaticCache(config=model.config, max_cache_len=tokens + room)),
-            "turboquant-static": ("tq4", lambda tokens: TurboQuantStaticCache(model.config, max_cache_len=tokens + room)),
-        }
-        rows += decode_rows(model, caches, options.steps, cases)
-    env = environment(transformers=transformers.__version__, layers=options.layers)
-    write_results(options.out / "hf-h200.json", env, rows)
+    config, room = model.config, options.steps + WARMUP + 8
+    eager = {
+        "dynamic": ("sdpa", lambda tokens: DynamicCache(config=config)),
+        "turboquant": ("tq4", lambda tokens: TurboQuantCache(config)),
+    }
+    compiled = {
+        "static": ("sdpa", lambda tokens: StaticCache(config=config, max_cache_len=tokens + room)),
+        "turboquant-static": ("tq4", lambda tokens: TurboQuantStaticCache(config, max_cache_len=tokens + room)),
+    }
+    parts: dict[str, Callable[[], Any]] = {
+        "memory": lambda: memory_rows(model, options.memory_tokens),
+        "eager": lambda: decode_rows(model, eager, options.steps, cases, options.layers),
+        "compiled": lambda: decode_rows(model, compiled, options.steps, cases, options.compiled_layers),
+    }
+    env, rows = environment(transformers=transformers.__version__), []
+    for part in options.parts.split(","):
+        for row in parts[part]():
+            rows.append(row)
+            print(row, flush=True)
+            write_results(options.out / "hf-h200.json", env, rows)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import eager_mask
 
 from turboquant_vllm import TQ4Codec
+from turboquant_vllm.demo.run import MODEL
 from turboquant_vllm.hf import register
 
 VOCABULARY, WINDOW = 97, 8
@@ -30,7 +31,7 @@ _COMMON = {
     "eos_token_id": 2,
 }
 _HEADS = {**_COMMON, "head_dim": 32}
-_MIXED = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
+_MIXED: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": WINDOW}
 _EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
 _LLAMA4 = {
     **_EXPERTS,
@@ -55,6 +56,18 @@ _LATENT = {
     "moe_intermediate_size": 32,
     "first_k_dense_replace": 1,
 }
+_SHARED = {
+    **_MIXED,
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": _MIXED["layer_types"] * 2,
+    "intermediate_size": [64] * 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+    "hidden_size_per_layer_input": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "laurel_rank": 8,
+    "altup_num_inputs": 2,
+}
 _GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 128, "vocab_size": VOCABULARY}
 
 # Family: class of the configuration, its arguments, and an attention of transformers that handles all of them.
@@ -77,6 +90,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gpt2": ("GPT2Config", {**_GPT2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}, "eager"),
     "llama4": ("Llama4TextConfig", {**_HEADS, **_LLAMA4}, "sdpa"),
     "deepseek_v3": ("DeepseekV3Config", {**_COMMON, **_LATENT}, "sdpa"),
+    "gemma3n": ("Gemma3nTextConfig", {**_HEADS, **_SHARED}, "sdpa"),  # its last layers use the keys and values of others
+    "trained": ("LlamaConfig", {}, "sdpa"),  # the model that comes with the package
 }  # fmt: skip
 
 
@@ -119,11 +134,13 @@ def oracle_attention(
 def make_config(family: str) -> Any:
     """The configuration of a tiny model."""
     kind, arguments, _ = FAMILIES[family]
+    if family == "trained":
+        return transformers.AutoConfig.from_pretrained(MODEL)
     return getattr(transformers, kind)(**copy.deepcopy(arguments))
 
 
 def make_model(family: str, attention: str = "tq4", dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
-    """A random model of ``family``; the same weights for the same seed, whatever its attention ("oracle" is ours, above).
+    """A random model of ``family``, the same for the same seed, or the trained one; attention "oracle" is ours, above.
 
     In float64, where rounding moves no coordinate over the boundary between two codes.
     """
@@ -135,6 +152,8 @@ def make_model(family: str, attention: str = "tq4", dtype: torch.dtype = torch.f
     config.initializer_range = 0.2
     torch.manual_seed(seed)
     implementations = {"attn_implementation": attention, "experts_implementation": "eager"}
+    if family == "trained":
+        return transformers.AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation=attention, dtype=dtype).eval()
     model = transformers.AutoModelForCausalLM.from_config(config, **implementations).eval()
     for name, parameter in model.named_parameters():
         if "sinks" in name:

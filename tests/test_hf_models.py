@@ -10,6 +10,8 @@ import torch
 
 pytest.importorskip("transformers")
 
+import transformers
+
 from hf_models import (
     FAMILIES,
     VOCABULARY,
@@ -21,7 +23,7 @@ from hf_models import (
     reference_cache,
     stock_attention,
 )
-from turboquant_vllm.hf import TurboQuantCache
+from turboquant_vllm.hf import TurboQuantCache, register
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -59,7 +61,8 @@ def test_any_cutting_of_a_text_gives_the_same_logits_as_a_dense_cache(family, ge
         want = oracle(ids[:, start:stop], past_key_values=expected).logits
         assert_same(ours(ids[:, start:stop], past_key_values=packed).logits, want)
     if family != "deepseek_v3":
-        assert packed.packed_layers == [0, 1]
+        own = ours.config.num_hidden_layers - getattr(ours.config, "num_kv_shared_layers", 0)
+        assert packed.packed_layers == list(range(own))
         assert (want - oracle(ids).logits[:, 18:]).abs().max() > 1e-3 * want.abs().max()  # it is not an exact cache
 
 
@@ -151,3 +154,31 @@ def test_a_conversation_goes_on_with_the_same_cache_and_starts_again_after_reset
         results.append((one, two, generated(model, cache, other, max_new_tokens=5)))
     for expected, actual in zip(*results, strict=True):
         assert_same_generation(actual, expected)
+
+
+# Those that do not go through the attention interface: class of the configuration, its arguments, whether it refuses "tq4".
+OUTSIDERS = {
+    "falcon": ("FalconConfig", {"num_hidden_layers": 2, "num_attention_heads": 2}, True),
+    "falcon_alibi": ("FalconConfig", {"num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True}, True),
+    "gptj": ("GPTJConfig", {"n_layer": 2, "n_head": 2, "rotary_dim": 16, "n_positions": 64}, True),
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 2}, False),  # it attends in its own way, whatever it is asked for
+}
+
+
+@pytest.mark.parametrize("name", OUTSIDERS)
+@torch.no_grad()
+def test_models_with_attention_of_their_own_get_it_decompressed_or_refuse(name, generator):
+    kind, arguments, refuses = OUTSIDERS[name]
+    config = getattr(transformers, kind)(vocab_size=VOCABULARY, hidden_size=64, bos_token_id=1, eos_token_id=2, **arguments)
+    register()
+    make = transformers.AutoModelForCausalLM.from_config
+    if refuses:
+        with pytest.raises(KeyError, match="tq4"):
+            make(config, attn_implementation="tq4")
+    model = make(config, attn_implementation="eager" if refuses else "tq4").eval().double()
+    ids = tokens(generator, 2, 14)
+    expected, packed = reference_cache(model), TurboQuantCache(model.config)
+    for start, stop in ((0, 9), (9, 10), (10, 14)):
+        part = ids[:, start:stop]
+        assert torch.equal(model(part, past_key_values=packed).logits, model(part, past_key_values=expected).logits)
+    assert packed.packed_layers == [0, 1]

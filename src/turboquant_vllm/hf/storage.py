@@ -35,7 +35,7 @@ def codec_for(head_dim: int, seed: int, device: torch.device) -> TQ4Codec:
         return TQ4Codec(head_dim, seed=seed, device=device)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _slots(batch: int, capacity: int, device: torch.device) -> torch.Tensor:
     """Slots of the tokens of all sequences, int32 ``[capacity, batch]``; layers of the same size share it."""
     with torch.inference_mode(False):
