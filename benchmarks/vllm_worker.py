@@ -62,7 +62,7 @@ def check_answer() -> float:
     layer.store(k, v, kv_cache, table[row, position // 16].long() * 16 + position % 16)
     starts, totals = torch.tensor([0, 1, 201], dtype=torch.int32), torch.tensor([3000, 200], dtype=torch.int32)
     on_host = (starts.numpy(), totals.numpy())
-    runs = plan_runs(starts.to(device), totals.to(device), table, *on_host, max_query_len=200, max_seq_len=3000, decode_len=1)
+    runs = plan_runs(starts.to(device), totals.to(device), table, *on_host, decode_len=1)
     out = torch.empty_like(q)
     layer.attend(q, torch.cat([k[2999:3000], k[3000:]]), torch.cat([v[2999:3000], v[3000:]]), kv_cache, runs, out)
     worst = 0.0

@@ -21,6 +21,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCache
 
 import turboquant_vllm.vllm as plugin
 from turboquant_vllm.vllm.backend import TQ4Backend
+from turboquant_vllm.vllm.batch import Kind
 from vllm_cases import random_step
 
 pytestmark = pytest.mark.vllm
@@ -171,8 +172,9 @@ class TestMetadata:
     def test_a_captured_batch_is_one_run(self, generator):
         step = random_step(generator, [(4, 4), (4, 4)], make_impl().layer)
         (run,) = builder(self.packed, num_speculative_tokens=3).build_for_cudagraph_capture(common_metadata(step)).runs
-        assert not run.exact
-        assert run.max_query_len == 4
+        assert run.kind == Kind.DECODE
+        assert (run.max_query_len, run.max_seq_len) == (4, 4)
+        assert run.tokens == slice(0, 8)
         with pytest.raises(ValueError, match="up to 1 query tokens, got 4"):
             builder(self.packed).build_for_cudagraph_capture(common_metadata(step))
 

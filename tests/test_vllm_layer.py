@@ -14,15 +14,17 @@ import torch
 
 import turboquant_vllm.vllm as plugin
 from turboquant_vllm import PagedTQ4Cache
-from turboquant_vllm.vllm.batch import plan_runs
+from turboquant_vllm.vllm.batch import Kind, plan_runs
 from turboquant_vllm.vllm.layer import PagedLayer, codec_for
 from turboquant_vllm.vllm.options import Options
 from vllm_cases import random_step
 
+DECODE, EXACT, CONTINUED = Kind
+
 # (query tokens, keys): two decode; a prompt; a chunk behind a prefix whose total is the prompt's and whose length is another's;
 # a prompt as long as that; a prefix hit of all but one token of a page; a one-token prompt.
 MIXED = [(1, 40), (1, 17), (33, 33), (20, 33), (20, 20), (16, 48), (5, 5)]
-EXACT = [False, False, True, False, True, False, True]
+KINDS = [DECODE, DECODE, EXACT, CONTINUED, EXACT, CONTINUED, EXACT]
 
 
 def layer(**options: object) -> PagedLayer:
@@ -37,41 +39,35 @@ def attend(step, runs, k="own", v="own"):
 
 
 class TestRuns:
-    def plan(self, lengths, decode_len=1, captured=False):
+    def plan(self, lengths, decode_len=1):
         starts = np.cumsum([0, *(tokens for tokens, _ in lengths)], dtype=np.int32)
         totals = np.array([keys for _, keys in lengths], dtype=np.int32)
         table = torch.arange(len(lengths), dtype=torch.int32)[:, None]
-        return plan_runs(
-            torch.from_numpy(starts), torch.from_numpy(totals), table, starts, totals,
-            max_query_len=max(tokens for tokens, _ in lengths), max_seq_len=int(totals.max()), decode_len=decode_len,
-            captured=captured,
-        )  # fmt: skip
+        return plan_runs(torch.from_numpy(starts), torch.from_numpy(totals), table, starts, totals, decode_len)
 
-    def test_each_sequence_is_in_one_run_in_order(self):
-        runs = self.plan(MIXED)
-        assert torch.cat([run.block_table for run in runs]).flatten().tolist() == list(range(len(MIXED)))
-        kinds = [run.exact for run in runs for _ in range(len(run.seq_lens))]
-        assert kinds == EXACT
+    @pytest.mark.parametrize("lengths", [MIXED, MIXED[::-1], MIXED[2:], MIXED[:1]])
+    def test_each_sequence_is_in_one_run_in_order(self, lengths):
+        runs = self.plan(lengths)
+        assert torch.cat([run.block_table for run in runs]).flatten().tolist() == list(range(len(lengths)))
+        kinds = [run.kind for run in runs for _ in range(len(run.seq_lens))]
+        assert kinds == [dict(zip(MIXED, KINDS, strict=True))[one] for one in lengths]
         stop = 0
         for run in runs:
             assert run.tokens.start == stop
             stop = run.tokens.stop
             assert run.cu_seqlens_q[0] == 0
             assert run.cu_seqlens_q[-1] == stop - run.tokens.start
-            query_lens = run.cu_seqlens_q.diff()
-            assert query_lens.max() <= run.max_query_len
-            assert run.seq_lens.max() <= run.max_seq_len
-            if run.lengths:
-                assert list(run.lengths) == list(zip(query_lens.tolist(), run.seq_lens.tolist(), strict=True))
-        assert stop == sum(tokens for tokens, _ in MIXED)
+            assert run.cu_seqlens_q.diff().max() == run.max_query_len
+            assert run.seq_lens.max() == run.max_seq_len
+            known = (None, None) if run.kind == DECODE else (tuple(run.seq_lens.tolist()), tuple(run.cu_seqlens_q.tolist()))
+            assert (run.seq_lens_cpu, run.cu_seqlens_q_cpu) == known
+        assert stop == sum(tokens for tokens, _ in lengths)
 
     def test_decoding_is_one_run_of_vllms_own_tensors(self):
         starts, totals = np.array([0, 1, 2, 2], dtype=np.int32), np.array([5, 9, 0], dtype=np.int32)
         cu_seqlens, seq_lens, table = torch.from_numpy(starts), torch.from_numpy(totals), torch.zeros(3, 4, dtype=torch.int32)
-        (run,) = plan_runs(
-            cu_seqlens, seq_lens, table, starts, totals, max_query_len=1, max_seq_len=9, decode_len=1, captured=False
-        )
-        assert not run.exact
+        (run,) = plan_runs(cu_seqlens, seq_lens, table, starts, totals, 1)
+        assert run.kind == DECODE
         assert run.tokens == slice(0, 2)
         for own, given in ((run.cu_seqlens_q, cu_seqlens), (run.seq_lens, seq_lens), (run.block_table, table)):
             assert own.data_ptr() == given.data_ptr()
@@ -79,13 +75,8 @@ class TestRuns:
 
     def test_drafts_decode_and_short_prompts_do_not(self):
         runs = self.plan([(4, 60), (4, 60), (2, 2), (4, 4), (3, 70)], decode_len=4)
-        assert [(run.exact, len(run.seq_lens)) for run in runs] == [(False, 2), (True, 2), (False, 1)]
+        assert [(run.kind, len(run.seq_lens)) for run in runs] == [(DECODE, 2), (EXACT, 2), (DECODE, 1)]
         assert runs[0].max_query_len == 4
-
-    def test_what_is_captured_decodes_whatever_its_lengths_are(self):
-        (run,) = self.plan([(4, 4), (4, 4)], decode_len=4, captured=True)
-        assert not run.exact
-        assert run.tokens == slice(0, 8)
 
 
 class TestAttention:
@@ -93,22 +84,22 @@ class TestAttention:
     def test_mixed_batch(self, generator, page_size):
         step = random_step(generator, MIXED, layer(), page_size=page_size)
         out = attend(step, step.runs())
-        for index, exact in enumerate(EXACT):
-            step.check(out, index, exact=exact)
+        for index, kind in enumerate(KINDS):
+            step.check(out, index, exact=kind == EXACT)
 
     def test_exact_and_packed_differ_by_more_than_the_tolerance(self, generator):
         step = random_step(generator, MIXED, layer())
         out = attend(step, step.runs())
-        for index, exact in enumerate(EXACT):
+        for index, kind in enumerate(KINDS):
             with pytest.raises(AssertionError):
-                step.check(out, index, exact=not exact)
+                step.check(out, index, exact=kind != EXACT)
 
     @pytest.mark.parametrize("masks", [{"sliding_window": 9}, {"softcap": 3.0}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}])
     def test_masks(self, generator, masks):
         step = random_step(generator, MIXED, layer(**masks))
         out = attend(step, step.runs())
-        for index, exact in enumerate(EXACT):
-            step.check(out, index, exact=exact)
+        for index, kind in enumerate(KINDS):
+            step.check(out, index, exact=kind == EXACT)
 
     def test_without_exact_prefill_all_read_the_pages(self, generator):
         step = random_step(generator, MIXED, layer(exact=None))
@@ -139,8 +130,8 @@ class TestAttention:
     def test_verification_of_drafts(self, generator):
         step = random_step(generator, [(4, 60), (4, 19), (6, 6)], layer())
         out = attend(step, step.runs(decode_len=4))
-        for index, exact in enumerate([False, False, True]):
-            step.check(out, index, exact=exact)
+        for index, kind in enumerate([DECODE, DECODE, EXACT]):
+            step.check(out, index, exact=kind == EXACT)
 
     @pytest.mark.parametrize("chunk", [1, 7, 16])
     def test_chunks_change_nothing_without_exact_prefill(self, generator, chunk):

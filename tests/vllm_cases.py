@@ -35,19 +35,10 @@ class Step:
     def starts(self) -> np.ndarray:
         return np.cumsum([0, *(tokens for tokens, _ in self.lengths)], dtype=np.int32)
 
-    def runs(self, decode_len: int = 1, **options: bool) -> list[Run]:
+    def runs(self, decode_len: int = 1) -> list[Run]:
         totals = np.array([keys for _, keys in self.lengths], dtype=np.int32)
-        return plan_runs(
-            torch.from_numpy(self.starts),
-            torch.from_numpy(totals),
-            self.block_table,
-            self.starts,
-            totals,
-            max_query_len=int(np.diff(self.starts).max()),
-            max_seq_len=int(totals.max()),
-            decode_len=decode_len,
-            **options,
-        )
+        on_device = (torch.from_numpy(self.starts), torch.from_numpy(totals), self.block_table)
+        return plan_runs(*on_device, self.starts, totals, decode_len)
 
     def store(self) -> None:
         self.layer.store(self.k, self.v, self.kv_cache, self.slots)

@@ -1,20 +1,28 @@
 """What a step's batch asks of attention: runs of neighbouring sequences that are served alike.
 
-vLLM puts sequences that decode first; behind them come prompts and chunks of prompts in any order. A prompt whose tokens are
-all in this step attends to the keys and values just computed, exactly; every other sequence reads its pages, where those of
-its own new tokens are already. Which is which is decided for each sequence by its own lengths: one sequence's query length
-may well be another's total.
+A prompt whose tokens are all in this step attends to the keys and values just computed, exactly; every other sequence reads its
+pages, where those of its own new tokens are already. Which is which is decided for each sequence by its own lengths: one
+sequence's query length may well be another's total. vLLM puts sequences that decode first, so that they are mostly one run.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 import torch
 
-__all__ = ["Run", "plan_runs"]
+__all__ = ["Kind", "Run", "plan_runs"]
+
+
+class Kind(IntEnum):
+    """How a sequence is served."""
+
+    DECODE = 0  # few query tokens, behind keys in the pages
+    EXACT = 1  # all of its keys and values are among the step's own
+    CONTINUED = 2  # many query tokens, behind keys in the pages
 
 
 @dataclass(frozen=True)
@@ -22,23 +30,24 @@ class Run:
     """Neighbouring sequences of a step.
 
     Attributes:
-        exact: all keys and values of each are among the step's own.
+        kind: how they are served.
         tokens: their query tokens among the step's.
         block_table: int32 ``[S, max_pages]``.
         seq_lens: int32 ``[S]``, keys of each.
         cu_seqlens_q: int32 ``[S + 1]``, from 0.
         max_query_len, max_seq_len: no sequence has more query tokens or keys.
-        lengths: (query tokens, keys) of each, where the host knows them: of all but decoding sequences.
+        seq_lens_cpu, cu_seqlens_q_cpu: the same for the host, which does not know them where sequences decode.
     """
 
-    exact: bool
+    kind: Kind
     tokens: slice
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     cu_seqlens_q: torch.Tensor
     max_query_len: int
     max_seq_len: int
-    lengths: tuple[tuple[int, int], ...] = ()
+    seq_lens_cpu: tuple[int, ...] | None = None
+    cu_seqlens_q_cpu: tuple[int, ...] | None = None
 
 
 def plan_runs(
@@ -47,11 +56,7 @@ def plan_runs(
     block_table: torch.Tensor,
     starts: np.ndarray,
     lengths: np.ndarray,
-    *,
-    max_query_len: int,
-    max_seq_len: int,
     decode_len: int,
-    captured: bool = False,
 ) -> list[Run]:
     """Divide a step's sequences into runs.
 
@@ -60,52 +65,36 @@ def plan_runs(
         seq_lens: int32 ``[S]`` on the device.
         block_table: int32 ``[S, max_pages]`` on the device.
         starts: ``cu_seqlens_q`` as the host knows it.
-        lengths: ``seq_lens`` as the host knows it; may be more than a sequence has where that decodes.
-        max_query_len: no sequence has more query tokens.
-        max_seq_len: no sequence has more keys.
+        lengths: ``seq_lens`` as the host knows it; may be more than there are where a sequence decodes.
         decode_len: a sequence with at most so many query tokens decodes, unless it is a whole prompt.
-        captured: for a CUDA graph, which will be replayed with other lengths: all sequences decode.
     """
     query_lens = np.diff(starts)
-    exact = (query_lens == lengths) & (query_lens > 0)
-    decodes = len(query_lens)
-    if not captured:
-        others = exact | (query_lens > decode_len)
-        decodes = int(others.argmax()) if others.any() else decodes
+    kinds = np.where(query_lens > decode_len, Kind.CONTINUED, Kind.DECODE)
+    kinds[(query_lens == lengths) & (query_lens > 0)] = Kind.EXACT
     runs = []
-    if decodes:
+    for first, stop in _alike(kinds):
+        own, begin, kind = cu_seqlens_q[first : stop + 1], int(starts[first]), Kind(kinds[first])
+        known = kind != Kind.DECODE
         runs.append(
             Run(
-                exact=False,
-                tokens=slice(0, int(starts[decodes])),
-                block_table=block_table[:decodes],
-                seq_lens=seq_lens[:decodes],
-                cu_seqlens_q=cu_seqlens_q[: decodes + 1],
-                max_query_len=max_query_len if captured else min(max_query_len, decode_len),
-                max_seq_len=max_seq_len,
-            )
-        )
-    for first, stop in _alike(exact, decodes):
-        own = cu_seqlens_q[first : stop + 1]
-        runs.append(
-            Run(
-                exact=bool(exact[first]),
-                tokens=slice(int(starts[first]), int(starts[stop])),
+                kind=kind,
+                tokens=slice(begin, int(starts[stop])),
                 block_table=block_table[first:stop],
                 seq_lens=seq_lens[first:stop],
-                cu_seqlens_q=own - int(starts[first]) if starts[first] else own,
+                cu_seqlens_q=own - begin if begin else own,
                 max_query_len=int(query_lens[first:stop].max()),
                 max_seq_len=int(lengths[first:stop].max()),
-                lengths=tuple(zip(query_lens[first:stop].tolist(), lengths[first:stop].tolist(), strict=True)),
+                seq_lens_cpu=tuple(lengths[first:stop].tolist()) if known else None,
+                cu_seqlens_q_cpu=tuple((starts[first : stop + 1] - begin).tolist()) if known else None,
             )
         )
     return runs
 
 
-def _alike(kinds: np.ndarray, first: int) -> Iterator[tuple[int, int]]:
-    """Ends ``(first, stop)`` of the longest runs of equal kinds, from ``first`` on."""
-    while first < len(kinds):
-        other = kinds[first:] != kinds[first]
-        stop = first + int(other.argmax()) if other.any() else len(kinds)
+def _alike(kinds: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ends ``(first, stop)`` of the longest runs of equal kinds."""
+    ends = [*(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    first = 0
+    for stop in ends:
         yield first, stop
         first = stop

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -12,7 +13,7 @@ from turboquant_vllm.codec import TQ4Codec
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
 from turboquant_vllm.store import tq4_store
-from turboquant_vllm.vllm.batch import Run
+from turboquant_vllm.vllm.batch import Kind, Run
 
 __all__ = ["SLOT_NORM_BYTES", "Exact", "PagedLayer", "codec_for", "exact_attention"]
 
@@ -33,14 +34,13 @@ def codec_for(head_dim: int, device: torch.device) -> TQ4Codec:
 def exact_attention(layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run, out: torch.Tensor) -> None:
     """:data:`Exact` on any device, one sequence after the other."""
     attend = torch.ops.turboquant.triton_attention if ops.triton_runs_on(q.device) else reference.attention
-    first = 0
-    for length, _ in run.lengths:
-        own = slice(first, first + length)
+    assert run.cu_seqlens_q_cpu is not None
+    for first, stop in itertools.pairwise(run.cu_seqlens_q_cpu):
+        own = slice(first, stop)
         queries, keys, values = (x[own].transpose(0, 1)[None] for x in (q, k, v))
         masks = (layer.sliding_window, layer.softcap, layer.sinks)
         result, _ = attend(queries, keys, None, values, None, None, None, layer.sm_scale, True, *masks)
         out[own] = result[0].transpose(0, 1)
-        first += length
 
 
 class PagedLayer:
@@ -117,7 +117,7 @@ class PagedLayer:
         codec = codec_for(self.head_dim, cache.device)
         for run in runs:
             rows = run.tokens
-            if run.exact and self.exact is not None and k is not None and v is not None:
+            if run.kind == Kind.EXACT and self.exact is not None and k is not None and v is not None:
                 self.exact(self, q[rows], k[rows], v[rows], run, out[rows])
                 continue
             tq4_paged_attention(
@@ -133,6 +133,8 @@ class PagedLayer:
                 sinks=self.sinks,
                 max_query_len=run.max_query_len,
                 max_seq_len=run.max_seq_len,
+                seq_lens_cpu=run.seq_lens_cpu,
+                cu_seqlens_q_cpu=run.cu_seqlens_q_cpu,
                 out=out[rows],
             )
 

@@ -16,7 +16,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 
 from turboquant_vllm.paged import PagedTQ4Cache
-from turboquant_vllm.vllm.batch import Run, plan_runs
+from turboquant_vllm.vllm.batch import Kind, Run, plan_runs
 from turboquant_vllm.vllm.layer import SLOT_NORM_BYTES, codec_for
 
 __all__ = ["TQ4Metadata", "TQ4MetadataBuilder"]
@@ -56,32 +56,44 @@ class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> TQ4Metadata:
-        return self._build(common_attn_metadata, captured=False)
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TQ4Metadata:
-        return self._build(common_attn_metadata, captured=True)
-
-    def _build(self, step: CommonAttentionMetadata, *, captured: bool) -> TQ4Metadata:
-        if isinstance(step.causal, torch.Tensor) or not step.causal:
-            raise ValueError("the TQ4 backend attends causally, got a step that does not")
-        decode_len = self.reorder_batch_threshold
+        """Sort the sequences by the lengths that the host knows; nothing waits for the device."""
+        step = common_attn_metadata
+        _check_causal(step)
+        count, decode_len = step.num_reqs, self.reorder_batch_threshold
         assert decode_len is not None
-        if captured and step.max_query_len > decode_len:
-            raise ValueError(f"graphs are captured of up to {decode_len} query tokens, got {step.max_query_len}")
         lengths = step.seq_lens_cpu_upper_bound
         if lengths is None:  # waits for the device; vLLM's runners give the bound
             lengths = step.seq_lens.cpu()
-        count = step.num_reqs
-        return TQ4Metadata(
-            plan_runs(
-                step.query_start_loc[: count + 1],
-                step.seq_lens[:count],
-                step.block_table_tensor[:count],
-                step.query_start_loc_cpu[: count + 1].numpy(),
-                lengths[:count].numpy(),
-                max_query_len=step.max_query_len,
-                max_seq_len=step.max_seq_len,
-                decode_len=decode_len,
-                captured=captured,
+        on_host = (step.query_start_loc_cpu[: count + 1].numpy(), lengths[:count].numpy())
+        return TQ4Metadata(plan_runs(*_on_device(step), *on_host, decode_len))
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TQ4Metadata:
+        """All sequences decode, whatever the lengths are that they happen to have now."""
+        step = common_attn_metadata
+        _check_causal(step)
+        if step.max_query_len > (self.reorder_batch_threshold or 0):
+            raise ValueError(
+                f"graphs are captured of up to {self.reorder_batch_threshold} query tokens, got {step.max_query_len}"
             )
+        cu_seqlens_q, seq_lens, block_table = _on_device(step)
+        run = Run(
+            kind=Kind.DECODE,
+            tokens=slice(0, step.num_actual_tokens),
+            block_table=block_table,
+            seq_lens=seq_lens,
+            cu_seqlens_q=cu_seqlens_q,
+            max_query_len=step.max_query_len,
+            max_seq_len=step.max_seq_len,
         )
+        return TQ4Metadata([run])
+
+
+def _on_device(step: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of vLLM's persistent tensors, which a graph will find again: cu_seqlens_q, seq_lens, block_table."""
+    count = step.num_reqs
+    return step.query_start_loc[: count + 1], step.seq_lens[:count], step.block_table_tensor[:count]
+
+
+def _check_causal(step: CommonAttentionMetadata) -> None:
+    if isinstance(step.causal, torch.Tensor) or not step.causal:
+        raise ValueError("the TQ4 backend attends causally, got a step that does not")
