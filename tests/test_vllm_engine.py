@@ -25,6 +25,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
 import turboquant_vllm.vllm as plugin
+from hf_models import VOCABULARY, make_config
 from turboquant_vllm.demo.compare import held_out_windows
 from turboquant_vllm.demo.run import MODEL
 from turboquant_vllm.hf import TurboQuantCache, register
@@ -70,7 +71,7 @@ def prompts():
 class Engine:
     """An engine over the small model; graphs of decoding, nothing compiled by torch."""
 
-    def __init__(self, *, exact_prefill=True, **options):
+    def __init__(self, *, model=MODEL, exact_prefill=True, **options):
         given = {
             "max_num_batched_tokens": 8192,
             "enable_prefix_caching": False,
@@ -86,7 +87,7 @@ class Engine:
             **options,
         }
         self.llm = vllm.LLM(
-            model=str(MODEL),
+            model=str(model),
             skip_tokenizer_init=True,
             dtype=DTYPE,
             attention_backend="CUSTOM",
@@ -170,6 +171,28 @@ def test_preemption(model, prompts):
     with Engine(exact_prefill=False, num_gpu_blocks_override=56) as engine:
         check(model, longest, engine.answers(longest), exact_prefill=False)
         assert engine.counter("vllm:num_preemptions") > 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])  # windows in all layers; in every other, and soft caps
+def test_windows_and_soft_caps(family, tmp_path, generator):
+    register()
+    config = make_config(family)
+    config.initializer_range = 0.3  # so that what is seen decides what is said
+    torch.manual_seed(0)
+    build = transformers.AutoModelForCausalLM.from_config
+    model = build(config, attn_implementation="tq4", dtype=DTYPE).to(DEVICE).eval()
+    model.get_input_embeddings().weight.data.mul_(0.05)  # tied, or not: a token must not just repeat itself
+    model.save_pretrained(tmp_path)
+    prompts = [torch.randint(3, VOCABULARY, (count,), generator=generator).tolist() for count in (40, 5, 60, 17, 33)]
+    with Engine(model=tmp_path, exact_prefill=False, max_model_len=128) as engine:
+        answers = engine.answers(prompts)
+    check(model, prompts, answers, exact_prefill=False)
+    # The test would notice another window.
+    config.sliding_window *= 2
+    other = build(config, attn_implementation="tq4", dtype=DTYPE).to(DEVICE).eval()
+    other.load_state_dict(model.state_dict())
+    with pytest.raises(AssertionError):
+        check(other, prompts, answers, exact_prefill=False)
 
 
 def test_drafts_from_the_prompt(model, prompts):
