@@ -173,7 +173,7 @@ class TestMetadata:
         step = random_step(generator, [(4, 4), (4, 4)], make_impl().layer)
         (run,) = builder(self.packed, num_speculative_tokens=3).build_for_cudagraph_capture(common_metadata(step)).runs
         assert run.kind == Kind.DECODE
-        assert (run.max_query_len, run.max_seq_len) == (4, 4)
+        assert run.max_query_len == 4
         assert run.tokens == slice(0, 8)
         with pytest.raises(ValueError, match="up to 1 query tokens, got 4"):
             builder(self.packed).build_for_cudagraph_capture(common_metadata(step))

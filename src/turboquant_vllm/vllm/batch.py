@@ -7,6 +7,7 @@ sequence's query length may well be another's total. vLLM puts sequences that de
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
@@ -35,7 +36,7 @@ class Run:
         block_table: int32 ``[S, max_pages]``.
         seq_lens: int32 ``[S]``, keys of each.
         cu_seqlens_q: int32 ``[S + 1]``, from 0.
-        max_query_len, max_seq_len: no sequence has more query tokens or keys.
+        max_query_len: no sequence has more query tokens.
         seq_lens_cpu, cu_seqlens_q_cpu: the same for the host, which does not know them where sequences decode.
     """
 
@@ -45,7 +46,6 @@ class Run:
     seq_lens: torch.Tensor
     cu_seqlens_q: torch.Tensor
     max_query_len: int
-    max_seq_len: int
     seq_lens_cpu: tuple[int, ...] | None = None
     cu_seqlens_q_cpu: tuple[int, ...] | None = None
 
@@ -83,7 +83,6 @@ def plan_runs(
                 seq_lens=seq_lens[first:stop],
                 cu_seqlens_q=own - begin if begin else own,
                 max_query_len=int(query_lens[first:stop].max()),
-                max_seq_len=int(lengths[first:stop].max()),
                 seq_lens_cpu=tuple(lengths[first:stop].tolist()) if known else None,
                 cu_seqlens_q_cpu=tuple((starts[first : stop + 1] - begin).tolist()) if known else None,
             )
@@ -93,8 +92,5 @@ def plan_runs(
 
 def _alike(kinds: np.ndarray) -> Iterator[tuple[int, int]]:
     """Ends ``(first, stop)`` of the longest runs of equal kinds."""
-    ends = [*(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
-    first = 0
-    for stop in ends:
-        yield first, stop
-        first = stop
+    ends = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
+    return itertools.pairwise(ends) if len(kinds) else iter(())

@@ -132,7 +132,6 @@ class PagedLayer:
                 softcap=self.softcap,
                 sinks=self.sinks,
                 max_query_len=run.max_query_len,
-                max_seq_len=run.max_seq_len,
                 seq_lens_cpu=run.seq_lens_cpu,
                 cu_seqlens_q_cpu=run.cu_seqlens_q_cpu,
                 out=out[rows],

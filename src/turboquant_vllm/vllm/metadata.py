@@ -83,7 +83,6 @@ class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
             seq_lens=seq_lens,
             cu_seqlens_q=cu_seqlens_q,
             max_query_len=step.max_query_len,
-            max_seq_len=step.max_seq_len,
         )
         return TQ4Metadata([run])
 
