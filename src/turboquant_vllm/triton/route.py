@@ -9,6 +9,7 @@ import torch
 
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.triton import launch, paged_attention, prefill
+from turboquant_vllm.triton.unpack import Packed
 
 __all__ = ["attention", "attention_over_pages"]
 
@@ -94,9 +95,9 @@ def attention_over_pages(
     if many is None:
         return
     cache = PagedTQ4Cache(pages, page_size, num_kv_heads, q.shape[2])
-    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    tables = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    views = (cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms, centroids, rotation)
     for index, ((first, stop), keys) in enumerate(sequences):
         if (stop - first) * group >= max(many, min_rows):
-            prefill.paged_attention(
-                q, first, stop, cache, block_table[index], keys, centroids, rotation, sm_scale, causal, out, lse, sinks
-            )
+            packed = Packed(*views, tables[index])
+            prefill.paged_attention(q, first, stop, packed, keys, sm_scale, causal, out, lse, sinks)
