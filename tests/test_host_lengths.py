@@ -78,7 +78,7 @@ def test_wrong_lengths(call, lengths, error, message):
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        (([37, 31, 50], STARTS), r"seq_lens_cpu\[1\] must be seq_lens\[1\], which is 30, got 31"),
+        (([37, 29, 50], STARTS), r"seq_lens_cpu\[1\] must be at least seq_lens\[1\], which is 30, got 29"),
         ((LENS, [0, 2, 21, 24]), r"cu_seqlens_q_cpu\[1\] must be cu_seqlens_q\[1\], which is 1, got 2"),
     ],
 )
@@ -89,6 +89,16 @@ def test_lengths_that_differ_from_the_tensors_are_found_where_asked_for(call, mo
     run(LENS, STARTS)
     with pytest.raises(ValueError, match=message):
         run(*lengths)
+
+
+def test_more_keys_than_the_truth_are_found_where_they_matter(monkeypatch, generator):
+    monkeypatch.setenv("TURBOQUANT_DEBUG", "1")
+    batch = random_batch(generator, [(1, 300), (130, 290)], dtype=torch.float32, head_dim=16)
+    q, cache, *index = arguments(batch)[:5]
+    codec, starts = TQ4Codec.reader(batch.rotation, batch.centroids, "haar"), [0, 1, 131]
+    tq4_paged_attention(q, cache, codec, *index, seq_lens_cpu=[310, 290], cu_seqlens_q_cpu=starts)
+    with pytest.raises(ValueError, match=r"seq_lens_cpu\[1\] must be seq_lens\[1\], which is 290, got 291"):
+        tq4_paged_attention(q, cache, codec, *index, seq_lens_cpu=[310, 291], cu_seqlens_q_cpu=starts)
 
 
 class Kernels:

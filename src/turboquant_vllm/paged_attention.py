@@ -122,7 +122,8 @@ def tq4_paged_attention(
         max_seq_len: no sequence has more keys; None means ``max_pages * page_size``. The closer these two, the less is
             launched in vain.
         seq_lens_cpu, cu_seqlens_q_cpu: what ``seq_lens`` and ``cu_seqlens_q`` hold, for the host: int32 tensors on the CPU or
-            ints, both or neither. They imply both bounds.
+            ints, both or neither. They imply both bounds. For a sequence of at most 256 query rows (tokens x heads of a
+            group) ``seq_lens_cpu`` may be more than the truth.
         backend: "auto", "cuda", "triton" or "reference"; a named backend that cannot run raises and never falls back.
         out: where the result goes, ``[T, H_q, D]`` in q's dtype, any strides.
 
@@ -166,7 +167,7 @@ def tq4_paged_attention(
     if not torch.compiler.is_compiling() and os.environ.get("TURBOQUANT_DEBUG") == "1":
         check_paged_contents(shape, cache.num_pages, block_table, seq_lens, cu_seqlens_q, *bounds)
         if lengths is not None:
-            lengths.check_contents(seq_lens, cu_seqlens_q)
+            lengths.check_contents(seq_lens, cu_seqlens_q, shape.group)
     if lengths is not None:
         bounds = [max(lengths.query_lens, default=0), max(lengths.seq_lens, default=0)]
     name, reason = choose_paged_backend(q, shape, backend, [mask for mask in masks if masks[mask] is not None], bounds[0])

@@ -14,11 +14,11 @@ import torch
 
 from turboquant_vllm.checks import PagedShape
 from turboquant_vllm.lengths import HostLengths
-from turboquant_vllm.limits import MAX_SEQUENCES, most_rows_over_pages
+from turboquant_vllm.limits import MANY_ROWS, MAX_SEQUENCES, most_rows_over_pages
 
 __all__ = ["NativeCall", "cut_sequences", "native_calls", "rows_left"]
 
-MOST_ROWS = 256  # of a sequence that is cut
+MOST_ROWS = MANY_ROWS - 1  # of a sequence that is cut
 
 
 @dataclass(frozen=True)

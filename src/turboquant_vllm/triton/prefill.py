@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from turboquant_vllm.limits import MANY_ROWS
 from turboquant_vllm.prefill import MOST_PARTS, Dense, Part, Queries, attention_over_slices, dense_attention
 from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.unpack import Packed, unpack
@@ -19,8 +20,6 @@ from turboquant_vllm.triton.unpack import Packed, unpack
 __all__ = ["MANY_ROWS", "SCRATCH_BYTES", "attention", "merge", "paged_attention", "serves"]
 
 SCRATCH_BYTES = 64 << 20
-# From this many query rows of a key/value head on, decompressing the keys first beats looking their levels up in place.
-MANY_ROWS = 257
 _BLOCK = 16  # rows that one program joins
 
 
