@@ -213,9 +213,10 @@ def test_slices_for_dense_attention_fit(generator, target, compiled, dtype, head
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"], indirect=True)
 @pytest.mark.parametrize(("dtype", "head_dim", "page_size"), [(HALF, 128, 16), (BF16, 256, 48)])
-def test_slices_of_pages_fit(generator, target, compiled, dtype, head_dim, page_size):
-    from turboquant_vllm.triton import route
+def test_slices_of_pages_fit(generator, target, compiled, monkeypatch, dtype, head_dim, page_size):
+    from turboquant_vllm.triton import prefill, route
 
+    monkeypatch.setattr(prefill, "MANY_PAIRS", 0)
     batch = random_batch(generator, [(200, 400)], dtype=dtype, head_dim=head_dim, page_size=page_size)
     out, lse = torch.empty_like(batch.q), torch.empty(batch.q.shape[:2])
     route.attention_over_pages(*operator_arguments(batch, out, lse), 1, *host_lengths(batch))

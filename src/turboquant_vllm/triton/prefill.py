@@ -17,9 +17,12 @@ from turboquant_vllm.prefill import MOST_PARTS, Dense, Part, Queries, attention_
 from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.unpack import Packed, unpack
 
-__all__ = ["MANY_ROWS", "SCRATCH_BYTES", "attention", "merge", "paged_attention", "serves"]
+__all__ = ["MANY_PAIRS", "MANY_ROWS", "SCRATCH_BYTES", "attention", "merge", "paged_attention", "serves"]
 
 SCRATCH_BYTES = 64 << 20
+# Over pages the fused kernels take all sequences in one launch, and need not make any dense: from so many pairs of a query row
+# and a key on, a sequence is worth launches of its own.
+MANY_PAIRS = 1 << 22
 _BLOCK = 16  # rows that one program joins
 
 
