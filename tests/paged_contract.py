@@ -5,6 +5,8 @@ A subclass gives fixtures ``run`` (see :mod:`paged_cases`), ``device`` and ``dty
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -49,13 +51,14 @@ class PagedContract:
         check_batch(run, random_batch(generator, lengths, dtype=dtype, device=device, num_kv_heads=1))
         check_batch(run, random_batch(generator, [(48, 48), (20, 48)], dtype=dtype, device=device, num_kv_heads=1))
 
-    @pytest.mark.parametrize("chunk", [1, 7, 17, 20])  # the last two have more than 32 rows
+    # The last two numbers have more than 32 rows; None: chunks of any size.
+    @pytest.mark.parametrize("chunk", [1, 7, 17, 20, None])
     def test_chunks_give_what_one_shot_gives(self, run, device, dtype, generator, chunk):
         length = 20
+        cuts = list(range(chunk, length, chunk)) if chunk else sorted(1 + torch.randperm(length - 1, generator=generator)[:4])
         whole = random_batch(generator, [(length, length), (1, 30)], dtype=dtype, device=device, num_kv_heads=1)
         out, lse = (torch.full_like(x[:length], float("nan")) for x in run(whole))
-        for begin in range(0, length, chunk):
-            end = min(begin + chunk, length)
+        for begin, end in itertools.pairwise([0, *cuts, length]):
             # The other sequence decodes meanwhile; keys after the chunk are not written yet.
             part = whole.replace(
                 q=torch.cat([whole.q[length:], whole.q[begin:end]]),

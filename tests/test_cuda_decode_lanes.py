@@ -11,6 +11,7 @@ from attention_cases import check, compare, expected, random_case
 from kernel_lanes import emulated_decode, needs_compiler  # noqa: F401
 from paged_cases import check_batch, random_batch
 from turboquant_vllm.cuda import decode, paged
+from turboquant_vllm.pieces import cut_sequences
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_decode")]
 
@@ -78,6 +79,15 @@ def test_sequences_of_many_rows_are_left_alone(generator, head_dim, longest):
     assert lse[1:10].isnan().all()
     assert out[:1].isfinite().all()
     assert out[10:].isfinite().all()
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_sequences_in_pieces(generator, causal):
+    lengths = [(10, 60), (1, 40), (0, 9), (5, 3), (4, 33)]
+    batch = random_batch(generator, lengths, dtype=HALF, device="cpu", head_dim=64, group=8, causal=causal)
+    where = cut_sequences(batch.block_table, batch.seq_lens, batch.cu_seqlens_q, 4, 3, causal, batch.cache.page_size)
+    names = ("block_table", "seq_lens", "cu_seqlens_q")
+    check_batch(lambda _: run_paged(batch.replace(**dict(zip(names, where, strict=True)))), batch)
 
 
 def test_entries_out_of_range_are_taken_for_the_nearest(generator):

@@ -1,15 +1,20 @@
-"""Lengths that the host knows: what tq4_paged_attention takes and refuses, and which kernels it then calls for whom."""
+"""Which kernels tq4_paged_attention calls for whom, and what it takes and refuses of lengths that the host knows."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from paged_cases import arguments, check_batch, random_batch
+from paged_cases import arguments, check_batch, random_batch, run_reference
 from turboquant_vllm import TQ4Codec, ops, paged_attention, tq4_paged_attention
-from turboquant_vllm.limits import most_rows_over_pages
+from turboquant_vllm.checks import PagedShape
+from turboquant_vllm.lengths import HostLengths
+from turboquant_vllm.limits import MAX_SEQUENCES, most_rows_over_pages
+from turboquant_vllm.pieces import MOST_ROWS, NativeCall, cut_sequences, native_calls, rows_left
 
 LENGTHS = [(1, 37), (20, 30), (3, 50)]
 LENS, STARTS = [37, 30, 50], [0, 1, 21, 24]
@@ -73,7 +78,7 @@ def test_wrong_lengths(call, lengths, error, message):
 @pytest.mark.parametrize(
     ("lengths", "message"),
     [
-        (([37, 31, 50], STARTS), r"seq_lens_cpu\[1\] must be seq_lens\[1\], which is 30, got 31"),
+        (([37, 29, 50], STARTS), r"seq_lens_cpu\[1\] must be at least seq_lens\[1\], which is 30, got 29"),
         ((LENS, [0, 2, 21, 24]), r"cu_seqlens_q_cpu\[1\] must be cu_seqlens_q\[1\], which is 1, got 2"),
     ],
 )
@@ -86,11 +91,22 @@ def test_lengths_that_differ_from_the_tensors_are_found_where_asked_for(call, mo
         run(*lengths)
 
 
+def test_more_keys_than_the_truth_are_found_where_they_matter(monkeypatch, generator):
+    monkeypatch.setenv("TURBOQUANT_DEBUG", "1")
+    batch = random_batch(generator, [(1, 300), (130, 290)], dtype=torch.float32, head_dim=16)
+    q, cache, *index = arguments(batch)[:5]
+    codec, starts = TQ4Codec.reader(batch.rotation, batch.centroids, "haar"), [0, 1, 131]
+    tq4_paged_attention(q, cache, codec, *index, seq_lens_cpu=[310, 290], cu_seqlens_q_cpu=starts)
+    with pytest.raises(ValueError, match=r"seq_lens_cpu\[1\] must be seq_lens\[1\], which is 290, got 291"):
+        tq4_paged_attention(q, cache, codec, *index, seq_lens_cpu=[310, 291], cu_seqlens_q_cpu=starts)
+
+
 class Kernels:
     """Stands in for the kernels: adds one to the rows that they promise to fill, and keeps their bounds."""
 
     def __init__(self) -> None:
-        self.bounds: dict[str, tuple[int, ...]] = {}
+        self.native_bounds: list[int] = []
+        self.triton_calls = 0
 
     def __call__(self, path: str):
         return {"turboquant_vllm.cuda.paged:decode_pages": self.native}.get(path, self.triton)
@@ -104,17 +120,18 @@ class Kernels:
                 args[13][first:stop] += 1
 
     def native(self, *args):
-        self.bounds["native"] = args[11:13]
+        self.native_bounds.append(args[11])
+        assert len(args[5]) <= MAX_SEQUENCES
         self.serve(args, 1, most_rows_over_pages(args[0].shape[2]))
 
     def triton(self, *args):
         least = args[19] if len(args) > 19 else 1  # a default may be left out
-        self.bounds["triton"] = (*args[11:13], least)
+        self.triton_calls += 1
         self.serve(args, least, 10**9)
 
 
 @given(
-    tokens=st.lists(st.integers(0, 40), min_size=1, max_size=6),
+    tokens=st.lists(st.integers(0, 40) | st.integers(0, 300), min_size=1, max_size=6),
     group=st.sampled_from([1, 3, 4, 16]),
     head_dim=st.sampled_from([64, 128, 256]),
     backend=st.sampled_from(["cuda", "triton"]),
@@ -134,6 +151,54 @@ def test_each_sequence_is_served_once(tokens, group, head_dim, backend, known):
     assert (out == 1).all()
     if known and backend == "cuda":
         # The native kernels are as wide as their sequences need, and nothing is launched in vain.
-        few = [count for count in tokens if 0 < count * group <= most_rows_over_pages(head_dim)]
-        assert kernels.bounds.get("native", (0,))[0] == max(few, default=0)
-        assert ("triton" in kernels.bounds) == any(count * group > most_rows_over_pages(head_dim) for count in tokens)
+        most = most_rows_over_pages(head_dim) // group
+        few = [count for count in tokens if 0 < count <= most]
+        assert not few or kernels.native_bounds[0] == max(few)
+        assert set(kernels.native_bounds[1 if few else 0 :]) <= {most}
+        assert kernels.triton_calls == any(count * group > MOST_ROWS for count in tokens)
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 20), st.integers(0, 60)), min_size=1, max_size=4),
+    tokens=st.integers(1, 6),
+    pieces=st.integers(1, 5),
+    causal=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_pieces_give_what_the_whole_gives(lengths, tokens, pieces, causal, seed):
+    batch = random_batch(torch.Generator().manual_seed(seed), lengths, dtype=torch.float32, head_dim=16, causal=causal)
+    table, lens, starts = cut_sequences(
+        batch.block_table, batch.seq_lens, batch.cu_seqlens_q, tokens, pieces, causal, batch.cache.page_size
+    )
+    assert (table.dtype, lens.dtype, starts.dtype) == (torch.int32,) * 3
+    assert (len(table), len(lens), len(starts)) == (len(lengths) * pieces, len(lengths) * pieces, len(lengths) * pieces + 1)
+    for (count, _), mine in zip(lengths, starts.diff().view(-1, pieces).tolist(), strict=True):
+        assert sum(mine) == count
+        assert max(mine) <= tokens or mine[0] == count > tokens * pieces
+    check_batch(
+        lambda _: run_reference(batch.replace(block_table=table, seq_lens=lens, cu_seqlens_q=starts)), batch, gate=False
+    )
+
+
+def test_pieces_of_lengths_out_of_range_are_those_of_the_nearest():
+    table = torch.zeros(2, 3, dtype=torch.int32)
+    lens, starts = torch.tensor([2**31 - 1, -5], dtype=torch.int32), torch.tensor([0, 3, 5], dtype=torch.int32)
+    _, cut, _ = cut_sequences(table, lens, starts, 2, 2, True, 16)
+    assert cut[:2].tolist() == [47, 48]
+    assert (cut[2:] <= 0).all()
+
+
+def test_calls_fit_the_native_kernels():
+    shape = PagedShape(
+        total_tokens=5000, num_seqs=500, num_heads=8, num_kv_heads=1, head_dim=128, page_size=16, max_pages=9
+    )  # fmt: skip
+    lengths = HostLengths([50] * 500, list(range(0, 5001, 10)))  # 80 rows: three pieces each
+    calls = list(native_calls(shape, 10, lengths))
+    assert [(call.first, call.stop) for call in calls] == [(0, 170), (170, 340), (340, 500)]
+    assert {(call.tokens, call.pieces) for call in calls} == {(4, 3)}
+    # Where the host knows a bound alone, and the pieces would be too many, longer sequences are left to Triton.
+    assert list(native_calls(shape, 10, None)) == [NativeCall(0, 500, 4, 1)]
+    assert rows_left(shape, 10, None) == 33
+    fewer = dataclasses.replace(shape, num_seqs=100)
+    assert list(native_calls(fewer, 10, None)) == [NativeCall(0, 100, 4, 3)]
+    assert rows_left(fewer, 10, None) == 97

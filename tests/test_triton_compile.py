@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from attention_cases import random_case
+from paged_cases import host_lengths, operator_arguments, random_batch
 from store_cases import random_store
 from turboquant_vllm import TQ4Codec
 
@@ -208,6 +209,23 @@ def test_slices_for_dense_attention_fit(generator, target, compiled, dtype, head
     prefill.attention(*case.arguments)
     assert {function for function, _ in compiled} == {"unpack_both_kernel", "merge_kernel"}
     check_shared_memory(target, compiled)
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"], indirect=True)
+@pytest.mark.parametrize(("dtype", "head_dim", "page_size"), [(HALF, 128, 16), (BF16, 256, 48)])
+def test_slices_of_pages_fit(generator, target, compiled, monkeypatch, dtype, head_dim, page_size):
+    from turboquant_vllm.triton import prefill, route
+
+    monkeypatch.setattr(prefill, "MANY_PAIRS", 0)
+    batch = random_batch(generator, [(200, 400)], dtype=dtype, head_dim=head_dim, page_size=page_size)
+    out, lse = torch.empty_like(batch.q), torch.empty(batch.q.shape[:2])
+    route.attention_over_pages(*operator_arguments(batch, out, lse), 1, *host_lengths(batch))
+    assert {function for function, _ in compiled} == {"unpack_both_kernel", "merge_kernel"}
+    check_shared_memory(target, compiled)
+    merge = next(kernel for function, kernel in compiled if function == "merge_kernel")
+    # Rows are read and written in wide pieces: strides are known to be multiples of head_dim.
+    assert "ld.global.v4.b32" in merge.asm["ptx"]
+    assert "st.global.v4.b32" in merge.asm["ptx"]
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)

@@ -136,11 +136,12 @@ def test_unpack(interpreter, generator, dtype, head_dim, layout):
 def run_pages(interpreter):
     """Calls over pages whose lengths the host knows: slices of 48 keys or so for sequences of more than 8 rows."""
 
-    def call(batch, **options):
+    def call(batch, pairs=0):
         out = torch.full_like(batch.q, float("nan"), memory_format=torch.contiguous_format)
         lse = torch.full(batch.q.shape[:2], float("nan"))
         width = 2 * batch.cache.num_kv_heads * batch.cache.head_dim * batch.q.dtype.itemsize
-        patch = {"triton.prefill:MANY_ROWS": 9, "triton.prefill:uses_prmt": bool, "triton.prefill:SCRATCH_BYTES": 48 * width}
+        patch = {"triton.prefill:uses_prmt": bool, "triton.prefill:SCRATCH_BYTES": 48 * width}
+        patch |= {"triton.prefill:MANY_ROWS": 9, "triton.prefill:MANY_PAIRS": pairs}
         args = operator_arguments(batch, out, lse)
         interpreter.call("triton.route:attention_over_pages", *args, 1, *host_lengths(batch), patch=patch)
         return out, lse
@@ -177,3 +178,13 @@ def test_any_batch_over_pages(run_pages, data):
     if draw(st.booleans()):
         batch = batch.replace(sinks=torch.randn(batch.q.shape[1], generator=generator))
     check_batch(run_pages, batch, gate=False)
+
+
+def test_slices_and_fused_kernels_share_a_batch(run_pages, generator):
+    # Rows and keys decide: of these, the second and the last have 10 rows and more, but too few pairs.
+    lengths = [(20, 60), (10, 10), (1, 99), (6, 99), (5, 90)]
+    batch = random_batch(generator, lengths, dtype=FULL, num_kv_heads=1, group=2)
+    out, _ = check_batch(lambda batch: run_pages(batch, pairs=1000), batch)
+    sliced, _ = run_pages(batch)
+    for tokens, is_sliced in zip(batch.tokens, (True, False, False, True, False), strict=True):
+        assert torch.equal(out[tokens], sliced[tokens]) == (is_sliced or tokens.stop - tokens.start == 1)

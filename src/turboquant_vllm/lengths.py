@@ -9,13 +9,14 @@ from dataclasses import dataclass
 import torch
 
 from turboquant_vllm.checks import PagedShape, check_shape
+from turboquant_vllm.limits import MANY_ROWS
 
 __all__ = ["HostLengths"]
 
 
 @dataclass(frozen=True)
 class HostLengths:
-    """Keys of each sequence, and where its query tokens begin and end."""
+    """Keys of each sequence, or a bound where it has few query rows, and where its query tokens begin and end."""
 
     seq_lens: list[int]
     cu_seqlens_q: list[int]
@@ -52,15 +53,19 @@ class HostLengths:
         """Query tokens of each sequence."""
         return [stop - first for first, stop in zip(self.cu_seqlens_q, self.cu_seqlens_q[1:], strict=False)]
 
-    def check_contents(self, seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor) -> None:
-        """The tensors must hold the same, which waits for their device. Raises ValueError where they do not."""
-        for name, tensor, values in (
-            ("seq_lens", seq_lens, self.seq_lens),
-            ("cu_seqlens_q", cu_seqlens_q, self.cu_seqlens_q),
-        ):
-            for i, (have, want) in enumerate(zip(tensor.tolist(), values, strict=True)):
-                if have != want:
-                    raise ValueError(f"{name}_cpu[{i}] must be {name}[{i}], which is {have}, got {want}")
+    def check_contents(self, seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, group: int) -> None:
+        """The tensors must hold the same, which waits for their device; of keys, few rows need no more than a bound.
+
+        Raises:
+            ValueError: naming the first entry that is wrong, what was expected and what came.
+        """
+        for i, (have, got) in enumerate(zip(cu_seqlens_q.tolist(), self.cu_seqlens_q, strict=True)):
+            if have != got:
+                raise ValueError(f"cu_seqlens_q_cpu[{i}] must be cu_seqlens_q[{i}], which is {have}, got {got}")
+        for i, (have, got, count) in enumerate(zip(seq_lens.tolist(), self.seq_lens, self.query_lens, strict=True)):
+            if got < have or (got > have and count * group >= MANY_ROWS):
+                least = "" if count * group >= MANY_ROWS else "at least "
+                raise ValueError(f"seq_lens_cpu[{i}] must be {least}seq_lens[{i}], which is {have}, got {got}")
 
 
 def _integers(name: str, values: Sequence[int] | torch.Tensor, count: int) -> list[int]:

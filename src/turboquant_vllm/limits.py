@@ -11,6 +11,8 @@ from turboquant_vllm.checks import DECODE_MAX_ROWS
 __all__ = ["most_rows_over_pages", "why_not_decode", "why_not_decode_pages", "why_not_store"]
 
 DECODE_HEAD_DIMS = (64, 128, 256)
+# From this many query rows of a key/value head on, decompressing the keys first beats looking their levels up in place.
+MANY_ROWS = 257
 MAX_SEQUENCES = 512  # of a batch over pages: what is known of each lies in shared memory
 
 

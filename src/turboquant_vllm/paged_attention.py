@@ -23,6 +23,7 @@ from turboquant_vllm.codec import TQ4Codec
 from turboquant_vllm.lengths import HostLengths
 from turboquant_vllm.limits import most_rows_over_pages, why_not_decode_pages
 from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.pieces import cut_sequences, native_calls, rows_left
 
 __all__ = ["choose_paged_backend", "tq4_paged_attention", "why_not_paged"]
 
@@ -121,7 +122,8 @@ def tq4_paged_attention(
         max_seq_len: no sequence has more keys; None means ``max_pages * page_size``. The closer these two, the less is
             launched in vain.
         seq_lens_cpu, cu_seqlens_q_cpu: what ``seq_lens`` and ``cu_seqlens_q`` hold, for the host: int32 tensors on the CPU or
-            ints, both or neither. They imply both bounds.
+            ints, both or neither. They imply both bounds. For a sequence of at most 256 query rows (tokens x heads of a
+            group) ``seq_lens_cpu`` may be more than the truth.
         backend: "auto", "cuda", "triton" or "reference"; a named backend that cannot run raises and never falls back.
         out: where the result goes, ``[T, H_q, D]`` in q's dtype, any strides.
 
@@ -165,7 +167,7 @@ def tq4_paged_attention(
     if not torch.compiler.is_compiling() and os.environ.get("TURBOQUANT_DEBUG") == "1":
         check_paged_contents(shape, cache.num_pages, block_table, seq_lens, cu_seqlens_q, *bounds)
         if lengths is not None:
-            lengths.check_contents(seq_lens, cu_seqlens_q)
+            lengths.check_contents(seq_lens, cu_seqlens_q, shape.group)
     if lengths is not None:
         bounds = [max(lengths.query_lens, default=0), max(lengths.seq_lens, default=0)]
     name, reason = choose_paged_backend(q, shape, backend, [mask for mask in masks if masks[mask] is not None], bounds[0])
@@ -180,13 +182,15 @@ def tq4_paged_attention(
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
         pages = (cache.buffer, cache.page_size, cache.num_kv_heads)
-        least = 1
+        least = 1  # rows of a sequence that is Triton's
         if name == "cuda":
-            # The sequences of few rows; a bound that fits them makes their kernels smaller.
-            least = most_rows_over_pages(shape.head_dim) + 1
-            few = [n for n in lengths.query_lens if 0 < n * shape.group < least] if lengths else [(least - 1) // shape.group]
-            if few:
-                torch.ops.turboquant.cuda_paged(q, *pages, *index, min(bounds[0], max(few)), bounds[1], out, lse)
+            least = rows_left(shape, bounds[0], lengths)
+            for call in native_calls(shape, bounds[0], lengths):
+                some = slice(call.first, call.stop)
+                where = (block_table[some], seq_lens[some], cu_seqlens_q[call.first : call.stop + 1])
+                if call.pieces > 1:
+                    where = cut_sequences(*where, call.tokens, call.pieces, causal, cache.page_size)
+                torch.ops.turboquant.cuda_paged(q, *pages, *where, *index[3:], call.tokens, bounds[1], out, lse)
         if bounds[0] * shape.group >= least:
             host = {} if lengths is None else {f"{key}_cpu": value for key, value in vars(lengths).items()}
             torch.ops.turboquant.triton_paged(q, *pages, *index, *bounds, out, lse, **masks, min_rows=least, **host)

@@ -48,20 +48,21 @@ def paged_attention(
     sinks: torch.Tensor | None = None,
     windows: torch.Tensor | None = None,
     min_rows: int = 1,
-    max_rows: int | None = None,
+    many: tuple[int, int] | None = None,
 ) -> None:
     """Fill ``out`` and ``lse``; arguments as :func:`turboquant_vllm.reference.paged_attention`, and checked.
 
     Args:
         max_query_len, max_seq_len: no sequence has more query tokens or keys.
-        min_rows, max_rows: leave the sequences with fewer or more query rows per key/value head to others; their rows of
-            ``out`` and ``lse`` are not touched.
+        min_rows: leave the sequences with fewer query rows per key/value head to others; their rows of ``out`` and ``lse`` are
+            not touched.
+        many: leave those with at least so many rows and so many pairs of a row and a key to others.
     """
     total_tokens, num_heads, head_dim = q.shape
     num_seqs, max_pages = block_table.shape
     group = num_heads // num_kv_heads
-    most = min(max_query_len, total_tokens) * group
-    max_rows = most if max_rows is None else min(most, max_rows)
+    max_rows = min(max_query_len, total_tokens) * group
+    many_rows, many_pairs = (max_rows + 1, 0) if many is None else many
     if out.numel() == 0 or num_seqs == 0 or max_rows == 0:
         return
     max_keys = min(max_seq_len, max_pages * page_size) if pages.shape[0] else 0
@@ -108,7 +109,8 @@ def paged_attention(
         partial = torch.empty((splits, num_kv_heads, slots, head_dim), dtype=torch.float32, device=q.device)
         partial_lse = torch.empty((splits, num_kv_heads, slots), dtype=torch.float32, device=q.device)
         kind = {"FEW": is_few, "SPLITS": SPLITS if is_few else 1, "MIN_SPLIT": MIN_SPLIT}
-        served = (min_rows, few_rows) if is_few else (max(min_rows, DECODE_MAX_ROWS + 1), max_rows)
+        least, most = (min_rows, few_rows) if is_few else (max(min_rows, DECODE_MAX_ROWS + 1), max_rows)
+        served = (least, most, many_rows, many_pairs)
         parts = order if config.swap or exact else 2
         paged_attention_kernel[(count, num_kv_heads, splits)](
             queries, query_scale, pages.view(torch.int16 if parts == 4 else torch.uint8), pages.view(torch.float32), centroids,

@@ -1,9 +1,9 @@
 """The kernels of paged attention: which rows and keys a program has, around the loop that all attention shares.
 
-Each launch serves the sequences whose number of query rows is in its range. Those with few are split over their keys, at
-places that follow from their own length alone; each has a fixed number of programs for its rows, mostly one. Those with many
-are split over their rows: the programs form one list of tiles, in which a program finds its sequence by bisection. Grids depend
-on neither lengths nor contents; a program without work returns.
+Each launch serves the sequences whose numbers of query rows and keys are in its range. Those with few rows are split over
+their keys, at places that follow from their own length alone; each has a fixed number of programs for its rows, mostly one.
+Those with many are split over their rows: the programs form one list of tiles, in which a program finds its sequence by
+bisection. Grids depend on neither lengths nor contents; a program without work returns.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ def _window_of(sequence, window):
 
 
 @triton.jit
-def _not_here(row, rows, min_rows, max_rows):
-    """Whether a sequence has no such row, or its number of rows makes it another launch's."""
-    return (rows < min_rows) | (rows > max_rows) | (row >= rows) | (row < 0)
+def _not_here(row, rows, keys, min_rows, max_rows, many_rows, many_pairs):
+    """Whether a sequence has no such row, or its numbers of rows and keys make it another launch's."""
+    many = (rows >= many_rows) & (rows.to(tl.int64) * keys >= many_pairs)
+    return (rows < min_rows) | (rows > max_rows) | many | (row >= rows) | (row < 0)
 
 
 @triton.jit
@@ -94,13 +95,15 @@ def _slot(split, head, num_kv_heads, sequence, begin, group, slots, row_step):
 
 
 @triton.jit(do_not_specialize=["total_tokens", "num_seqs", "num_pages", "max_keys", "page_step", "table_step", "slots",
-                               "row_step", "row_tiles", "min_rows", "max_rows", "window"])  # fmt: skip
+                               "row_step", "row_tiles", "min_rows", "max_rows", "many_rows", "many_pairs",
+                               "window"])  # fmt: skip
 def paged_attention_kernel(q, q_scale, codes, norms, centroids, block_table, seq_lens, cu_seqlens_q, out, lse, total_tokens,
                            num_seqs, num_pages, max_keys, page_step, table_step, slots, row_step, row_tiles, min_rows,
-                           max_rows, window, softcap, group, num_kv_heads, D: tl.constexpr, PAGE: tl.constexpr,
-                           Q_PARTS: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr, CAUSAL: tl.constexpr,
-                           FEW: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, SWAP: tl.constexpr,
-                           BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
+                           max_rows, many_rows, many_pairs, window, softcap, group, num_kv_heads, D: tl.constexpr,
+                           PAGE: tl.constexpr, Q_PARTS: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr,
+                           CAUSAL: tl.constexpr, FEW: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
+                           SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
+                           PRMT: tl.constexpr):  # fmt: skip
     """Attend BM query rows of one key/value head of one sequence to one split of its keys.
 
     ``codes`` and ``norms`` are the buffer of a :class:`turboquant_vllm.paged.PagedTQ4Cache` in elements of PARTS codes and in
@@ -117,7 +120,7 @@ def paged_attention_kernel(q, q_scale, codes, norms, centroids, block_table, seq
     first, length, splits = _divide(q_len, kv_len, window, SPLITS, MIN_SPLIT)
     head, split = tl.program_id(1).to(tl.int64), tl.program_id(2)
     rows = q_len * group
-    if _not_here(tile * BM, rows, min_rows, max_rows) | (split >= splits):
+    if _not_here(tile * BM, rows, kv_len, min_rows, max_rows, many_rows, many_pairs) | (split >= splits):
         return
 
     ELEMENT: tl.constexpr = PARTS // 2  # bytes of an element of codes
@@ -138,12 +141,12 @@ def paged_attention_kernel(q, q_scale, codes, norms, centroids, block_table, seq
 
 
 @triton.jit(do_not_specialize=["total_tokens", "num_seqs", "max_keys", "slots", "row_step", "row_tiles", "min_rows",
-                               "max_rows", "window", "o_n", "l_n"])  # fmt: skip
+                               "max_rows", "many_rows", "many_pairs", "window", "o_n", "l_n"])  # fmt: skip
 def paged_merge_kernel(partial, partial_lse, sinks, rotation, seq_lens, cu_seqlens_q, out, lse, total_tokens, num_seqs,
-                       max_keys, slots, row_step, row_tiles, min_rows, max_rows, window, group, num_kv_heads, o_n, o_h, o_d,
-                       l_n, l_h, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr,
-                       FEW: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr, BM: tl.constexpr,
-                       UNROLL: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
+                       max_keys, slots, row_step, row_tiles, min_rows, max_rows, many_rows, many_pairs, window, group,
+                       num_kv_heads, o_n, o_h, o_d, l_n, l_h, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr,
+                       ROTATE: tl.constexpr, FEW: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
+                       BM: tl.constexpr, UNROLL: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Merge the splits of BM rows of one sequence, rotate back and unpack to ``out [total_tokens, H_q, D]`` and ``lse``."""
     sequence, tile = _find_tile(tl.program_id(0), cu_seqlens_q, total_tokens, num_seqs, group, row_tiles, FEW, BM)
     begin, q_len, kv_len = _measure(sequence, seq_lens, cu_seqlens_q, total_tokens, max_keys)
@@ -152,7 +155,7 @@ def paged_merge_kernel(partial, partial_lse, sinks, rotation, seq_lens, cu_seqle
     _, _, splits = _divide(q_len, kv_len, window, SPLITS, MIN_SPLIT)
     head = tl.program_id(1).to(tl.int64)
     rows = q_len * group
-    if _not_here(tile * BM, rows, min_rows, max_rows):
+    if _not_here(tile * BM, rows, kv_len, min_rows, max_rows, many_rows, many_pairs):
         return
 
     row = tile * BM + tl.arange(0, BM)  # [BM]

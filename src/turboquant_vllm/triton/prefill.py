@@ -12,16 +12,17 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.limits import MANY_ROWS
 from turboquant_vllm.prefill import MOST_PARTS, Dense, Part, Queries, attention_over_slices, dense_attention
 from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.unpack import Packed, unpack
 
-__all__ = ["MANY_ROWS", "SCRATCH_BYTES", "attention", "merge", "paged_attention", "serves"]
+__all__ = ["MANY_PAIRS", "MANY_ROWS", "SCRATCH_BYTES", "attention", "merge", "paged_attention", "serves"]
 
 SCRATCH_BYTES = 64 << 20
-# From this many query rows of a key/value head on, decompressing the keys first beats looking their levels up in place.
-MANY_ROWS = 257
+# Over pages the fused kernels take all sequences in one launch, and need not make any dense: from so many pairs of a query row
+# and a key on, a sequence is worth launches of its own.
+MANY_PAIRS = 1 << 22
 _BLOCK = 16  # rows that one program joins
 
 
@@ -133,11 +134,8 @@ def paged_attention(
     q: torch.Tensor,
     first: int,
     stop: int,
-    cache: PagedTQ4Cache,
-    block_table: torch.Tensor,
+    pages: Packed,
     kv_len: int,
-    centroids: torch.Tensor,
-    rotation: torch.Tensor,
     sm_scale: float,
     is_causal: bool,
     out: torch.Tensor,
@@ -149,11 +147,9 @@ def paged_attention(
     Args:
         q: ``[T, H_q, D]``, the queries of all sequences.
         first, stop: which of them are the sequence's.
-        cache: the pages.
-        block_table: int32 ``[at least ceil(kv_len / page_size)]``: token t is in page ``block_table[t // page_size]``, at
-            place ``t % page_size``. A number that is no page's is taken for the nearest that is.
-        kv_len: tokens of the sequence, known on the host: the schedule depends on it.
-        centroids, rotation, sm_scale, is_causal, sinks: as in :func:`attention`.
+        pages: the sequence's.
+        kv_len: keys of the sequence, known on the host: the schedule depends on it.
+        sm_scale, is_causal, sinks: as in :func:`attention`.
         out: like q, any strides.
         lse: float32 ``[T, H_q]``.
     """
@@ -168,12 +164,11 @@ def paged_attention(
             return inside
         return torch.nn.functional.pad(inside, (0, 0, max(-begin, 0), max(end - total, 0)))
 
-    packed = Packed(cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms, centroids, rotation, block_table)
     some = slice(first, stop)
     target = Part(out[some].transpose(0, 1)[None], lse[some].T[None], 0)
-    slice_len = _slice_len(q, cache.num_kv_heads, _dense(q).grain)
+    slice_len = _slice_len(q, pages.k.shape[1], _dense(q).grain)
     with device_guard(q.device):
-        _attention(rows, q_len, target.out, packed, kv_len, slice_len, sm_scale, is_causal, sinks, target)
+        _attention(rows, q_len, target.out, pages, kv_len, slice_len, sm_scale, is_causal, sinks, target)
 
 
 def _attention(

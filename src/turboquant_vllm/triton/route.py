@@ -9,6 +9,7 @@ import torch
 
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.triton import launch, paged_attention, prefill
+from turboquant_vllm.triton.unpack import Packed
 
 __all__ = ["attention", "attention_over_pages"]
 
@@ -77,26 +78,31 @@ def attention_over_pages(
     tensors = (q, pages, page_size, num_kv_heads, block_table, seq_lens, cu_seqlens_q, centroids, rotation, sm_scale, causal)
     masks = (sliding_window, softcap, sinks, windows)
     if seq_lens_cpu is None or cu_seqlens_q_cpu is None:
-        paged_attention.paged_attention(*tensors, max_query_len, max_seq_len, out, lse, *masks, min_rows, None)
+        paged_attention.paged_attention(*tensors, max_query_len, max_seq_len, out, lse, *masks, min_rows)
         return
     group = q.shape[1] // num_kv_heads
-    uncut = sliding_window is None and softcap is None and windows is None
-    many = prefill.MANY_ROWS if uncut and prefill.serves(q, sm_scale) else None
     lens = seq_lens_cpu if pages.shape[0] else [0] * len(seq_lens_cpu)
-    sequences = list(zip(itertools.pairwise(cu_seqlens_q_cpu), lens, strict=True))
-    # Where the fused kernels have work, bounds that fit it, and their long launches come first.
-    rest = [((stop - first) * group, keys) for (first, stop), keys in sequences]
-    rest = [(rows, keys) for rows, keys in rest if rows >= min_rows and (many is None or rows < many)]
-    if rest:
-        least, most = min(rest)[0], max(rest)[0]
-        longest = max(keys for _, keys in rest)
-        paged_attention.paged_attention(*tensors, most // group, longest, out, lse, *masks, least, most)
-    if many is None:
+    uncut = sliding_window is None and softcap is None and windows is None and prefill.serves(q, sm_scale)
+    sliced: list[tuple[int, int, int, int]] = []
+    others: list[int] = []  # rows of the sequences that are left to the fused kernels
+    for index, ((first, stop), keys) in enumerate(zip(itertools.pairwise(cu_seqlens_q_cpu), lens, strict=True)):
+        rows = (stop - first) * group
+        if rows < min_rows:
+            continue
+        if uncut and rows >= prefill.MANY_ROWS and rows * keys >= prefill.MANY_PAIRS:
+            sliced.append((index, first, stop, keys))
+        else:
+            others.append(rows)
+    # A few launches for all others come first: they run while those of the slices are prepared.
+    if others:
+        many = (prefill.MANY_ROWS, prefill.MANY_PAIRS) if uncut else None
+        longest = max(others) // group
+        paged_attention.paged_attention(*tensors, longest, max_seq_len, out, lse, *masks, min(others), many)
+    if not sliced:
         return
     cache = PagedTQ4Cache(pages, page_size, num_kv_heads, q.shape[2])
-    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    for index, ((first, stop), keys) in enumerate(sequences):
-        if (stop - first) * group >= max(many, min_rows):
-            prefill.paged_attention(
-                q, first, stop, cache, block_table[index], keys, centroids, rotation, sm_scale, causal, out, lse, sinks
-            )
+    tables = block_table if block_table.stride(1) == 1 else block_table.contiguous()
+    views = (cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms, centroids, rotation)
+    for index, first, stop, keys in sliced:
+        packed = Packed(*views, tables[index])
+        prefill.paged_attention(q, first, stop, packed, keys, sm_scale, causal, out, lse, sinks)
