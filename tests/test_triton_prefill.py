@@ -15,6 +15,7 @@ from attention_contract import AttentionContract, check_causal_sizes
 from paged_cases import check_batch, host_lengths, operator_arguments, random_batch
 from paged_contract import PagedContract
 from turboquant_vllm import reference
+from turboquant_vllm.prefill import Dense, dense_attention
 
 VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
 pytestmark = [
@@ -132,16 +133,23 @@ def test_unpack(interpreter, generator, dtype, head_dim, layout):
     assert (values[0, 1, 42 - first] == 0).all()
 
 
+def coarse(device, dtype, head_dim):
+    """PyTorch's dense attention, as if it wanted multiples of 16."""
+    return Dense(dense_attention(device, dtype, head_dim).run, 16)
+
+
 @pytest.fixture
 def run_pages(interpreter):
     """Calls over pages whose lengths the host knows: slices of 48 keys or so for sequences of more than 8 rows."""
 
-    def call(batch, pairs=0):
+    def call(batch, pairs=0, is_coarse=False):
         out = torch.full_like(batch.q, float("nan"), memory_format=torch.contiguous_format)
         lse = torch.full(batch.q.shape[:2], float("nan"))
         width = 2 * batch.cache.num_kv_heads * batch.cache.head_dim * batch.q.dtype.itemsize
         patch = {"triton.prefill:uses_prmt": bool, "triton.prefill:SCRATCH_BYTES": 48 * width}
         patch |= {"triton.prefill:MANY_ROWS": 9, "triton.prefill:MANY_PAIRS": pairs}
+        if is_coarse:
+            patch["triton.prefill:dense_attention"] = coarse
         args = operator_arguments(batch, out, lse)
         interpreter.call("triton.route:attention_over_pages", *args, 1, *host_lengths(batch), patch=patch)
         return out, lse
@@ -177,7 +185,20 @@ def test_any_batch_over_pages(run_pages, data):
     batch = random_batch(generator, lengths, **sizes)
     if draw(st.booleans()):
         batch = batch.replace(sinks=torch.randn(batch.q.shape[1], generator=generator))
-    check_batch(run_pages, batch, gate=False)
+    is_coarse = draw(st.booleans())
+    check_batch(lambda batch: run_pages(batch, is_coarse=is_coarse), batch, gate=False)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_queries_of_neighbours_fill_the_padding_and_nothing_else(run_pages, generator, order):
+    lengths = [(20, 60), (9, 75), (1, 30), (40, 40), (17, 100), (12, 5)][::order]
+    batch = random_batch(generator, lengths, dtype=FULL, num_kv_heads=1)
+    out, _ = check_batch(lambda batch: run_pages(batch, is_coarse=True), batch)
+    for index, tokens in enumerate(batch.tokens):
+        q = torch.full_like(batch.q, float("nan"))
+        q[tokens] = batch.q[tokens]
+        alone, _ = run_pages(batch.replace(q=q), is_coarse=True)
+        assert torch.equal(alone[tokens], out[tokens]), index
 
 
 def test_slices_and_fused_kernels_share_a_batch(run_pages, generator):

@@ -156,6 +156,13 @@ def test_memory_does_not_grow_with_the_context(prefill, monkeypatch, generator):
     assert peaks[1] <= prefill.SCRATCH_BYTES + 8 * case.q.nbytes
 
 
+@pytest.mark.parametrize(("q_len", "kv_len"), [(300, 1000), (512, 512), (300, 200)])
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_sinks(run, generator, is_causal, q_len, kv_len):
+    case = random_case(generator, dtype=HALF, device="cuda", batch=2, q_len=q_len, kv_len=kv_len, is_causal=is_causal)
+    check(run, case.replace(sinks=torch.randn(4, generator=generator).cuda() + 3))
+
+
 def attend_pages(batch, **options):
     """The public function, with the batch's lengths for the host where it takes them."""
     codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar")

@@ -120,10 +120,7 @@ def attention(
             queries, packed = q[some], Packed(k[some], k_norms[some], v[some], v_norms[some], centroids, rotation)
 
             def rows(first: int, stop: int, queries: torch.Tensor = queries) -> torch.Tensor:
-                inside = queries[:, :, max(first, 0) : stop]
-                if first >= 0 and stop <= q_len:
-                    return inside
-                return torch.nn.functional.pad(inside, (0, 0, max(-first, 0), max(stop - q_len, 0)))
+                return _rows(queries, first, stop)
 
             results.append(_attention(rows, q_len, queries, packed, kv_len, slice_len, sm_scale, is_causal, sinks))
     outs, lses = [part.out for part in results], [part.lse for part in results]
@@ -153,22 +150,17 @@ def paged_attention(
         out: like q, any strides.
         lse: float32 ``[T, H_q]``.
     """
-    q_len, total = stop - first, q.shape[0]
-    q = _aligned(q)
+    queries = _aligned(q).transpose(0, 1)[None]
 
     def rows(begin: int, end: int) -> torch.Tensor:
         """Rows that are not the sequence's are mostly those of others, which saves a copy."""
-        begin, end = first + begin, first + end
-        inside = q[max(begin, 0) : end].transpose(0, 1)[None]
-        if begin >= 0 and end <= total:
-            return inside
-        return torch.nn.functional.pad(inside, (0, 0, max(-begin, 0), max(end - total, 0)))
+        return _rows(queries, first + begin, first + end)
 
     some = slice(first, stop)
     target = Part(out[some].transpose(0, 1)[None], lse[some].T[None], 0)
     slice_len = _slice_len(q, pages.k.shape[1], _dense(q).grain)
     with device_guard(q.device):
-        _attention(rows, q_len, target.out, pages, kv_len, slice_len, sm_scale, is_causal, sinks, target)
+        _attention(rows, stop - first, target.out, pages, kv_len, slice_len, sm_scale, is_causal, sinks, target)
 
 
 def _attention(
@@ -215,6 +207,13 @@ def _dense(q: torch.Tensor) -> Dense:
 def _slice_len(q: torch.Tensor, num_kv_heads: int, grain: int) -> int:
     """Keys that one sequence's scratch has room for."""
     return max(SCRATCH_BYTES // (2 * num_kv_heads * q.shape[-1] * q.dtype.itemsize * grain), 1) * grain
+
+
+def _rows(q: torch.Tensor, first: int, stop: int) -> torch.Tensor:
+    """Rows ``first .. stop`` of ``[B, H, N, D]``, zeros where there are none."""
+    before, after = max(-first, 0), max(stop - q.shape[2], 0)
+    inside = q[:, :, first + before : stop]
+    return torch.nn.functional.pad(inside, (0, 0, before, after)) if before or after else inside
 
 
 def _aligned(q: torch.Tensor) -> torch.Tensor:
