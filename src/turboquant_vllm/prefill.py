@@ -30,6 +30,7 @@ import torch
 
 __all__ = [
     "MOST_PARTS",
+    "SCRATCH_BYTES",
     "Dense",
     "Merge",
     "Operator",
@@ -42,6 +43,8 @@ __all__ = [
     "pieces",
     "slices",
 ]
+
+SCRATCH_BYTES = 64 << 20  # of the slices of the sequences that share them
 
 # (first, stop) -> dense keys and values first .. stop, each [B, H_kv, stop - first, D], zeros where a sequence has no such
 # key. They need not outlive the next call.

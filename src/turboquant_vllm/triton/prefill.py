@@ -13,13 +13,20 @@ import triton
 import triton.language as tl
 
 from turboquant_vllm.limits import MANY_ROWS
-from turboquant_vllm.prefill import MOST_PARTS, Dense, Part, Queries, attention_over_slices, dense_attention
+from turboquant_vllm.prefill import (
+    MOST_PARTS,
+    SCRATCH_BYTES,
+    Dense,
+    Part,
+    Queries,
+    attention_over_slices,
+    dense_attention,
+)
 from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.unpack import Packed, unpack
 
 __all__ = ["MANY_PAIRS", "MANY_ROWS", "SCRATCH_BYTES", "attention", "merge", "paged_attention", "serves"]
 
-SCRATCH_BYTES = 64 << 20
 # Over pages the fused kernels take all sequences in one launch, and need not make any dense: from so many pairs of a query row
 # and a key on, a sequence is worth launches of its own.
 MANY_PAIRS = 1 << 22

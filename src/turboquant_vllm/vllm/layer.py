@@ -12,6 +12,7 @@ from turboquant_vllm import ops, reference
 from turboquant_vllm.codec import TQ4Codec
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
+from turboquant_vllm.prefill import SCRATCH_BYTES
 from turboquant_vllm.store import tq4_store
 from turboquant_vllm.vllm.batch import Kind, Run
 
@@ -141,4 +142,7 @@ class PagedLayer:
         """A bound on the scratch memory that :meth:`attend` takes for ``tokens`` tokens of at most ``sequences`` sequences."""
         vectors = tokens * self.num_heads
         splits = _MANY_SPLITS * min(vectors, 32 * sequences * self.num_kv_heads)
-        return (splits + 2 * vectors) * (self.head_dim + 1) * 4
+        fused = (splits + 2 * vectors) * (self.head_dim + 1) * 4
+        # A slice of keys and values; the queries, results of four slices, and their sum in float32.
+        slices = SCRATCH_BYTES + vectors * (14 * self.head_dim + 24)
+        return max(fused, slices)
