@@ -25,8 +25,10 @@ class Worker:
     """A process with one engine."""
 
     def __init__(self, cache: str, folder: Path, log: Path, arguments: list[str]) -> None:
+        # -P: a file here must not be taken for a package of the same name that vLLM brings.
         command = [
             sys.executable,
+            "-P",
             "-W",
             "ignore",
             str(Path(__file__).with_name("vllm_worker.py")),

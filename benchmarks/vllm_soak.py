@@ -150,6 +150,7 @@ def main() -> None:
             "failures": len(client.failures), "idle_at_the_end": idle, "cache_in_use_at_the_end": usage,
             "same_answers": before == after, "prefix_hits": client.metric("vllm:prefix_cache_hits_total"),
             "preemptions": client.metric("vllm:num_preemptions_total"), "server_alive": server.poll() is None,
+            "server": options.server,
         }  # fmt: skip
     finally:
         server.terminate()

@@ -26,7 +26,7 @@ CACHES: dict[str, dict[str, Any]] = {
 # id: requests, tokens of context.
 DECODE = {"short-1": (1, 1024), "short-32": (32, 1024), "b1-32k": (1, 32768), "b32-8k": (32, 8192), "b8-32k": (8, 32768)}
 TTFT, CAPACITY = 16384, (256, 8192)
-STEPS, WARMUP_STEPS = 48, 6
+STRETCH, WARMUP_STEPS = 8, 6
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 96, 104, 112, 128, 160, 192, 208, 224, 256]
 VOCABULARY = 128256
 LLAMA = {
@@ -105,29 +105,29 @@ class Timer:
         while self.engine.has_unfinished_requests():
             self.engine.step()
 
-    def steps_ms(self, requests: int) -> float:
-        """Milliseconds of a step in which all requests decode, each giving a token; the median of six stretches."""
+    def stretches(self) -> list[tuple[int, float]]:
+        """Tokens and seconds of six stretches of steps."""
         for _ in range(WARMUP_STEPS):
             self.step()
-        stretches, length = [], STEPS // 6
+        result = []
         for _ in range(6):
-            start, tokens = time.perf_counter(), 0
-            for _ in range(length):
-                tokens += self.step()
-            stretches.append(1e3 * (time.perf_counter() - start) / length)
-            if tokens != requests * length:
-                raise RuntimeError(f"expected {requests * length} tokens of {length} steps, got {tokens}")
-        return statistics.median(stretches)
+            start = time.perf_counter()
+            tokens = sum(self.step() for _ in range(STRETCH))
+            result.append((tokens, time.perf_counter() - start))
+        return result
 
     def decode_ms(self, requests: int, context: int) -> float:
-        self.add(requests, context, STEPS + WARMUP_STEPS + requests + 64)
+        """Milliseconds of a step in which all requests decode, each giving a token; the median of the stretches."""
+        self.add(requests, context, 6 * STRETCH + WARMUP_STEPS + requests + 64)
         waiting = requests
         while waiting > 0:  # steps in which prompts are read give tokens of the others, too
             self.step()
             waiting = self.unread()
-        time_ms = self.steps_ms(requests)
+        stretches = self.stretches()
         self.clear()
-        return time_ms
+        if any(tokens != requests * STRETCH for tokens, _ in stretches):
+            raise RuntimeError(f"expected {requests} tokens a step, got {stretches}")
+        return 1e3 * statistics.median(seconds / STRETCH for _, seconds in stretches)
 
     def unread(self) -> int:
         """Requests whose prompts have not been read to the end."""
@@ -149,7 +149,7 @@ class Timer:
 
     def capacity(self, requests: int, context: int) -> tuple[float, int]:
         """Tokens a second of as many of the requests as the cache has room for, and how many those are."""
-        tokens = 16 + STEPS + WARMUP_STEPS + 4 * -(-requests * context // 8192)
+        tokens = 16 + 6 * STRETCH + WARMUP_STEPS + 4 * -(-requests * context // 8192)
         self.add(requests, context, tokens)
         scheduler = self.engine.engine_core.engine_core.scheduler
         running, settled = -1, 0
@@ -158,9 +158,10 @@ class Timer:
             reading = any(request.num_computed_tokens < request.num_prompt_tokens for request in scheduler.running)
             settled = 0 if reading or len(scheduler.running) != running else settled + 1
             running = len(scheduler.running)
-        rate = 1e3 * running / self.steps_ms(running)
+        stretches = self.stretches()  # at the edge, some may be preempted meanwhile
         self.clear()
-        return rate, running
+        running = round(statistics.median(tokens / STRETCH for tokens, _ in stretches))
+        return statistics.median(tokens / seconds for tokens, seconds in stretches), running
 
 
 def main() -> None:
