@@ -92,6 +92,31 @@ def test_generate_compiles_into_cuda_graphs(generator):
             assert (got - want).abs().max() < 5e-3 * want.abs().max()
 
 
+@pytest.mark.parametrize("padding", [0, 7])
+@pytest.mark.parametrize("kind", ["growing", "static", "compiled"])
+def test_the_trained_model_in_half_precision(kind, padding, generator):
+    """Head dimension 64 in fp16, which native kernels store and, but for windows and padding over pages, decode."""
+    ids = torch.randint(3, VOCABULARY, (2, 32), generator=generator)
+    mask = torch.ones_like(ids)[:, :20]
+    mask[1, :padding] = 0
+    results = []
+    for dtype, device in ((torch.float64, "cpu"), (torch.float16, DEVICE)):
+        model = make_model("trained", "tq4", dtype).to(device)
+        growing = kind == "growing" or device == "cpu"
+        cache = TurboQuantCache(model.config) if growing else TurboQuantStaticCache(model.config, max_cache_len=64)
+        prompt, given = ids[:, :20].to(device), ids.tolist()
+        options = {
+            "attention_mask": mask.to(device),
+            "max_new_tokens": 12,
+            "disable_compile": kind != "compiled",
+            "prefix_allowed_tokens_fn": lambda row, seen, given=given: [given[row][len(seen)]],  # the same tokens for both
+        }
+        results.append(generated(model, cache, prompt, **options))
+    for want, got in zip(*(result.logits for result in results), strict=True):
+        # fp16 rounding and codes that it changes: half of this on a CPU.
+        assert (got.double().cpu() - want).abs().max() < 0.04 * want.abs().max()
+
+
 @pytest.mark.parametrize("exact_prefill", [True, False])
 def test_no_dense_copy_hides_anywhere(exact_prefill):
     tokens, heads, dim = 32768, 8, 128
