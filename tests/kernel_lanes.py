@@ -84,17 +84,23 @@ def emulated_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(packed) == library.size_of(name == "tq4_combine")
         getattr(library, f"{name}_run")(packed, grid[0], block[0])
 
-    def variant(head_dim: int, rows: int, shared_limit: int) -> decode.Variant:
+    def variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False) -> decode.Variant:
         row_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= rows)
-        return decode.Variant(head_dim, row_tiles, 2, 2, 3, head_dim < 256 and row_tiles <= 2)
+        return decode.Variant(head_dim, row_tiles, 2, 2, 3, head_dim < 256 and row_tiles <= 2, masked)
+
+    def kernels_of(params: dict[str, str], variant: decode.Variant, pages: int) -> Any:
+        def codes(name: str) -> str:
+            masks = decode.COMBINE_MASKS if name == "tq4_combine" else decode.DECODE_MASKS
+            return params[name] + (masks if variant.masked else "")
+
+        return tuple(kernel(name, codes(name), {**variant.defines, "PAGED": pages}) for name in params)
 
     def two(index: int, variant: decode.Variant) -> Any:
-        names = {"tq4_decode": decode.DECODE_PARAMS, "tq4_combine": decode.COMBINE_PARAMS}
-        return tuple(kernel(name, params, variant.defines) for name, params in names.items())
+        return kernels_of({"tq4_decode": decode.DECODE_PARAMS, "tq4_combine": decode.COMBINE_PARAMS}, variant, 0)
 
     def three(index: int, variant: decode.Variant) -> Any:
-        names = {"tq4_rotate": paged.PAGED_PARAMS, "tq4_decode": paged.PAGED_PARAMS, "tq4_combine": paged.PAGED_COMBINE_PARAMS}
-        return tuple(kernel(name, params, {**variant.defines, "PAGED": 1}) for name, params in names.items())
+        first = dict.fromkeys(("tq4_rotate", "tq4_decode"), paged.PAGED_PARAMS)
+        return kernels_of({**first, "tq4_combine": paged.PAGED_COMBINE_PARAMS}, variant, 1)
 
     for module, kernels in ((decode, two), (paged, three)):
         module.Call.plan.cache_clear()

@@ -159,6 +159,7 @@ static void wait_for_previous() {}
 static int thread_number() { return threadIdx.x; }
 static void hold(float&, float&) {}
 static float ex2(float x) { return exp2f(x); }
+static float reciprocal(float x) { return 1 / x; }
 static float lg2(float x) { return log2f(x); }
 static u32 half2_bits(float low, float high) {
   const _Float16 pair[2] = {(_Float16)low, (_Float16)high};

@@ -36,6 +36,49 @@ def test_dense(generator, dtype, head_dim, group, q_len, kv_len, causal):
         check(lambda *args: decode.decode(*args, split_len=32), case)
 
 
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "window", "softcap", "with_sinks"),
+    [
+        (1, 90, 20, None, False),
+        (1, 90, None, None, True),
+        (5, 90, 33, None, False),
+        (5, 3, 2, 1.5, True),
+        (3, 70, None, 2.0, False),
+        (8, 120, 1, 50.0, True),
+    ],
+)
+def test_dense_masks(generator, q_len, kv_len, window, softcap, with_sinks):
+    sizes = {"batch": 2, "group": 4, "q_len": q_len, "kv_len": kv_len, "head_dim": 64, "is_causal": True}
+    case = random_case(generator, dtype=HALF, device="cpu", **sizes)
+    sinks = torch.randn(case.q.shape[1], generator=generator) + 1 if with_sinks else None
+    case = case.replace(sliding_window=window, softcap=softcap, sinks=sinks)
+    check_masked(decode.decode, case)
+    if window is not None:  # what no query sees may be anything
+        hidden = ~case.visible().any(0)
+        norms = case.k_norms.clone()
+        norms[:, :, hidden] = float("nan")
+        check_masked(decode.decode, case.replace(k_norms=norms, v_norms=torch.where(hidden, norms, case.v_norms)), case)
+
+
+def check_masked(run: Any, case: Any, expect: Any = None) -> None:
+    """A query that sees no key but a sink has the sink's log-sum-exp, and zeros."""
+    out, lse = run(*case.arguments)
+    want, want_lse = expected(expect or case)
+    compare(out, want, HALF)
+    seen = want_lse > float("-inf")
+    assert (lse[~seen] == float("-inf")).all()
+    if seen.any():
+        compare(lse[seen], want_lse[seen], HALF, at_least=1.0, what="lse")
+
+
+def test_no_keys_but_sinks(generator):
+    case = random_case(generator, dtype=HALF, device="cpu", group=2, kv_len=0)
+    sinks = torch.randn(case.q.shape[1], generator=generator)
+    out, lse = decode.decode(*case.arguments[:9], None, None, sinks)
+    assert (out == 0).all()
+    assert torch.equal(lse, sinks[None, :, None].expand_as(lse))
+
+
 def test_rotation_folded_into_the_weights(generator):
     case = random_case(generator, dtype=HALF, device="cpu", group=4, kv_len=70)
     rotation = case.rotation.double()
@@ -52,7 +95,7 @@ def run_paged(batch: Any, longest: int | None = None) -> tuple[torch.Tensor, tor
     longest = int(batch.cu_seqlens_q.diff().max()) if longest is None else longest
     pages = (batch.cache.buffer, batch.cache.page_size, batch.cache.num_kv_heads, batch.block_table, batch.seq_lens)
     how = (batch.centroids, batch.rotation, batch.sm_scale, batch.causal, longest, int(batch.seq_lens.max()))
-    paged.decode_pages(batch.q, *pages, batch.cu_seqlens_q, *how, out, lse)
+    paged.decode_pages(batch.q, *pages, batch.cu_seqlens_q, *how, out, lse, **batch.masks)
     return out, lse
 
 
@@ -69,6 +112,35 @@ def run_paged(batch: Any, longest: int | None = None) -> tuple[torch.Tensor, tor
 def test_pages(generator, head_dim, group, page_size, lengths, causal):
     sizes = {"head_dim": head_dim, "group": group, "page_size": page_size, "causal": causal}
     check_batch(run_paged, random_batch(generator, lengths, dtype=HALF, device="cpu", **sizes))
+
+
+@pytest.mark.parametrize(
+    ("options", "windows"),
+    [
+        ({"sliding_window": 20}, None),
+        ({"sliding_window": 1, "page_size": 48}, None),
+        ({"softcap": 2.0, "sliding_window": 100}, None),
+        ({}, [3, 0, 40, 17, 200, 1, 9]),
+        ({"softcap": 1.5, "causal": False}, None),
+        ({"sinks": True, "sliding_window": 33}, None),
+        ({"sinks": True, "softcap": 50.0}, None),
+    ],
+)
+def test_masks_over_pages(generator, options, windows):
+    if "sinks" in options:
+        options = {**options, "sinks": torch.randn(8, generator=generator) + 1}
+    lengths = [(1, 90), (1, 40), (3, 150), (5, 64), (1, 16), (4, 3), (2, 70)]
+    batch = random_batch(generator, lengths, dtype=HALF, device="cpu", group=4, **options)
+    if windows is not None:
+        batch = batch.replace(windows=torch.tensor(windows, dtype=torch.int32))
+    check_batch(run_paged, batch)
+
+
+def test_pages_before_the_window_do_not_matter(generator):
+    batch = random_batch(generator, [(1, 200), (4, 150)], dtype=HALF, device="cpu", sliding_window=50)
+    for index, hidden in enumerate((150, 150 - 53)):
+        batch.cache.buffer[batch.block_table[index, : hidden // 16].long()] = 255  # NaN among the norms
+    check_batch(run_paged, batch)
 
 
 @pytest.mark.parametrize(("head_dim", "longest"), [(64, None), (64, 2), (256, 4)])

@@ -7,6 +7,7 @@ import torch
 
 from attention_cases import check, compare, expected, poisoned_memory, random_case
 from attention_contract import AttentionContract, check_causal_sizes
+from mask_contract import MaskContract
 from turboquant_vllm import TQ4Codec, tq4_attention
 from turboquant_vllm.attention import why_not
 from turboquant_vllm.checks import AttentionShape
@@ -54,6 +55,16 @@ class TestContract(AttentionContract):
     @pytest.fixture(params=[HALF, BF16], ids=["fp16", "bf16"])
     def dtype(self, request):
         return request.param
+
+    @pytest.fixture
+    def run(self):
+        return decode_where_it_can
+
+
+class TestMasks(MaskContract):
+    @pytest.fixture
+    def dtype(self):
+        return HALF
 
     @pytest.fixture
     def run(self):

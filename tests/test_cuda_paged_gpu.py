@@ -32,17 +32,20 @@ def device():
 def attend(batch, **options):
     codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar")
     index = (batch.block_table, batch.seq_lens, batch.cu_seqlens_q)
-    options = {"backend": "cuda", "return_lse": True, "sm_scale": batch.sm_scale, "causal": batch.causal, **options}
+    masks = dict(batch.masks)
+    windows = masks.pop("windows")
+    masks["sliding_window"] = masks["sliding_window"] if windows is None else windows
+    how = {"sm_scale": batch.sm_scale, "causal": batch.causal, **masks}
+    options = {"backend": "cuda", "return_lse": True, **how, **options}
     return tq4_paged_attention(batch.q, batch.cache, codec, *index, **options)
 
 
 @pytest.fixture
 def run():
     def call(batch, **options):
-        masks = [name for name, mask in batch.masks.items() if mask is not None]
         shape = PagedShape(*batch.q.shape[:1], 1, batch.q.shape[1], batch.cache.num_kv_heads, batch.q.shape[2], 16, 1)
         longest = options.get("max_query_len", batch.q.shape[0])
-        if reason := why_not_paged("cuda", batch.q.device, batch.q.dtype, shape, masks, longest):
+        if reason := why_not_paged("cuda", batch.q.device, batch.q.dtype, shape, longest):
             pytest.skip(reason)
         with poisoned_memory():
             return attend(batch, **options)

@@ -10,8 +10,6 @@ from hypothesis import strategies as st
 import oracle
 from mask_contract import MaskContract
 from turboquant_vllm import TQ4Codec, reference, tq4_attention
-from turboquant_vllm.attention import why_not
-from turboquant_vllm.checks import AttentionShape
 
 
 class TestReference(MaskContract):
@@ -81,17 +79,6 @@ def test_wrong_masks(masks, error, message):
     k = codec.compress(torch.zeros(1, 2, 9, 64))
     with pytest.raises(error, match=message):
         tq4_attention(torch.zeros(1, 4, 3, 64), k, k, codec, **{"is_causal": True, **masks})
-
-
-def test_native_kernels_say_which_masks_they_lack(monkeypatch):
-    monkeypatch.setattr("turboquant_vllm.ops.why_not_cuda", lambda device: "")
-    shape = AttentionShape(batch=1, num_heads=32, num_kv_heads=8, q_len=1, kv_len=100, head_dim=128)
-    call = ("cuda", torch.device("cuda"), torch.float16, shape)
-    assert why_not(*call) == ""
-    assert why_not(*call, masks={"softcap": 30.0, "sinks": None}) == "the CUDA kernels have no softcap, sinks"
-    plain = (torch.zeros(()),) * 7
-    with pytest.raises(ValueError, match="the CUDA kernels have no sliding_window, softcap or sinks"):
-        torch.ops.turboquant.cuda_decode(*plain, 1.0, True, softcap=30.0)
 
 
 def test_compiles_into_one_graph():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, Literal, overload
 
 import torch
@@ -118,7 +118,7 @@ def tq4_attention(
     )
     scale = check_sm_scale(sm_scale, shape.head_dim)
     masks = check_masks(is_causal, sliding_window, softcap, sinks, shape.num_heads, q.device)
-    name, reason = choose_backend(q, shape, backend, (k.codes, values), masks)
+    name, reason = choose_backend(q, shape, backend, (k.codes, values))
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     run = _RUN[name]
@@ -152,7 +152,6 @@ def choose_backend(
     shape: AttentionShape,
     backend: str = "auto",
     operands: tuple[torch.Tensor, ...] = (),
-    masks: Collection[str] = (),
 ) -> tuple[str, str]:
     """The backend that serves a call, and why it cannot (an empty string where it can).
 
@@ -161,16 +160,15 @@ def choose_backend(
         shape: sizes of the call.
         backend: "auto" or a name from :data:`BACKENDS`.
         operands: keys and values, packed or dense; packed and well aligned where not given.
-        masks: which of ``sliding_window``, ``softcap`` and ``sinks`` the call has.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
     """
     if backend == "auto":
-        return next((name, "") for name in BACKENDS if not why_not(name, q.device, q.dtype, shape, operands, masks))
+        return next((name, "") for name in BACKENDS if not why_not(name, q.device, q.dtype, shape, operands))
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    return backend, why_not(backend, q.device, q.dtype, shape, operands, masks)
+    return backend, why_not(backend, q.device, q.dtype, shape, operands)
 
 
 def why_not(
@@ -179,11 +177,10 @@ def why_not(
     dtype: torch.dtype,
     shape: AttentionShape,
     operands: tuple[torch.Tensor, ...] = (),
-    masks: Collection[str] = (),
 ) -> str:
     """Why ``backend`` cannot serve such a call; empty where it can. Arguments as in :func:`choose_backend`."""
     if backend == "cuda":
-        return ops.why_not_cuda(device) or why_not_decode(dtype, shape.head_dim, shape.q_len * shape.group, operands, masks)
+        return ops.why_not_cuda(device) or why_not_decode(dtype, shape.head_dim, shape.q_len * shape.group, operands)
     if backend == "triton":
         return ops.why_not_triton(device)
     return ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 
 import torch
 
@@ -21,7 +21,6 @@ def why_not_decode(
     head_dim: int,
     rows: int,
     operands: Sequence[torch.Tensor] = (),
-    masks: Collection[str] = (),
 ) -> str:
     """Why the native CUDA kernels cannot serve a call on a device that runs them; empty where they can.
 
@@ -30,10 +29,7 @@ def why_not_decode(
         head_dim: coordinates of a vector.
         rows: query rows (tokens x heads of the group) per key/value head.
         operands: keys and values ``[B, H_kv, N_kv, ...]``; their addresses are not looked at, as torch.compile knows none.
-        masks: names of what :func:`turboquant_vllm.checks.check_masks` found.
     """
-    if masks:
-        return f"the CUDA kernels have no {', '.join(masks)}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"the CUDA kernels take queries in fp16 or bf16, got {dtype}"
     if head_dim not in DECODE_HEAD_DIMS:
@@ -54,9 +50,9 @@ def most_rows_over_pages(head_dim: int) -> int:
     return 16 if head_dim == 256 else DECODE_MAX_ROWS
 
 
-def why_not_decode_pages(dtype: torch.dtype, head_dim: int, group: int, num_seqs: int, masks: Collection[str] = ()) -> str:
+def why_not_decode_pages(dtype: torch.dtype, head_dim: int, group: int, num_seqs: int) -> str:
     """As :func:`why_not_decode`, for the sequences over pages that have few rows; ``group``: rows of one query token."""
-    if reason := why_not_decode(dtype, head_dim, group, (), masks):
+    if reason := why_not_decode(dtype, head_dim, group):
         return reason
     if group > most_rows_over_pages(head_dim):
         return f"the CUDA kernels take up to {most_rows_over_pages(head_dim)} query heads per key/value head, got {group}"

@@ -184,12 +184,8 @@ def _cuda_paged(*args: Any) -> None:
     _kernel("turboquant_vllm.cuda.paged:decode_pages")(*args)
 
 
-def _cuda_decode(*args: Any, pre_rotated: bool = False, rotated_output: bool = False) -> Any:
-    plain, masks = args[:9], args[9:]
-    if any(mask is not None for mask in masks):
-        raise ValueError("the CUDA kernels have no sliding_window, softcap or sinks")
-    run = _kernel("turboquant_vllm.cuda.decode:decode")
-    return run(*plain, pre_rotated=pre_rotated, rotated_output=rotated_output)
+def _cuda_decode(*args: Any, **options: Any) -> Any:
+    return _kernel("turboquant_vllm.cuda.decode:decode")(*args, **options)
 
 
 def _attention_fake(q: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -232,7 +228,7 @@ _define(
     "cuda_paged",
     "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
     "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "
-    "Tensor(b!) lse) -> ()",
+    "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, Tensor? windows=None) -> ()",
     _cuda_paged,
     lambda *args: None,
 )

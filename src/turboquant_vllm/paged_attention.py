@@ -170,7 +170,7 @@ def tq4_paged_attention(
             lengths.check_contents(seq_lens, cu_seqlens_q, shape.group)
     if lengths is not None:
         bounds = [max(lengths.query_lens, default=0), max(lengths.seq_lens, default=0)]
-    name, reason = choose_paged_backend(q, shape, backend, [mask for mask in masks if masks[mask] is not None], bounds[0])
+    name, reason = choose_paged_backend(q, shape, backend, bounds[0])
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
 
@@ -188,31 +188,30 @@ def tq4_paged_attention(
             for call in native_calls(shape, bounds[0], lengths):
                 some = slice(call.first, call.stop)
                 where = (block_table[some], seq_lens[some], cu_seqlens_q[call.first : call.stop + 1])
+                windows = masks.get("windows")
+                own = masks if windows is None else {**masks, "windows": windows[some].repeat_interleave(call.pieces)}
                 if call.pieces > 1:
                     where = cut_sequences(*where, call.tokens, call.pieces, causal, cache.page_size)
-                torch.ops.turboquant.cuda_paged(q, *pages, *where, *index[3:], call.tokens, bounds[1], out, lse)
+                torch.ops.turboquant.cuda_paged(q, *pages, *where, *index[3:], call.tokens, bounds[1], out, lse, **own)
         if bounds[0] * shape.group >= least:
             host = {} if lengths is None else {f"{key}_cpu": value for key, value in vars(lengths).items()}
             torch.ops.turboquant.triton_paged(q, *pages, *index, *bounds, out, lse, **masks, min_rows=least, **host)
     return (out, lse) if return_lse else out
 
 
-def choose_paged_backend(
-    q: torch.Tensor, shape: PagedShape, backend: str = "auto", masks: Sequence[str] = (), max_query_len: int = 1
-) -> tuple[str, str]:
+def choose_paged_backend(q: torch.Tensor, shape: PagedShape, backend: str = "auto", max_query_len: int = 1) -> tuple[str, str]:
     """The backend that serves a call over pages, and why it cannot (an empty string where it can).
 
     Args:
         q: the queries.
         shape: sizes of the call.
         backend: "auto" or a name from :data:`turboquant_vllm.attention.BACKENDS`.
-        masks: which of sliding_window, softcap and sinks there are.
         max_query_len: no sequence has more query tokens.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
     """
-    call = (q.device, q.dtype, shape, masks, max_query_len)
+    call = (q.device, q.dtype, shape, max_query_len)
     if backend == "auto":
         return next((name, "") for name in PAGED_BACKENDS if not why_not_paged(name, *call))
     if backend not in BACKENDS:
@@ -225,7 +224,6 @@ def why_not_paged(
     device: torch.device,
     dtype: torch.dtype,
     shape: PagedShape,
-    masks: Sequence[str] = (),
     max_query_len: int = 1,
 ) -> str:
     """Why ``backend`` cannot serve such a call over pages; empty where it can. Arguments as in :func:`choose_paged_backend`.
@@ -235,7 +233,7 @@ def why_not_paged(
     if backend == "cuda":
         if reason := ops.why_not_cuda(device):
             return reason
-        if reason := why_not_decode_pages(dtype, shape.head_dim, shape.group, shape.num_seqs, masks):
+        if reason := why_not_decode_pages(dtype, shape.head_dim, shape.group, shape.num_seqs):
             return reason
         return ops.why_not_triton(device) if max_query_len * shape.group > most_rows_over_pages(shape.head_dim) else ""
     if backend == "triton":

@@ -18,6 +18,9 @@ struct CombineParams {
   Heads heads;
   Divisor by_rows;  // query rows of a key/value head
   int all, q_len, rows_at_once, is_bf16, rotated_output;
+#if MASKED
+  const float* sinks;  // of the query heads of a sequence, or null
+#endif
 };
 
 extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(const __grid_constant__ CombineParams p) {
@@ -36,19 +39,20 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
   const Line work = {ends, ends + p.sequences, ends + 2 * p.sequences, p.sequences, ends[p.sequences - 1] / p.workers,
                      ends[p.sequences - 1] % p.workers};
 #endif
-  // Row `first` + i of all: whether there is such a query, and its place in the output and in the log-sum-exps.
-  struct Query { bool there; i64 out, lse; };
+  // Row `first` + i of all: whether there is such a query, its head, its place in the output and in the log-sum-exps.
+  struct Query { bool there; int head; i64 out, lse; };
   auto query = [&](int i) {
     const int head = p.by_rows.divide(first + i), row = first + i - head * p.heads.rows;
 #if PAGED
     const int s = p.heads.batch(head), begin = first_token_of(p.starts, s, p.tokens), position = p.heads.position(row);
     const int tokens = first_token_of(p.starts, s + 1, p.tokens) - begin;
     const int h = (head - s * p.heads.kv_heads) * p.heads.group + p.heads.member(row);
-    return Query{position < tokens && tokens * p.heads.group <= 4 * NT, (begin + position) * p.out_token + h * p.out_head,
+    return Query{position < tokens && tokens * p.heads.group <= 4 * NT, h, (begin + position) * p.out_token + h * p.out_head,
                  (i64)(begin + position) * p.q_len + h};  // q_len holds the number of heads
 #else
     const i64 at = ((i64)head * p.heads.group + p.heads.member(row)) * p.q_len + p.heads.position(row);
-    return Query{true, at * D, at};
+    const int h = (head - p.heads.batch(head) * p.heads.kv_heads) * p.heads.group + p.heads.member(row);
+    return Query{true, h, at * D, at};
 #endif
   };
   float4 sum = make_float4(0, 0, 0, 0);
@@ -99,8 +103,14 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
       total += weight * states[k].y;
       x += weight * ((const float*)sums[k])[i % D];
     }
-    merged[i / D * ROW_PITCH + i % D] = total == 0 ? 0 : x / total;
     const Query at = query(i / D);
+#if MASKED
+    if (p.sinks) {  // one more key, without a value
+      const float sink = p.sinks[at.head] * 1.4426950408889634f, higher = fmaxf(top, sink), keep = ex2(top - higher);
+      top = higher, x *= keep, total = total * keep + ex2(sink - higher);
+    }
+#endif
+    merged[i / D * ROW_PITCH + i % D] = total == 0 ? 0 : x / total;
     if (i % D || !at.there) continue;
     p.lse[at.lse] = total == 0 ? -INFINITE : (top + lg2(total)) * 0.6931471805599453f;
   }

@@ -15,8 +15,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 #if PAGED
   const Line work = plan_line(p, (int*)(smem + QUERY));
   auto locate = [&](int tile) {
-    const int s = work.sequence_of(tile), start = work.start_of(s), each = (work.lens[s] + 15) / 16, h = (tile - start) / each;
-    return Pass{s * p.heads.kv_heads + h, start + h * each, each, work.lens[s], work.shifts[s]};
+    const int s = work.sequence_of(tile), start = work.start_of(s), len = work.lens[s], shift = work.shifts[s];
+    const int first = first_tile(p, s, shift, len), end = (len + 15) / 16, h = (tile - start) / (end - first);
+    return Pass{s * p.heads.kv_heads + h, start + h * (end - first) - first, end, len, shift};
   };
 #else
   const Work& work = p.work;
@@ -192,6 +193,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       return p.is_causal ? min(pass.shift + p.heads.position(first_row + t * 4 + c), pass.kv_len - 1) : pass.kv_len - 1;
     };
     const int open_end = p.is_causal ? min(pass.shift + 1, pass.kv_len) : pass.kv_len;
+    // The first key that it sees; from `open_begin` on no row's window hides a key.
+    const int window = window_of(p, p.heads.batch(p.heads.head_of(pass.index))), open_begin = pass.kv_len - window;
+    auto first_key = [&](int t) {
+      return MASKED ? pass.shift + p.heads.position(first_row + t * 4 + c) - window + 1 : -NO_WINDOW;
+    };
 
     // Sums of P V, C fragment of tile j: lane (r, c) holds dimensions r * D / 8 + 4 * j + 0..3 of row c
     float o[NT][MTILES][4], m[NT], l[NT], v_ref = 0;
@@ -241,7 +247,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       if (NT == 1) s[0][0] += s2[0], s[0][1] += s2[1], s[0][2] += s2[2], s[0][3] += s2[3];
 
       // x0, x1: scores of tokens r and r + 8, row c of tile t, in log2
-      const bool edge = n0 + 16 > open_end;
+      const bool edge = n0 + 16 > open_end || (MASKED && n0 < open_begin);
       float x0[NT], x1[NT];
       bool raise = fmaxf(fabsf(vn0), fabsf(vn1)) > 16 * v_ref;
 #pragma unroll
@@ -249,12 +255,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
         x0[t] = s[t / 2][t & 1] * (kn0 * row_scales[t]);
         x1[t] = s[t / 2][2 + (t & 1)] * (kn1 * row_scales[t]);
       }
+#if MASKED
+      if (p.cap > 0) {
+#pragma unroll
+        for (int t = 0; t < NT; t++) {
+          x0[t] = p.cap - 2 * p.cap * reciprocal(ex2(x0[t] * p.rate) + 1);
+          x1[t] = p.cap - 2 * p.cap * reciprocal(ex2(x1[t] * p.rate) + 1);
+        }
+      }
+#endif
       if (edge) {
 #pragma unroll
         for (int t = 0; t < NT; t++) {
-          const int last = last_key(t);
-          if (n0 + r > last) x0[t] = -INFINITE;
-          if (n0 + r + 8 > last) x1[t] = -INFINITE;
+          const int first = first_key(t), last = last_key(t);
+          if (n0 + r > last || n0 + r < first) x0[t] = -INFINITE;
+          if (n0 + r + 8 > last || n0 + r + 8 < first) x1[t] = -INFINITE;
         }
       }
 #pragma unroll
@@ -288,9 +303,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       if (edge) {  // a hidden norm may be NaN
 #pragma unroll
         for (int t = 0; t < NT; t++) {
-          const int last = last_key(t);
-          if (n0 + r > last) weights[t] &= 0xffff0000u;
-          if (n0 + r + 8 > last) weights[t] &= 0xffffu;
+          const int first = first_key(t), last = last_key(t);
+          if (n0 + r > last || n0 + r < first) weights[t] &= 0xffff0000u;
+          if (n0 + r + 8 > last || n0 + r + 8 < first) weights[t] &= 0xffffu;
         }
       }
 #pragma unroll

@@ -25,6 +25,7 @@ __all__ = [
     "decode",
     "device_limits",
     "divisor",
+    "mask_args",
     "prepare",
     "rows_at_once",
     "source",
@@ -36,10 +37,13 @@ WORK = "i" * 6 + DIVISOR * 5
 HEADS = "i" * 4 + DIVISOR * 3
 DECODE_PARAMS = "P" * 9 + "q" * 16 + WORK + HEADS + "i" * 6 + "f"
 COMBINE_PARAMS = "P" * 5 + WORK + HEADS + DIVISOR + "i" * 5
+# What the kernels of masked calls take behind these.
+DECODE_MASKS, COMBINE_MASKS = "Piff", "P"
 
 COMBINE_THREADS = {64: 256, 128: 512, 256: 512}  # of a block of the second kernel, by head_dim
 
 _TABLE_BYTES = 65536
+NO_WINDOW = 1 << 30  # as in the source
 _LEAST_TILES = 4  # a warp's fewest, where there are enough for all
 _LOG2_E = 1 / math.log(2)
 
@@ -55,6 +59,7 @@ class Variant:
         stages: tiles of 16 tokens in each warp's ring.
         passes: that one block's range may touch.
         query_in_registers: or read from shared memory again for each tile.
+        masked: whether calls have a sliding window, a soft cap or sinks.
     """
 
     head_dim: int
@@ -63,6 +68,7 @@ class Variant:
     stages: int
     passes: int
     query_in_registers: bool
+    masked: bool = False
 
     @property
     def defines(self) -> dict[str, int]:
@@ -75,6 +81,7 @@ class Variant:
             "PASSES": self.passes,
             "Q_IN_REGISTERS": int(self.query_in_registers),
             "PAGED": 0,
+            "MASKED": int(self.masked),
         }
 
     @property
@@ -109,7 +116,7 @@ class Variant:
 
 
 @cache
-def choose_variant(head_dim: int, rows: int, shared_limit: int) -> Variant:
+def choose_variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False) -> Variant:
     """The variant for ``rows`` rows per key/value head, within ``shared_limit`` bytes of shared memory per block."""
     most = 4 if head_dim == 256 else 8  # the sums of more rows do not fit the registers
     row_tiles = next(n for n in (1, 2, 4, 8) if n == most or 4 * n >= rows)
@@ -117,7 +124,7 @@ def choose_variant(head_dim: int, rows: int, shared_limit: int) -> Variant:
     many_warps = 16 if sums <= 256 else 12 if sums <= 512 else 8
     in_registers = head_dim < 256 and row_tiles <= 2
     candidates = (
-        Variant(head_dim, row_tiles, warps, stages, passes, in_registers)
+        Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked)
         for warps in (16, 12, 8, 4, 2)
         if warps <= many_warps
         for passes in (8, 6, 3, 2)
@@ -162,8 +169,11 @@ def source() -> str:
 
 @cache
 def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel]:
-    first = load_kernel(source(), "tq4_decode", device=index, params=DECODE_PARAMS, defines=variant.defines)
-    second = load_kernel(source(), "tq4_combine", device=index, params=COMBINE_PARAMS, defines=variant.defines)
+    masks = (DECODE_MASKS, COMBINE_MASKS) if variant.masked else ("", "")
+    params = {"tq4_decode": DECODE_PARAMS + masks[0], "tq4_combine": COMBINE_PARAMS + masks[1]}
+    first, second = (
+        load_kernel(source(), name, device=index, params=codes, defines=variant.defines) for name, codes in params.items()
+    )
     return first, second
 
 
@@ -209,13 +219,15 @@ class Call:
 
     @classmethod
     @lru_cache(maxsize=1024)
-    def plan(cls, index: int, shape: tuple[int, ...], num_kv_heads: int, kv_len: int, split_len: int | None) -> Call:
+    def plan(
+        cls, index: int, shape: tuple[int, ...], num_kv_heads: int, kv_len: int, split_len: int | None, masked: bool = False
+    ) -> Call:
         """For queries of ``shape [B, H_q, N_q, D]`` on device ``index``."""
         batch, num_heads, q_len, head_dim = shape
         group = num_heads // num_kv_heads
         rows, heads = q_len * group, batch * num_kv_heads
         multiprocessors, shared_limit = device_limits(index)
-        variant = choose_variant(head_dim, rows, shared_limit)
+        variant = choose_variant(head_dim, rows, shared_limit, masked)
         if split_len is not None and (split_len < 16 or split_len % 16):
             raise ValueError(f"split_len must be a positive multiple of 16, got {split_len}")
         chunks = -(-rows // (4 * variant.row_tiles))
@@ -241,6 +253,13 @@ class Call:
         )
 
 
+def mask_args(window: int | None, softcap: float | None, windows: torch.Tensor | None = None) -> tuple[int | float, ...]:
+    """What the first kernel of a masked call takes last."""
+    at = 0 if windows is None else windows.data_ptr()
+    cap, rate = (0.0, 0.0) if softcap is None else (softcap * _LOG2_E, 2 / softcap)
+    return at, NO_WINDOW if window is None else min(window, NO_WINDOW), cap, rate
+
+
 def decode(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -251,6 +270,9 @@ def decode(
     rotation: torch.Tensor,
     sm_scale: float,
     is_causal: bool,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     *,
     pre_rotated: bool = False,
     rotated_output: bool = False,
@@ -268,6 +290,7 @@ def decode(
         rotation: float32 ``[D, D]``.
         sm_scale: factor on the scores.
         is_causal: query i sees keys ``0 .. N_kv - N_q + i``.
+        sliding_window, softcap, sinks: as in :func:`turboquant_vllm.tq4_attention`.
         pre_rotated: q is ``q @ rotation.T`` already, as where the rotation is folded into a projection's weights.
         rotated_output: leave out the product with the rotation: the result is ``out @ rotation.T``.
         split_len: keys per split, a multiple of 16; None divides all keys of the batch evenly over the warps of the GPU.
@@ -277,7 +300,8 @@ def decode(
     it gives alone; without, where sums are cut depends on the sizes of the whole batch.
 
     Returns:
-        out ``[B, H_q, N_q, D]`` in q's dtype and lse float32 ``[B, H_q, N_q]``; zeros and -inf for a query that sees no key.
+        out ``[B, H_q, N_q, D]`` in q's dtype and lse float32 ``[B, H_q, N_q]``; for a query that sees no key zeros, and its
+        sink or -inf.
 
     Raises:
         ValueError: a size or an alignment that the kernels do not serve, see :func:`turboquant_vllm.limits.why_not_decode`;
@@ -289,9 +313,9 @@ def decode(
     if lse.numel() == 0:
         return out, lse
     if k.shape[2] == 0 or kv_len == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        return out.zero_(), lse.fill_(float("-inf")) if sinks is None else lse.copy_(sinks[:, None].expand_as(lse))
     attend, combine = prepare(
-        q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, out, lse,
+        q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, out, lse, sliding_window, softcap, sinks,
         pre_rotated=pre_rotated, rotated_output=rotated_output, split_len=split_len, kv_len=kv_len,
     )  # fmt: skip
     attend()
@@ -311,6 +335,9 @@ def prepare(
     is_causal: bool,
     out: torch.Tensor,
     lse: torch.Tensor | None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
     *,
     pre_rotated: bool = False,
     rotated_output: bool = False,
@@ -325,8 +352,15 @@ def prepare(
     num_kv_heads, head_dim = k.shape[1], q.shape[3]
     if reason := why_not_decode(q.dtype, head_dim, q.shape[2] * (q.shape[1] // num_kv_heads), (k, v)):
         raise ValueError(reason)
+    count = k.shape[2] if kv_len is None else kv_len
+    if sliding_window is not None:  # what no query sees is not even looked at
+        seen = min(count, sliding_window + q.shape[2] - 1)
+        k, k_norms, v, v_norms = (x.narrow(2, count - seen, seen) for x in (k, k_norms, v, v_norms))
+        count = seen
+        sliding_window = sliding_window if q.shape[2] > 1 else None
+    masked = sliding_window is not None or softcap is not None or sinks is not None
     k, v = _aligned(k), _aligned(v)
-    call = Call.plan(q.get_device(), q.shape, num_kv_heads, k.shape[2] if kv_len is None else kv_len, split_len)
+    call = Call.plan(q.get_device(), q.shape, num_kv_heads, count, split_len, masked)
     # One allocation for the results of parts, their log-sum-exps, and those of the whole if nobody asked for them.
     unwanted = q.numel() // head_dim if lse is None else 0
     parts = torch.empty((call.part_rows * (head_dim + 1) + unwanted,), dtype=torch.float32, device=q.device)
@@ -343,7 +377,11 @@ def prepare(
     combine_args = (
         parts_at, parts_lse_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
     )  # fmt: skip
-    keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, out, lse)
+    if masked:
+        sinks = None if sinks is None else sinks.contiguous()
+        attend_args = (*attend_args, *mask_args(sliding_window, softcap))
+        combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
+    keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, out, lse, sinks)
     (first, second), grids, blocks = call.kernels, call.grids, call.blocks
 
     def attend() -> None:

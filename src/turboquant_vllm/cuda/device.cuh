@@ -22,6 +22,7 @@ __device__ __forceinline__ void lds4(u32* d, u32 a) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a));
 }
 __device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
+__device__ __forceinline__ float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float lg2(float x) { float y; asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ u32 half2_bits(float low, float high) {
   u32 d; asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); return d;
@@ -222,5 +223,6 @@ __device__ __forceinline__ int first_token_of(const int* starts, int sequence, i
 }
 #endif
 
-// One head of one sequence (or a chunk of its query rows): its number, where its tiles begin, how many there are.
+// One head of one sequence (or a chunk of its query rows): its number; where on the line its tile 0 is or, if windows hide
+// the first tiles, would be; the end of its tiles.
 struct Pass { int index, start, tiles, kv_len, shift; };

@@ -15,13 +15,16 @@ from functools import cache, lru_cache
 import torch
 
 from turboquant_vllm.cuda.decode import (
+    COMBINE_MASKS,
     COMBINE_THREADS,
+    DECODE_MASKS,
     DIVISOR,
     HEADS,
     Variant,
     choose_variant,
     device_limits,
     divisor,
+    mask_args,
     rows_at_once,
     source,
 )
@@ -36,7 +39,10 @@ PAGED_COMBINE_PARAMS = "P" * 7 + "q" * 2 + "i" * 3 + HEADS + DIVISOR + "i" * 5
 @cache
 def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel, Kernel]:
     defines = {**variant.defines, "PAGED": 1}
-    params = {"tq4_rotate": PAGED_PARAMS, "tq4_decode": PAGED_PARAMS, "tq4_combine": PAGED_COMBINE_PARAMS}
+    attend, combine = PAGED_PARAMS, PAGED_COMBINE_PARAMS
+    if variant.masked:
+        attend, combine = attend + DECODE_MASKS, combine + COMBINE_MASKS
+    params = {"tq4_rotate": attend, "tq4_decode": attend, "tq4_combine": combine}
     first, second, third = (
         load_kernel(source(), name, device=index, params=codes, defines=defines) for name, codes in params.items()
     )
@@ -70,11 +76,21 @@ class Call:
 
     @classmethod
     @lru_cache(maxsize=1024)
-    def plan(cls, index: int, sequences: int, num_heads: int, num_kv_heads: int, rows: int, kv_len: int, head_dim: int) -> Call:
+    def plan(
+        cls,
+        index: int,
+        sequences: int,
+        num_heads: int,
+        num_kv_heads: int,
+        rows: int,
+        kv_len: int,
+        head_dim: int,
+        masked: bool = False,
+    ) -> Call:
         """For ``rows`` query rows and ``kv_len`` keys at most per sequence and key/value head, on device ``index``."""
         group, heads = num_heads // num_kv_heads, sequences * num_kv_heads
         multiprocessors, shared_limit = device_limits(index)
-        variant = choose_variant(head_dim, rows, shared_limit)
+        variant = choose_variant(head_dim, rows, shared_limit, masked)
         line = 12 * sequences
         shared = variant.shared_bytes_without_query + line
         if shared > shared_limit:
@@ -117,6 +133,10 @@ def decode_pages(
     max_seq_len: int,
     out: torch.Tensor,
     lse: torch.Tensor,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    windows: torch.Tensor | None = None,
 ) -> None:
     """Fill the rows of ``out`` and ``lse`` of sequences with at most 32 query rows per key/value head; leave the others alone.
 
@@ -130,7 +150,9 @@ def decode_pages(
         return
     rows = min(max(min(max_query_len, tokens), 1) * group, 32)
     room = max_pages * page_size if pages.shape[0] else 0
-    call = Call.plan(q.get_device(), sequences, num_heads, num_kv_heads, rows, min(max_seq_len, room), head_dim)
+    masked = any(mask is not None for mask in (sliding_window, softcap, sinks, windows))
+    longest = min(max_seq_len, room if sliding_window is None else sliding_window + max_query_len + 15, room)
+    call = Call.plan(q.get_device(), sequences, num_heads, num_kv_heads, rows, longest, head_dim, masked)
     workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device)
     start = workspace.data_ptr()
     parts, parts_lse, fragments, row_scales, line = (start + place for place in call.places)
@@ -152,6 +174,10 @@ def decode_pages(
         parts, parts_lse, rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), line, cu_seqlens_q.data_ptr(),
         result.stride(0), result.stride(1), sequences, tokens, call.workers, *call.combine, bf16, 0,
     )  # fmt: skip
+    if masked:
+        sinks, windows = (None if x is None else x.contiguous() for x in (sinks, windows))
+        args = (*args, *mask_args(sliding_window, softcap, windows))
+        combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
     for i, (kernel, arguments) in enumerate(zip(call.kernels, (args, args, combine_args), strict=True)):
         launch(kernel, (call.grids[i], 1, 1), (call.blocks[i], 1, 1), call.shared_bytes[i], None, arguments, pdl=i > 0)
     if result is not out:

@@ -35,7 +35,26 @@ struct DecodeParams {
   Heads heads;
   int active, kv_len, shift, is_causal, is_bf16, pre_rotated;
   float scale_log2;
+#if MASKED
+  const int* windows;  // of single sequences, or null
+  int window;          // NO_WINDOW: none
+  float cap, rate;     // scores, in units of log2, become cap * tanh(rate * score / (2 log2(e))); cap 0: they do not
+#endif
 };
+#define NO_WINDOW (1 << 30)
+
+// How many keys back from its own position a query of sequence s sees.
+__device__ __forceinline__ int window_of(const DecodeParams& p, int s) {
+#if MASKED
+  return p.windows ? min(max(p.windows[s], 0), p.window) : p.window;
+#else
+  return NO_WINDOW;
+#endif
+}
+// The first tile that a query of sequence s sees; the first query token's position is `shift`.
+__device__ __forceinline__ int first_tile(const DecodeParams& p, int s, int shift, int len) {
+  return MASKED ? min(max(shift - window_of(p, s) + 1, 0), len) / 16 : 0;
+}
 
 // Where the 16-byte piece p of a token lies in its row: spreads the reads below over all banks.
 __device__ __forceinline__ int place(int p, int token) {
@@ -133,7 +152,8 @@ __device__ __forceinline__ Line plan_line(const DecodeParams& p, int* room) {
   for (int s = tid; s < count; s += THREADS) {
     const int len = min(max(p.seq_lens[s], 0), p.max_len), tokens = first_token_of(p.starts, s + 1, p.tokens) - first_token_of(p.starts, s, p.tokens);
     lens[s] = len, shifts[s] = len - tokens;
-    ends[s] = tokens > 0 && tokens * p.heads.group <= 4 * NT ? (len + 15) / 16 * p.heads.kv_heads : 0;
+    const int tiles = (len + 15) / 16 - first_tile(p, s, len - tokens, len);
+    ends[s] = tokens > 0 && tokens * p.heads.group <= 4 * NT ? tiles * p.heads.kv_heads : 0;
   }
   __syncthreads();
   for (int from = 0, before = 0; from < count && tid < 32; from += 32) {
