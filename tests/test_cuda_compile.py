@@ -46,6 +46,17 @@ def test_compiles_for_pages_without_spills(arch, head_dim):
             assert used.spill_stores == used.spill_loads == used.stack_frame == 0, (kernel, variant, used)
 
 
+@pytest.mark.parametrize(("arch", "head_dim"), [*((arch, 128) for arch in SHARED), ("sm_90", 64), ("sm_90", 256)])
+def test_compiles_with_masks_without_spills(arch, head_dim):
+    for rows in (4, 16):
+        variant = choose_variant(head_dim, rows, SHARED[arch], masked=True)
+        for pages in (0, 1):
+            defines = {**variant.defines, "PAGED": pages}
+            usage = runtime.resource_usage(runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
+            for kernel, used in usage.items():
+                assert used.spill_stores == used.spill_loads == used.stack_frame == 0, (kernel, variant, used)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", SHARED)
 def test_variants_are_the_compiled_ones(arch, head_dim):

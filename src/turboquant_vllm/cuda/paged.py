@@ -141,7 +141,7 @@ def decode_pages(
     """Fill the rows of ``out`` and ``lse`` of sequences with at most 32 query rows per key/value head; leave the others alone.
 
     Args as in :func:`turboquant_vllm.tq4_paged_attention`, which has checked them: q fp16 or bf16 ``[T, H_q, D]``, D 64, 128 or
-    256 (at D 256 no sequence may have 17 to 32 rows), out like q, lse float32 ``[T, H_q]`` contiguous.
+    256 (there up to 16 rows), out like q, lse float32 ``[T, H_q]`` contiguous.
     """
     tokens, num_heads, head_dim = q.shape
     sequences, max_pages = block_table.shape

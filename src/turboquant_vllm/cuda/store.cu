@@ -157,10 +157,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
 
 #pragma unroll 1
   for (; tile < tiles; tile += step) {
-    float y[OUTER][4][4] = {}, squares[2] = {};
+    float y[OUTER][4][4] = {}, gram[2][4] = {};
 #pragma unroll
     for (int o = 0; o < OUTER; o++) {
-      float gram[2][4] = {};  // summed anew for every o: matrix units cut sums off, rounding would not
       const uint4 s0 = signs[o * 8 + c], s1 = signs[o * 8 + 4 + c];
       const u32 b[2][4] = {{x[2 * o].x ^ s0.x, x[2 * o].y ^ s0.y, x[2 * o].z ^ s0.z, x[2 * o].w ^ s0.w},
                            {x[2 * o + 1].x ^ s1.x, x[2 * o + 1].y ^ s1.y, x[2 * o + 1].z ^ s1.z, x[2 * o + 1].w ^ s1.w}};
@@ -171,8 +170,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
         mma_short(gram[0], b[0][in], b[1][in], b[0][in]);
         mma_short(gram[1], b[0][in], b[1][in], b[1][in]);
       }
-#pragma unroll
-      for (int v = 0; v < 2; v++) squares[v] += gram[0][v] + gram[1][v + 2];
     }
     load(tile + step);
     // Where the two vectors go, known before it is needed.
@@ -203,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
     // Lane 4 g + c holds the products of vector g with vectors 2 c and 2 c + 1, in two halves.
     float sum[2], back[2] = {1, 1};
 #pragma unroll
-    for (int v = 0; v < 2; v++) sum[v] = __shfl_sync(FULL_MASK, squares[v], 9 * c + 4 * v);
+    for (int v = 0; v < 2; v++) sum[v] = __shfl_sync(FULL_MASK, gram[0][v] + gram[1][v + 2], 9 * c + 4 * v);
 #if BF16  // squares of fp16 stay in range
     const bool usual = sum[0] > 1e-30f && sum[0] < 1e30f && sum[1] > 1e-30f && sum[1] < 1e30f;  // false for NaN
     if (__any_sync(FULL_MASK, !usual)) {
@@ -216,7 +213,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
     for (int v = 0; v < 2; v++) {
       const float inverse = sum[v] == 0 ? 0 : inverse_root(sum[v]);
       const float factor = inverse * scale;
-      float norm = sum[v] * inverse * back[v];
+      float norm = sum[v] * inverse;
+      norm = fmaf(0.5f * inverse, fmaf(-norm, norm, sum[v]), norm) * back[v];  // the approximate root, made exact
       const bool live = slot[v] < p.num_slots;
       const u32 page = divide(slot[v], p.page_inverse, p.page_shift), place = slot[v] - page * p.page_size;
       char* to = p.pages + page * p.page_stride;
