@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import hashlib
 import re
 import shutil
 import struct
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from turboquant_vllm.cuda import decode, paged, store
 COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++ to run the kernels' source on a CPU")
 
+_FOLDER = tempfile.TemporaryDirectory(prefix="lanes-")  # of sources and libraries, until the process ends
 _RUN_STORE = """
 extern "C" int params_size() { return sizeof(StoreParams); }
 extern "C" void run(const char* params, int columns, int rows) { run_grid(tq4_store, params, columns, rows, WARPS * 32); }
@@ -31,16 +35,18 @@ extern "C" void tq4_rotate_run(const char* p, int blocks, int threads) { run_gri
 """
 
 
-def build(folder: Path, text: str, run: str, macros: dict[str, Any], *options: str) -> ctypes.CDLL:
-    """``text``, without its PTX, and the entry points of ``run`` as a library."""
+@functools.cache
+def build(text: str, run: str, macros: tuple[tuple[str, Any], ...], *options: str) -> ctypes.CDLL:
+    """``text``, without its PTX, and the entry points of ``run`` as a library; built once a process."""
     text, replaced = re.subn(r"(?s)// ---- PTX\n.*?// ---- end of PTX\n", "", text)
     assert replaced == 1
     text = text.replace("extern __shared__ __align__(1024) char smem[];", "char* smem = dynamic_shared;")
     assert "asm" not in text
-    defines = "".join(f"#define {name} {value}\n" for name, value in {"BF16": 0, **macros}.items())
-    stem = folder / "_".join(re.sub(r"\W", "", str(value)) for value in macros.values())
+    defines = "".join(f"#define {name} {value}\n" for name, value in {"BF16": 0, **dict(macros)}.items())
+    text = f'{defines}#include "{Path(__file__).with_name("lane_emulation.h")}"\n{text}{run}'
+    stem = Path(_FOLDER.name, hashlib.sha256(text.encode()).hexdigest())
     source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
-    source.write_text(f'{defines}#include "{Path(__file__).with_name("lane_emulation.h")}"\n{text}{run}')
+    source.write_text(text)
     # Contraction would hide where the source asks for a fused product.
     command = ["-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w", *options]
     assert COMPILER is not None
@@ -49,14 +55,12 @@ def build(folder: Path, text: str, run: str, macros: dict[str, Any], *options: s
 
 
 @pytest.fixture
-def emulated_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """The native store launches its kernel in the emulator."""
-    libraries: dict[tuple[Any, ...], ctypes.CDLL] = {}
 
     def kernel(index: int, *key: Any) -> tuple[ctypes.CDLL, int]:
-        if key not in libraries:
-            libraries[key] = build(tmp_path, store.SOURCE.read_text(), _RUN_STORE, store.defines(*key, 1), "-frounding-math")
-        return libraries[key], 4
+        macros = tuple(store.defines(*key, 1).items())
+        return build(store.SOURCE.read_text(), _RUN_STORE, macros, "-frounding-math"), 4
 
     def launch(library: Any, grid: Any, block: Any, shared: int, stream: None, arguments: Any) -> None:
         params = struct.pack(f"@{store.PARAMS}0q", *arguments)
@@ -68,15 +72,11 @@ def emulated_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def emulated_decode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated_decode(monkeypatch: pytest.MonkeyPatch) -> None:
     """Native decoding, over dense caches and pages, launches its kernels in the emulator. Two warps, three blocks."""
-    libraries: dict[tuple[tuple[str, int], ...], ctypes.CDLL] = {}
 
     def kernel(name: str, params: str, defines: dict[str, int]) -> tuple[str, str, ctypes.CDLL]:
-        key = tuple(defines.items())
-        if key not in libraries:
-            libraries[key] = build(tmp_path, decode.source(), _RUN_DECODE, defines)
-        return name, params, libraries[key]
+        return name, params, build(decode.source(), _RUN_DECODE, tuple(defines.items()))
 
     def launch(kernel: Any, grid: Any, block: Any, shared: int, stream: None, args: Any, **options: Any) -> None:
         name, params, library = kernel
