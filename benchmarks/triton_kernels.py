@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,8 @@ def codec_rows(head_dim: int, rotation: str, dtype: torch.dtype, copy: float) ->
         worst = (codec.decompress(part, dtype) - expected).abs().max().item()
         if not worst <= expected.abs().max().item() * (2**-8 if dtype == torch.bfloat16 else 2**-10):
             raise AssertionError(f"wrong vectors: largest error {worst}")
-        rows.append(_codec_row(f"compress-{scale}-{suffix}", lambda: codec.compress(x), x, t, copy, worst))  # noqa: B023
-    rows.append(_codec_row(f"decompress-{suffix}", lambda: codec.decompress(t, dtype), x, t, copy, worst))
+        rows.append(_codec_row(f"compress-{scale}-{suffix}", partial(codec.compress, x), x, t, copy, worst))
+    rows.append(_codec_row(f"decompress-{suffix}", partial(codec.decompress, t, dtype), x, t, copy, worst))
     return rows
 
 

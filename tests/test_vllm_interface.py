@@ -191,7 +191,10 @@ class TestForward:
     def run(self, impl, step, kv_cache, padded=0, drafts=0):
         """One step as vLLM's attention layer makes it, tokens padded for a graph."""
         metadata = builder(self.packed, drafts).build(0, common_metadata(step, padded))
-        pad = lambda x, value: torch.cat([x, x.new_full((padded, *x.shape[1:]), value)])  # noqa: E731
+
+        def pad(x, value):
+            return torch.cat([x, x.new_full((padded, *x.shape[1:]), value)])
+
         query, key, value = (pad(x, float("nan")) for x in (step.q, step.k, step.v))
         output = torch.full_like(query, 7.0)
         impl.do_kv_cache_update(None, key, value, kv_cache, pad(step.slots, -1))
