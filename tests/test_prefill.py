@@ -17,6 +17,7 @@ from turboquant_vllm.prefill import (
     Dense,
     Part,
     Piece,
+    _flash,
     attention_over_slices,
     dense_attention,
     pieces,
@@ -191,3 +192,17 @@ def test_dense_operator_takes_groups_and_returns_natural_logarithms(generator, d
     limit = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}[dtype]
     torch.testing.assert_close(out.double(), want, rtol=0, atol=limit)
     torch.testing.assert_close(lse.double(), want_lse, rtol=0, atol=limit)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_flash_attention_returns_contiguous_logarithms(generator, monkeypatch, layout):
+    def like_pytorch(q, k, v, *options, scale):  # its result has the strides of q, its log-sum-exps have those of their own
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, *options[:2], scale=scale)
+        return torch.empty_like(q).copy_(out), lse.contiguous()
+
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", like_pytorch, raising=False)
+    case = random_case(generator, dtype=torch.float32, q_len=5, kv_len=7, packed=(False, False), layout=layout)
+    out, lse = _flash(case.q, case.k, case.v, False, case.sm_scale)
+    assert lse.is_contiguous()
+    for got, want in zip((out, lse), oracle.attention(case.q, case.k, case.v, case.sm_scale, False), strict=True):
+        compare(got, want, torch.float32)

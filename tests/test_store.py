@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from store_cases import StoreCase, check_store, random_store
-from turboquant_vllm import PagedTQ4Cache, TQ4Codec, tq4_store
+from turboquant_vllm import PagedTQ4Cache, TQ4Codec, ops, tq4_store
 from turboquant_vllm.limits import why_not_store
 
 HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -36,14 +36,6 @@ def test_reference(seed, **sizes):
     check_store(store, random_store(torch.Generator().manual_seed(seed), **sizes))
 
 
-def test_one_of_two_tokens_in_one_slot_stays(generator):
-    case = random_store(generator, **SIZES)
-    case.slot_mapping.fill_(7)
-    store(case)
-    one = case.codec.compress(case.v)
-    assert any(torch.equal(case.cache.v_codes[0, :, 7], codes) for codes in one.codes)
-
-
 def test_nothing_to_store(generator):
     case = random_store(generator, **(SIZES | {"tokens": 0}))
     store(case)
@@ -66,6 +58,22 @@ def test_compiles_into_one_graph(generator):
         lambda k, v: tq4_store(1 * k, v, case.cache, case.codec, case.slot_mapping), fullgraph=True, backend="eager"
     )
     check_store(lambda case: step(case.k, case.v), case)
+
+
+def test_compiles_into_one_graph_where_triton_serves_it(generator, monkeypatch):
+    monkeypatch.setattr(ops, "why_not_triton", lambda device: "")
+    case, calls = random_store(generator, **SIZES, scale="unbiased"), []
+
+    def keep(graph, inputs):
+        calls.extend(node for node in graph.graph.nodes if node.op == "call_function" and "turboquant" in str(node.target))
+        return lambda *args: (args[0],)
+
+    def step(k, v):
+        tq4_store(k, v, case.cache, case.codec, case.slot_mapping)
+        return k + 1
+
+    torch.compile(step, fullgraph=True, backend=keep)(case.k, case.v)
+    assert [node.args[-1] for node in calls] == ["triton"]
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,10 @@ def _cuobjdump(option: str, cubin: Any) -> str:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_120", "gfx942"], indirect=True)
-@pytest.mark.parametrize(("dtype", "head_dim", "rotation"), [(HALF, 128, "hadamard"), (BF16, 256, "haar"), (FULL, 96, "haar")])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "rotation"),
+    [(HALF, 128, "hadamard"), (BF16, 256, "hadamard"), (BF16, 256, "haar"), (FULL, 96, "haar")],
+)
 def test_compress_and_decompress_fit(generator, target, compiled, dtype, head_dim, rotation):
     from turboquant_vllm.triton.compress import compress, decompress
 
@@ -252,6 +255,15 @@ def test_store_fits(generator, target, compiled, dtype, head_dim):
     store(*random_store(generator, **(sizes | {"tokens": 7})).kernel_arguments)
     assert [function for function, _ in compiled] == ["store_kernel"] * 2
     assert compiled[0][1] is compiled[1][1], "compiled again for another number of tokens"
+    check_shared_memory(target, compiled)
+
+
+@pytest.mark.parametrize("target", ["sm_120"], indirect=True)
+def test_store_of_vectors_that_no_program_sees_whole(generator, target, compiled):
+    from turboquant_vllm.triton.store import store
+
+    store(*random_store(generator, tokens=40, heads=2, head_dim=96, dtype=HALF, scale="unbiased").kernel_arguments)
+    assert [function for function, _ in compiled] == ["compress_kernel", "decompress_kernel", "place_kernel"]
     check_shared_memory(target, compiled)
 
 

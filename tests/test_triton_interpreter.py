@@ -197,3 +197,12 @@ def test_store(interpreter, generator, dtype, head_dim, rotation, page_size, lay
         slot_dtype=torch.int32 if page_size == 16 else torch.int64, scale="norm" if dtype == HALF else "unbiased",
     )  # fmt: skip
     check_store(lambda case: interpreter.call("triton.store:store", *case.kernel_arguments), case)
+
+
+@both_dtypes
+@pytest.mark.parametrize(("head_dim", "layout"), [(96, "odd"), (64, "transposed")])
+def test_store_of_vectors_that_no_program_sees_whole(interpreter, generator, dtype, head_dim, layout):
+    sizes = {"tokens": 35, "heads": 3, "head_dim": head_dim, "layout": layout, "slot_dtype": torch.int32}
+    case = random_store(generator, dtype=dtype, scale="unbiased", page_size=48, **sizes)
+    patch = {"triton.compress:_ELSEWHERE": (64 * 128, 4)}  # room for some columns of a rotation alone
+    check_store(lambda case: interpreter.call("triton.store:store", *case.kernel_arguments, patch=patch), case)

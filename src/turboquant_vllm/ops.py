@@ -26,7 +26,7 @@ from torch.library import Library
 from turboquant_vllm import reference
 from turboquant_vllm.paged import PagedTQ4Cache
 
-__all__ = ["has_triton", "triton_runs_on", "why_not_cuda", "why_not_triton", "why_not_triton_store"]
+__all__ = ["has_triton", "triton_runs_on", "why_not_cuda", "why_not_triton"]
 
 _LIBRARY = Library("turboquant", "DEF")
 
@@ -78,13 +78,6 @@ def _kernel(path: str) -> Callable[..., Any]:
     """The function at ``module:name``, imported on first use."""
     module, name = path.split(":")
     return getattr(importlib.import_module(module), name)
-
-
-def why_not_triton_store(k: torch.Tensor, hadamard: bool, scale: str) -> str:
-    """Why the Triton kernel cannot store vectors like ``k`` with norms of ``scale``, on a device that runs it."""
-    if scale == "norm":
-        return ""
-    return str(_kernel("turboquant_vllm.triton.store:why_not")(k, hadamard, scale))
 
 
 def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:

@@ -246,8 +246,8 @@ def _flash(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     run = torch.ops.aten._scaled_dot_product_flash_attention
     out, lse, *_ = run(q, k, v, 0.0, is_causal, False, scale=sm_scale)
-    # Its maximum passes over a NaN, and so does the log-sum-exp.
-    return out, torch.where(out[..., 0].isnan(), float("nan"), lse)
+    # Its maximum passes over a NaN, and so does the log-sum-exp. Out has q's strides, and torch.where those of out.
+    return out, torch.where(out[..., 0].isnan(), float("nan"), lse).contiguous()
 
 
 def _cpu(

@@ -99,7 +99,7 @@ def store(
         k, v: ``[tokens, H_kv, D]``, any floating dtype.
         cache: pages of ``H_kv`` heads and vectors of D coordinates.
         slot_mapping: ``[tokens]``, int32 or int64, ``page * page_size + place``; a token whose slot is not in the cache, as
-            -1, is left out. Of tokens with the same slot, any one may be the last.
+            -1, is left out. No two tokens have the same slot.
         rotation: float32 ``[D, D]``, orthogonal.
         boundaries: float32 ``[15]``, ascending.
         centroids, scale: as in :func:`compress`.

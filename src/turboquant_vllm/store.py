@@ -27,14 +27,15 @@ def tq4_store(
     """Compress new keys and values straight into the slots of a paged cache, in one launch.
 
     Nothing is allocated or waited for, and a CUDA graph can capture it once a call of the same kind has run: the backends
-    "cuda" and "triton" compile at first use.
+    "cuda" and "triton" compile at first use. (Where a rotation takes more shared memory than the GPU has, as Haar's does at
+    head_dim 192, "triton" compresses into memory of its own first, in several launches, unless the scale is "norm".)
 
     Args:
         k, v: ``[tokens, num_kv_heads, head_dim]``, fp16, bf16 or fp32, both of one dtype, any strides.
         cache: what is written to; bytes of other slots are left alone.
         codec: of the cache's head_dim, on its device.
         slot_mapping: int32 or int64 ``[tokens]``, ``page * page_size + place``. A token whose slot is not in the cache is left
-            out: -1 marks padding. Of tokens with the same slot, any one may be the last.
+            out: -1 marks padding. No two tokens may have the same slot: what it holds then may be a part of each.
         backend: "cuda" (randomized Hadamard, head_dim 64, 128 or 256, fp16 and bf16), "triton", "reference", or "auto", the
             first of these that can serve the call. "reference" waits for the GPU.
 
@@ -74,6 +75,5 @@ def why_not_backend(backend: str, k: torch.Tensor, v: torch.Tensor, cache: Paged
     if backend == "cuda":
         return ops.why_not_cuda(k.device) or why_not_store(k, v, codec.rotation_kind == "hadamard", cache.num_slots)
     if backend == "triton":
-        hadamard = codec.rotation_kind == "hadamard"
-        return ops.why_not_triton(k.device) or ops.why_not_triton_store(k, hadamard, codec.scale)
+        return ops.why_not_triton(k.device)
     return ""

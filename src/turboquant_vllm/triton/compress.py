@@ -29,6 +29,7 @@ __all__ = ["compress", "decompress"]
 _PROGRAMS = 8
 # Shared memory left to tiles of vectors; the rest may hold a program's columns of the rotation.
 _TILE_BYTES = 64 << 10
+_ELSEWHERE = (1 << 30, 16)  # room for columns and processors, where the device does not say
 
 
 @triton.jit
@@ -226,19 +227,21 @@ def plan_tiles(
     ``writes`` says that vectors become codes, with norms of such a ``scale``, and not codes vectors.
     """
     exact = dtype == torch.float32
+    room, processors = _ELSEWHERE
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        room = properties.shared_memory_per_block_optin - _TILE_BYTES
+        processors = properties.multi_processor_count
     pieces = 1
     if hadamard and head_dim > 128 and not exact:
-        pieces = 2 if writes else 4
+        # The fewest of which a program keeps all columns; where none fit, it keeps some columns of the whole.
+        fit = (n for n in ((2, 4) if writes else (4,)) if head_dim * head_dim // n * dtype.itemsize <= room)
+        pieces = next(fit, 1)
     padded = max(32, triton.next_power_of_2(head_dim // pieces))
     # With so little work in a tile, two at once are better.
     block = 16 if exact else (128 if pieces * padded <= 64 else 64)
     parts = 1 if hadamard or exact else (3 if dtype == torch.bfloat16 else 2)
     chunk = padded
-    room, processors = 1 << 30, 16
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        room = properties.shared_memory_per_block_optin - _TILE_BYTES
-        processors = properties.multi_processor_count
     while chunk > 16 and pieces * parts * padded * chunk * dtype.itemsize > room:
         chunk //= 2
     chunks = triton.cdiv(head_dim // pieces, chunk)

@@ -1,4 +1,7 @@
-"""Storing keys and values into pages in one launch: normalise, rotate, quantise, pack."""
+"""Storing keys and values into pages in one launch: normalise, rotate, quantise, pack.
+
+Where a rotation takes more shared memory than there is, and norms are made of whole vectors, vectors are compressed first.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_vllm.triton.compress import Plan, plan_tiles
-from turboquant_vllm.triton.launch import device_guard, uses_prmt
+from turboquant_vllm.triton.compress import compress, plan_tiles
+from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.quantise import (
     curve_of,
     encode_tile,
@@ -19,7 +22,15 @@ from turboquant_vllm.triton.quantise import (
     words_of,
 )
 
-__all__ = ["store", "why_not"]
+__all__ = ["store"]
+
+_BLOCK = 16  # vectors that one program of place_kernel copies
+
+
+@triton.jit
+def _chunk_of(pages, slot, head, page_stride, PAGE: tl.constexpr, D: tl.constexpr):
+    """Where the bytes of heads begin in the pages of slots."""
+    return pages + slot // PAGE * page_stride + head * (PAGE * (D + 8))
 
 
 @triton.jit
@@ -38,7 +49,7 @@ def _store_tensor(x, slots, pages, matrices, unit, curve, levels, tile, tiles, r
         v = load_pieces(x + token * x_n + head * x_h, x_d, live, tl.arange(0, DP), D, DP, PIECES)  # [BM, DP]
         words, norm = encode_tile(v, live, matrices, unit, curve, levels, BM, D, CHUNK, PARTS, PIECES, PRMT, SCALE)
         live = live & (slot >= 0) & (slot < num_slots)
-        chunk = pages + slot // PAGE * page_stride + head * (PAGE * (D + 8))
+        chunk = _chunk_of(pages, slot, head, page_stride, PAGE, D)
         to = (chunk + CODES + slot % PAGE * (D // 2)).to(tl.pointer_type(tl.int16))
         start = 0 if CHUNK * PIECES >= D else tl.program_id(1) * CHUNK
         for i in tl.static_range(PIECES):
@@ -73,6 +84,25 @@ def store_kernel(k, v, slots, pages, rotation, companding, centroids, rows, num_
                   v_h, v_d, s_n, True, HEADS, PAGE, D, DP, CHUNK, PIECES, PARTS, BM, PRMT, SCALE)  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["rows", "num_slots"])
+def place_kernel(codes, norms, slots, pages, rows, num_slots, page_stride, s_n, HEADS: tl.constexpr, PAGE: tl.constexpr,
+                 D: tl.constexpr, BYTES: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+    """Keys and values that are compressed already, ``codes [2, rows, D // 2]`` and ``norms [2, rows]``, to their slots."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)  # [BM]
+    is_v = tl.program_id(1)
+    token, head = (row // HEADS).to(tl.int64), (row % HEADS).to(tl.int64)
+    slot = tl.load(slots + token * s_n, mask=row < rows, other=-1).to(tl.int64)
+    live = (row < rows) & (slot >= 0) & (slot < num_slots)
+    source = is_v.to(tl.int64) * rows + row  # [BM]
+    byte = tl.arange(0, BYTES)
+    mask = live[:, None] & (byte[None, :] < D // 2)
+    x = tl.load(codes + source[:, None] * (D // 2) + byte[None, :], mask=mask, other=0)  # [BM, BYTES]
+    chunk = _chunk_of(pages, slot, head, page_stride, PAGE, D)
+    tl.store((chunk + is_v * (PAGE * D // 2) + slot % PAGE * (D // 2))[:, None] + byte[None, :], x, mask=mask)
+    norm = tl.load(norms + source, mask=live, other=0.0)
+    tl.store((chunk + PAGE * D + is_v * (PAGE * 4) + slot % PAGE * 4).to(tl.pointer_type(tl.float32)), norm, mask=live)
+
+
 def store(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -92,22 +122,19 @@ def store(
     """
     tokens, heads, head_dim = k.shape
     rows = tokens * heads
-    plan = _plan(rows, k, hadamard, scale)
+    plan = plan_tiles(torch.Size((1, 2, rows, head_dim)), head_dim, k.dtype, hadamard, k.device, writes=True, scale=scale)
+    place = (buffer.shape[0] * page_size, buffer.stride(0))
+    sizes = {"HEADS": heads, "PAGE": page_size, "D": head_dim}
+    if scale != "norm" and plan.grid[1] > 1:  # such a scale is of whole vectors, and no program sees one
+        codes, norms = compress(torch.stack([k, v]), rotation, companding, hadamard, centroids, scale)
+        with device_guard(k.device):
+            place_kernel[(triton.cdiv(rows, _BLOCK), 2)](
+                codes, norms, slot_mapping, buffer, rows, *place, *slot_mapping.stride(), **sizes,
+                BYTES=triton.next_power_of_2(head_dim // 2), BM=_BLOCK,
+            )  # fmt: skip
+        return
     with device_guard(k.device):
         store_kernel[plan.grid](
-            k, v, slot_mapping, buffer, rotation, companding, centroids, rows, buffer.shape[0] * page_size, buffer.stride(0),
-            *k.stride(), *v.stride(), *slot_mapping.stride(), HEADS=heads, PAGE=page_size, D=head_dim, HADAMARD=hadamard,
-            PRMT=uses_prmt(k.device.type), SCALE=scale, **plan.constants,
+            k, v, slot_mapping, buffer, rotation, companding, centroids, rows, *place, *k.stride(), *v.stride(),
+            *slot_mapping.stride(), **sizes, HADAMARD=hadamard, PRMT=uses_prmt(k.device.type), SCALE=scale, **plan.constants,
         )  # fmt: skip
-
-
-def why_not(k: torch.Tensor, hadamard: bool, scale: str) -> str:
-    """Why :func:`store` cannot keep norms of ``scale`` of vectors like ``k``; empty where it can."""
-    if scale == "norm" or _plan(1, k, hadamard, scale).grid[1] == 1:
-        return ""
-    return f"Triton stores scale={scale!r} where a rotation fits shared memory, not of head_dim {k.shape[-1]} and {k.dtype}"
-
-
-def _plan(rows: int, k: torch.Tensor, hadamard: bool, scale: str) -> Plan:
-    shape = torch.Size((1, 2, rows, k.shape[-1]))
-    return plan_tiles(shape, k.shape[-1], k.dtype, hadamard, k.device, writes=True, scale=scale)
