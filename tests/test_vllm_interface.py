@@ -16,12 +16,15 @@ from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
 from vllm.platforms.interface import DeviceCapability
 from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
+from vllm.v1.attention.backends.utils import create_fast_prefill_custom_backend
 from vllm.v1.attention.selector import AttentionSelectorConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheTensor, SlidingWindowSpec, create_kv_cache_views
 
+import oracle
 import turboquant_vllm.vllm as plugin
 from turboquant_vllm.vllm.backend import TQ4Backend
 from turboquant_vllm.vllm.batch import Kind
+from turboquant_vllm.vllm.metadata import TQ4MetadataBuilder
 from vllm_cases import random_step
 
 pytestmark = pytest.mark.vllm
@@ -35,14 +38,14 @@ def spec(kind=FullAttentionSpec, **sizes):
     return kind(**sizes)
 
 
-def builder(one, num_speculative_tokens=0):
+def builder(one, num_speculative_tokens=0, cls=TQ4MetadataBuilder):
     drafts = SimpleNamespace(num_speculative_tokens=num_speculative_tokens, parallel_drafting=False)
     config = SimpleNamespace(
         speculative_config=drafts if num_speculative_tokens else None,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         use_v2_model_runner=True,
     )
-    return TQ4Backend.get_builder_cls()(one, ["layer"], config, torch.device("cpu"))
+    return cls(one, ["layer"], config, torch.device("cpu"))
 
 
 def common_metadata(step, padded=0):
@@ -227,11 +230,10 @@ class TestForward:
         step.check(out, 0, exact=False)
         step.check(out, 1, exact=False)
 
-    def test_sinks_are_read_once_they_are_loaded(self, generator):
+    def test_sinks_are_those_of_the_model(self, generator):
         sinks = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16), requires_grad=False)
         impl = make_impl(sinks=sinks, sliding_window=9, logits_soft_cap=0.0)
         sinks.copy_(torch.tensor([0.5, -1.0, 2.0, 0.0]))
-        impl.process_weights_after_loading(torch.bfloat16)
         assert impl.layer.softcap is None
         step = random_step(generator, MIXED, impl.layer)
         out = self.run(impl, step, step.kv_cache)
@@ -244,6 +246,21 @@ class TestForward:
         out = self.run(impl, step, step.kv_cache)
         for index in range(len(MIXED)):
             step.check(out, index, exact=False)
+
+    def test_fast_prefill_of_layers_that_share_a_cache(self, generator):
+        impl = make_impl(kv_sharing_target_layer_name="other")
+        step = random_step(generator, MIXED, impl.layer)
+        step.store()
+        last = torch.from_numpy(step.starts[1:]).int() - 1
+        fast = create_fast_prefill_custom_backend("FastPrefill", TQ4Backend).get_builder_cls()
+        step_of_last = replace(common_metadata(step), logits_indices_padded=last, num_logits_indices=len(last))
+        if "max_logits_per_req" in inspect.signature(CommonAttentionMetadata).parameters:
+            step_of_last.max_logits_per_req = 1
+        metadata = builder(self.packed, cls=fast).build(0, step_of_last)
+        output = torch.empty(len(last), 4, 64)
+        impl.forward(None, step.q[last], step.k, step.v, step.kv_cache, metadata, output=output)
+        for index in range(len(MIXED)):
+            oracle.assert_close(output[index : index + 1], step.expected(index, exact=False)[-1:])
 
     def test_options_come_from_the_configuration(self, generator):
         options = {"turboquant": {"exact_prefill": False}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import tomllib
+import weakref
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,15 @@ class TestAttention:
         for index, kind in enumerate(KINDS):
             step.check(out, index, exact=kind == EXACT)
 
+    def test_sinks_are_read_at_each_call_in_any_dtype(self, generator):
+        one = layer(sinks=torch.zeros(4, dtype=torch.bfloat16))
+        step = random_step(generator, MIXED, one)
+        attend(step, step.runs())
+        one.sinks.copy_(torch.tensor([0.5, -1.0, 2.0, 0.0]))  # as a server does that takes new weights
+        out = attend(step, step.runs())
+        for index, kind in enumerate(KINDS):
+            step.check(out, index, exact=kind == EXACT)
+
     def test_without_exact_prefill_all_read_the_pages(self, generator):
         step = random_step(generator, MIXED, layer(exact=None))
         out = attend(step, step.runs())
@@ -174,6 +184,17 @@ class TestPages:
         out = attend(step, step.runs())
         step.check(out, 0, exact=False)
         step.check(out, 1, exact=True)
+
+    def test_the_caches_memory_is_free_once_its_owner_lets_it_go(self, generator):
+        step = random_step(generator, [(1, 20)], layer())
+        memory = np.full(step.kv_cache.numel() + 16, 255, dtype=np.uint8)
+        at = -memory.ctypes.data % 16
+        kv_cache = torch.from_numpy(memory)[at : at + step.kv_cache.numel()].view(step.kv_cache.shape)
+        step.kv_cache = kv_cache.copy_(step.kv_cache)
+        attend(step, step.runs())
+        owner = weakref.ref(memory)
+        del memory, kv_cache, step.kv_cache
+        assert owner() is None
 
     def test_other_tensors_are_refused(self):
         with pytest.raises(ValueError, match=r"kv_cache must have shape \[num_pages, 2, page_size, 72\], got \[3, 2, 16, 64\]"):

@@ -9,6 +9,7 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from turboquant_vllm.paged import MAX_PAGE_SIZE, MIN_PAGE_SIZE
 from turboquant_vllm.vllm.impl import TQ4Impl
 from turboquant_vllm.vllm.layer import SLOT_NORM_BYTES
 from turboquant_vllm.vllm.metadata import TQ4MetadataBuilder
@@ -37,7 +38,7 @@ class TQ4Backend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[Any]:
-        return [16, 32, 64, 128, 256]
+        return list(range(MIN_PAGE_SIZE, MAX_PAGE_SIZE + 1, 16))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:

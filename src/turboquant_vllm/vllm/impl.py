@@ -41,7 +41,6 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
         self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         self.kv_cache_dtype = kv_cache_dtype
         self.shares_cache = kv_sharing_target_layer_name is not None
-        self.sinks = sinks
         softcap = logits_soft_cap or None  # vLLM writes 0 for none
         config = get_current_vllm_config_or_none()
         options = Options() if config is None else Options.read(config.additional_config)
@@ -52,14 +51,10 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
             self.scale,
             sliding_window=sliding_window,
             softcap=softcap,
+            sinks=sinks,
             exact=choose_exact(head_size, sinks is not None) if options.exact_prefill else None,
         )
         self._max_seqs = 1 if config is None else config.scheduler_config.max_num_seqs
-
-    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """Sinks are weights, which are there only now."""
-        if self.sinks is not None:
-            self.layer.sinks = self.sinks.detach().float()
 
     def do_kv_cache_update(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -39,7 +40,7 @@ def exact_attention(layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torc
     for first, stop in itertools.pairwise(run.cu_seqlens_q_cpu):
         own = slice(first, stop)
         queries, keys, values = (x[own].transpose(0, 1)[None] for x in (q, k, v))
-        masks = (layer.sliding_window, layer.softcap, layer.sinks)
+        masks = (layer.sliding_window, layer.softcap, layer.sinks_now())
         result, _ = attend(queries, keys, None, values, None, None, None, layer.sm_scale, True, *masks)
         out[own] = result[0].transpose(0, 1)
 
@@ -51,7 +52,8 @@ class PagedLayer:
         num_heads, num_kv_heads: of queries, and of keys and values.
         head_dim: a multiple of 16 from 16 to 256.
         sm_scale: factor on the scores.
-        sliding_window, softcap, sinks: as in :func:`turboquant_vllm.tq4_attention`.
+        sliding_window, softcap: as in :func:`turboquant_vllm.tq4_attention`.
+        sinks: as there, in any dtype; read at each call, since a server may change its weights in place.
         exact: attends to dense keys and values; None: whole prompts read the pages like all others.
     """
 
@@ -70,26 +72,37 @@ class PagedLayer:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.sm_scale, self.sliding_window, self.softcap, self.sinks = sm_scale, sliding_window, softcap, sinks
         self.exact = exact
-        self._pages: PagedTQ4Cache | None = None
+        self._pages: tuple[weakref.ref[torch.Tensor], PagedTQ4Cache] | None = None
 
     def pages(self, kv_cache: torch.Tensor) -> PagedTQ4Cache:
-        """``kv_cache``, uint8 ``[num_pages, H_kv, page_size, D + 8]`` with contiguous pages, as a paged cache; copies nothing.
+        """``kv_cache``, uint8 ``[num_pages, H_kv, page_size, D + 8]`` with contiguous pages, as a paged cache.
+
+        Nothing is copied, and nothing kept: once ``kv_cache`` is gone, its memory is free.
 
         Raises:
             TypeError, ValueError: it is no such tensor.
         """
-        known = self._pages
-        if known is not None and known.buffer.data_ptr() == kv_cache.data_ptr() and known.num_pages == kv_cache.shape[0]:
-            return known
+        if self._pages is not None and self._pages[0]() is kv_cache:
+            return self._pages[1]
         num_pages, heads, page_size, slot = kv_cache.shape
         if (heads, slot) != (self.num_kv_heads, self.head_dim + SLOT_NORM_BYTES):
             expected = f"[num_pages, {self.num_kv_heads}, page_size, {self.head_dim + SLOT_NORM_BYTES}]"
             raise ValueError(f"kv_cache must have shape {expected}, got {list(kv_cache.shape)}")
         if not kv_cache[:1].is_contiguous():
             raise ValueError(f"kv_cache must have contiguous pages, got strides {kv_cache.stride()}")
-        buffer = kv_cache.view(num_pages, heads * page_size * slot)
-        self._pages = PagedTQ4Cache(buffer, page_size=page_size, num_kv_heads=heads, head_dim=self.head_dim)
-        return self._pages
+        # Detached, or the view would keep the tensor that it is of.
+        buffer = kv_cache.detach().view(num_pages, heads * page_size * slot)
+        cache = PagedTQ4Cache(buffer, page_size=page_size, num_kv_heads=heads, head_dim=self.head_dim)
+        self._pages = (weakref.ref(kv_cache, self._forget), cache)
+        return cache
+
+    def _forget(self, kv_cache: weakref.ref[torch.Tensor]) -> None:
+        if self._pages is not None and self._pages[0] is kv_cache:
+            self._pages = None
+
+    def sinks_now(self) -> torch.Tensor | None:
+        """The sinks in float32."""
+        return None if self.sinks is None else self.sinks.detach().float()
 
     def store(self, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Compress ``k, v [tokens, H_kv, D]`` into the slots of the first ``len(slot_mapping)`` tokens; -1 is no slot."""
@@ -131,7 +144,7 @@ class PagedLayer:
                 sm_scale=self.sm_scale,
                 sliding_window=self.sliding_window,
                 softcap=self.softcap,
-                sinks=self.sinks,
+                sinks=self.sinks_now(),
                 max_query_len=run.max_query_len,
                 seq_lens_cpu=run.seq_lens_cpu,
                 cu_seqlens_q_cpu=run.cu_seqlens_q_cpu,

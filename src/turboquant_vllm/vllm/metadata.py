@@ -22,7 +22,7 @@ from turboquant_vllm.vllm.layer import SLOT_NORM_BYTES, codec_for
 __all__ = ["TQ4Metadata", "TQ4MetadataBuilder"]
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: for layers that share a cache, vLLM fills in a subclass field by field
 class TQ4Metadata(AttentionMetadata):
     """A step's sequences, in runs that are served alike."""
 
