@@ -18,6 +18,8 @@
 #define threadIdx thread_index()
 #define blockIdx block_index()
 #define gridDim grid_size()
+// Part of the function that calls it, so that a fault is found on that one's line.
+#define INLINE static inline __attribute__((always_inline))
 using std::max;
 using std::min;
 
@@ -29,8 +31,8 @@ static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-static void __syncthreads() { wait_for_block(); }
-static void __syncwarp() { wait_for_warp(); }
+INLINE void __syncthreads() { wait_for_block(); }
+INLINE void __syncwarp() { wait_for_warp(); }
 
 static unsigned __float_as_uint(float x) { unsigned u; memcpy(&u, &x, 4); return u; }
 static float __uint_as_float(unsigned u) { float x; memcpy(&x, &u, 4); return x; }
@@ -70,13 +72,13 @@ static void mma_tf32(float* c, const float* a, float b0, float b1) {
 }
 
 static unsigned prmt(unsigned a, unsigned b, unsigned selector) { return __byte_perm(a, b, selector); }
-static unsigned lds(unsigned at) { unsigned d; load_shared(&d, at, 4); return d; }
-static unsigned lds_table(unsigned at) { return lds(at); }
-static void lds2(unsigned* d, unsigned at) { load_shared(d, at, 8); }
-static void lds4(unsigned* d, unsigned at) { load_shared(d, at, 16); }
-static void copy16(unsigned to, const void* from) { copy_later(to, from, 16); }
-static void copy4(unsigned to, const void* from) { copy_later(to, from, 4); }
-template <int PENDING> void wait_copies() { land_copies(PENDING); }
+INLINE unsigned lds(unsigned at) { unsigned d; load_shared(&d, at, 4); return d; }
+INLINE unsigned lds_table(unsigned at) { return lds(at); }
+INLINE void lds2(unsigned* d, unsigned at) { load_shared(d, at, 8); }
+INLINE void lds4(unsigned* d, unsigned at) { load_shared(d, at, 16); }
+INLINE void copy16(unsigned to, const void* from) { copy_later(to, from, 16); }
+INLINE void copy4(unsigned to, const void* from) { copy_later(to, from, 4); }
+template <int PENDING> INLINE void wait_copies() { land_copies(PENDING); }
 static int thread_number() { return thread_index().x; }
 static void hold(float&, float&) {}
 
@@ -106,7 +108,7 @@ static unsigned half_pair(float low, float high, int is_bf16) {
   return is_bf16 ? to_bf16(low) | to_bf16(high) << 16 : half2_bits(low, high);
 }
 
-static uint4 load16(const char* x) { return *(const uint4*)x; }
+INLINE uint4 load16(const char* x) { return *(const uint4*)x; }
 static float clamped(float y, float factor) {
   const float u = fmaf(y, factor, 0.5f);
   return std::isnan(u) ? 0.0f : min(max(u, 0.0f), 1.0f);

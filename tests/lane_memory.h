@@ -71,8 +71,9 @@ class Memory {
         if (past->launch != now.launch)
           return say("%s %s that a kernel before %s, without having waited for it", verb, place, did);
         if (past->block != now.block) return say("%s %s that another block %s", verb, place, did);
-        return say("%s %s at offset %ld, which thread %d %s with no barrier between", verb, place, offset,
-                   past->thread == SEVERAL ? past->warp * 32 : past->thread, did);
+        const int thread = past->warp == SEVERAL ? 0 : past->thread == SEVERAL ? past->warp * 32 : past->thread;
+        if (!dynamic && !fixed) return say("%s %s, which thread %d %s with no barrier between", verb, place, thread, did);
+        return say("%s %s at offset %ld, which thread %d %s with no barrier between", verb, place, offset, thread, did);
       }
       write ? void(seen.write = now) : add(seen.read, now);
     }
