@@ -11,6 +11,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
@@ -23,8 +24,8 @@ import torch
 from turboquant_vllm.cuda import decode, paged, store
 
 SHARED_LIMIT = 232448  # bytes of a block, as on Hopper
-COMPILER = shutil.which("g++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++ to run the kernels' source on a CPU")
+COMPILER = shutil.which("g++") if sys.platform == "linux" else None
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux to run the kernels' source on a CPU")
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="lanes-")  # of sources and libraries, until the process ends
 # Contraction would hide where a source asks for a fused product; fortified, setjmp serves no stacks of one's own.
