@@ -1,99 +1,220 @@
-"""The native kernels' own source, built by a C++ compiler and run lane by lane, its PTX replaced by ``lane_emulation.h``."""
+"""The native kernels' own source, built by a C++ compiler and run lane by lane on a CPU, its PTX replaced by
+``lane_emulation.h``; what a GPU would not forgive raises :class:`LaneError`."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import gc
 import hashlib
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import tempfile
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from turboquant_vllm.cuda import decode, paged, store
 
-COMPILER = shutil.which("g++")
-needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++ to run the kernels' source on a CPU")
+SHARED_LIMIT = 232448  # bytes of a block, as on Hopper
+COMPILER = shutil.which("g++") if sys.platform == "linux" else None
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux to run the kernels' source on a CPU")
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="lanes-")  # of sources and libraries, until the process ends
-_RUN_STORE = """
-extern "C" int params_size() { return sizeof(StoreParams); }
-extern "C" void run(const char* params, int columns, int rows) { run_grid(tq4_store, params, columns, rows, WARPS * 32); }
-"""
-_RUN_DECODE = """
-extern "C" int size_of(int combine) { return combine ? sizeof(CombineParams) : sizeof(DecodeParams); }
-extern "C" void tq4_decode_run(const char* p, int blocks, int threads) { run_grid(tq4_decode, p, blocks, 1, threads); }
-extern "C" void tq4_combine_run(const char* p, int blocks, int threads) { run_grid(tq4_combine, p, blocks, 1, threads); }
-#if PAGED
-extern "C" void tq4_rotate_run(const char* p, int blocks, int threads) { run_grid(tq4_rotate, p, blocks, 1, threads); }
-#endif
-"""
+# Contraction would hide where a source asks for a fused product; fortified, setjmp serves no stacks of one's own.
+_OPTIONS = ("-std=c++20", "-ffp-contract=off", "-fPIC", "-w", "-U_FORTIFY_SOURCE")
+# Calls for each access to memory and for undefined behaviour, which the runtime answers: nothing of g++'s own is linked.
+# Optimizing would take longer than it saves.
+_SILENT = "vptr,return,unreachable,nonnull-attribute"
+_WATCHED = ("-O0", "-g1", "-fsanitize=thread", "-fsanitize=undefined", f"-fno-sanitize={_SILENT}")
+
+
+class LaneError(AssertionError):
+    """A lane did what a GPU would not forgive; says what, in which block and thread, and on which line."""
+
+
+class _Launch(ctypes.Structure):
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        *((name, ctypes.c_int) for name in ("columns", "rows", "threads", "shared_bytes", "before_previous_ends", "ranges")),
+        ("memory", ctypes.c_void_p),
+    )
+
+
+class _Failure(ctypes.Structure):
+    _fields_ = (("what", ctypes.c_char_p), ("where", ctypes.c_void_p))
+
+
+def _compile(*arguments: Any) -> None:
+    assert COMPILER is not None
+    subprocess.run([COMPILER, *_OPTIONS, *arguments], check=True)
 
 
 @functools.cache
-def build(text: str, run: str, macros: tuple[tuple[str, Any], ...], *options: str) -> ctypes.CDLL:
-    """``text``, without its PTX, and the entry points of ``run`` as a library; built once a process."""
-    text, replaced = re.subn(r"(?s)// ---- PTX\n.*?// ---- end of PTX\n", "", text)
+def _runtime() -> Path:
+    library = Path(_FOLDER.name, "runtime.so")
+    _compile("-O2", "-frounding-math", "-shared", "-o", library, Path(__file__).with_name("lane_runtime.cpp"))
+    return library
+
+
+class Library:
+    """The kernels of a source, by name: parameter structs as the sources have them."""
+
+    def __init__(self, path: Path, kernels: Sequence[str]) -> None:
+        self._path, self._library = path, ctypes.CDLL(str(path))
+        for name in kernels:
+            getattr(self._library, f"{name}_run").restype = ctypes.POINTER(_Failure)
+
+    def launch(
+        self,
+        name: str,
+        params: str,
+        grid: tuple[int, int, int],
+        threads: int,
+        shared_bytes: int,
+        pdl: bool,
+        args: Sequence[Any],
+    ) -> None:
+        """Run a grid. ``params``: of :func:`turboquant_vllm.cuda.runtime.launch`'s kernel, whose other arguments these are."""
+        packed = struct.pack(f"@{params}0q", *args)
+        assert len(packed) == getattr(self._library, f"{name}_params")(), "params do not fill the kernel's struct"
+        assert all(1 <= blocks < limit for blocks, limit in zip(grid, (2**31, 2**16, 2**16), strict=True)), grid
+        assert grid[2] == 1
+        assert threads in range(32, 1025, 32)
+        assert 0 <= shared_bytes <= SHARED_LIMIT
+        ranges = live_memory()
+        memory = (ctypes.c_uint64 * (2 * len(ranges)))(*(edge for both in ranges for edge in both))
+        sizes = (grid[0], grid[1], threads, shared_bytes, pdl, len(ranges))
+        call = _Launch(name.encode(), *sizes, ctypes.cast(memory, ctypes.c_void_p))
+        failure = getattr(self._library, f"{name}_run")(packed, ctypes.byref(call)).contents
+        if failure.what:
+            raise LaneError(failure.what.decode() + self._line(failure.where))
+
+    def _line(self, where: int | None) -> str:
+        """The lines of the source that the code at ``where`` comes from, the innermost first."""
+        if where is None or shutil.which("addr2line") is None:
+            return ""
+        maps = (line.split() for line in Path("/proc/self/maps").read_text().splitlines())
+        begin = min(int(fields[0].split("-")[0], 16) for fields in maps if fields[-1] == str(self._path))
+        command = ["addr2line", "-i", "-e", self._path, hex(where - begin - 1)]
+        lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("\n")
+        found = [re.sub(r" \(discriminator.*", "", Path(line).name) for line in lines if line and "lane_emulation" not in line]
+        return ", " + " in ".join(found)
+
+
+_older: list[weakref.ref[torch.Tensor]] = []
+
+
+def _tensors() -> list[torch.Tensor]:
+    kind = torch.Tensor
+    return [x for x in gc.get_objects() if type(x) is kind and x.device.type == "cpu" and x.layout is torch.strided]
+
+
+@pytest.fixture(scope="module")
+def few_objects() -> Iterator[None]:
+    """Python's list of objects holds those made since, so that a launch looks through no more than it must."""
+    _older[:] = map(weakref.ref, _tensors())
+    gc.freeze()
+    yield
+    gc.unfreeze()
+    _older.clear()
+
+
+def live_memory() -> list[tuple[int, int]]:
+    """Begins and ends of all tensors that somebody holds, in order: what else a kernel touches is an error."""
+    found: dict[int, int] = {}
+    for x in (*_tensors(), *(x for reference in _older if (x := reference()) is not None)):
+        storage = x.untyped_storage()
+        found[storage.data_ptr()] = max(found.get(storage.data_ptr(), 0), storage.data_ptr() + storage.nbytes())
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(found.items()):
+        if merged and begin < merged[-1][1]:
+            begin, end = merged[-1][0], max(end, merged.pop()[1])
+        merged.append((begin, end))
+    return merged
+
+
+@functools.cache
+def build(text: str, kernels: tuple[tuple[str, str], ...], macros: tuple[tuple[str, Any], ...]) -> Library:
+    """``text``, without its PTX, as a library of ``kernels``: names and parameter structs. Built once a process."""
+    text, replaced = re.subn(r"(?s)// ---- PTX\n.*?// ---- end of PTX\n", lambda cut: "\n" * cut[0].count("\n"), text)
     assert replaced == 1
-    text = text.replace("extern __shared__ __align__(1024) char smem[];", "char* smem = dynamic_shared;")
+    text = text.replace("extern __shared__ __align__(1024) char smem[];", "char* smem = dynamic_shared();")
     assert "asm" not in text
     defines = "".join(f"#define {name} {value}\n" for name, value in {"BF16": 0, **dict(macros)}.items())
-    text = f'{defines}#include "{Path(__file__).with_name("lane_emulation.h")}"\n{text}{run}'
+    entries = "".join(
+        f'extern "C" int {name}_params() {{ return sizeof({params}); }}\n'
+        f'extern "C" const Failure* {name}_run(const char* params, const Launch* launch) {{\n'
+        f"  return run_kernel<{params}, {name}>(params, launch);\n}}\n"
+        for name, params in kernels
+    )
+    text = f'{defines}#include "{Path(__file__).with_name("lane_emulation.h")}"\n{text}\n{entries}'
     stem = Path(_FOLDER.name, hashlib.sha256(text.encode()).hexdigest())
-    source, library = stem.with_suffix(".cpp"), stem.with_suffix(".so")
+    source, code, library = (stem.with_suffix(suffix) for suffix in (".cpp", ".o", ".so"))
     source.write_text(text)
-    # Contraction would hide where the source asks for a fused product.
-    command = ["-std=c++20", "-O1", "-ffp-contract=off", "-shared", "-fPIC", "-pthread", "-w", *options]
-    assert COMPILER is not None
-    subprocess.run([COMPILER, *command, "-o", library, source], check=True)
-    return ctypes.CDLL(str(library))
+    _compile(*_WATCHED, "-c", "-o", code, source)
+    _compile("-shared", "-o", library, code, _runtime())
+    return Library(library, [name for name, _ in kernels])
+
+
+@functools.cache
+def build_store(*key: Any) -> Library:
+    """The store for the arguments of :func:`turboquant_vllm.cuda.store.defines` but the last."""
+    text = f'#line 1 "store.cu"\n{store.SOURCE.read_text()}'
+    return build(text, (("tq4_store", "StoreParams"),), tuple(store.defines(*key, 1).items()))
+
+
+@functools.cache
+def build_decode(variant: decode.Variant, pages: int) -> Library:
+    """The kernels of a native decode."""
+    kernels = (("tq4_decode", "DecodeParams"), ("tq4_combine", "CombineParams"), ("tq4_rotate", "DecodeParams"))
+    return build(decode.source(), kernels[: 2 + pages], tuple({**variant.defines, "PAGED": pages}.items()))
 
 
 @pytest.fixture
-def emulated_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated_store(monkeypatch: pytest.MonkeyPatch, few_objects: None) -> None:
     """The native store launches its kernel in the emulator."""
 
-    def kernel(index: int, *key: Any) -> tuple[ctypes.CDLL, int]:
-        macros = tuple(store.defines(*key, 1).items())
-        return build(store.SOURCE.read_text(), _RUN_STORE, macros, "-frounding-math"), 4
+    def launch(library: Library, grid: Any, block: Any, shared: int, stream: None, arguments: Any) -> None:
+        library.launch("tq4_store", store.PARAMS, grid, block[0], shared, False, arguments)
 
-    def launch(library: Any, grid: Any, block: Any, shared: int, stream: None, arguments: Any) -> None:
-        params = struct.pack(f"@{store.PARAMS}0q", *arguments)
-        assert len(params) == library.params_size()
-        library.run(params, *grid[:2])
-
-    monkeypatch.setattr(store, "_kernel", kernel)
+    monkeypatch.setattr(store, "_kernel", lambda index, *key: (build_store(*key), 4))
     monkeypatch.setattr(store, "launch", launch)
 
 
 @pytest.fixture
-def emulated_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated_decode(monkeypatch: pytest.MonkeyPatch, few_objects: None) -> None:
     """Native decoding, over dense caches and pages, launches its kernels in the emulator. Two warps, three blocks."""
-
-    def kernel(name: str, params: str, defines: dict[str, int]) -> tuple[str, str, ctypes.CDLL]:
-        return name, params, build(decode.source(), _RUN_DECODE, tuple(defines.items()))
-
-    def launch(kernel: Any, grid: Any, block: Any, shared: int, stream: None, args: Any, **options: Any) -> None:
-        name, params, library = kernel
-        packed = struct.pack(f"@{params}0q", *args)
-        assert len(packed) == library.size_of(name == "tq4_combine")
-        getattr(library, f"{name}_run")(packed, grid[0], block[0])
 
     def variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False) -> decode.Variant:
         row_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= rows)
         return decode.Variant(head_dim, row_tiles, 2, 2, 3, head_dim < 256 and row_tiles <= 2, masked)
+
+    emulate_decode(monkeypatch)
+    for module in (decode, paged):
+        monkeypatch.setattr(module, "choose_variant", variant)
+
+
+def emulate_decode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch what native decoding launches in the emulator, as on a GPU of three multiprocessors."""
+
+    def launch(kernel: Any, grid: Any, block: Any, shared: int, stream: None, args: Any, *, pdl: bool = False) -> None:
+        name, params, library = kernel
+        library.launch(name, params, grid, block[0], shared, pdl, args)
 
     def kernels_of(params: dict[str, str], variant: decode.Variant, pages: int) -> Any:
         def codes(name: str) -> str:
             masks = decode.COMBINE_MASKS if name == "tq4_combine" else decode.DECODE_MASKS
             return params[name] + (masks if variant.masked else "")
 
-        return tuple(kernel(name, codes(name), {**variant.defines, "PAGED": pages}) for name in params)
+        return tuple((name, codes(name), build_decode(variant, pages)) for name in params)
 
     def two(index: int, variant: decode.Variant) -> Any:
         return kernels_of({"tq4_decode": decode.DECODE_PARAMS, "tq4_combine": decode.COMBINE_PARAMS}, variant, 0)
@@ -106,5 +227,4 @@ def emulated_decode(monkeypatch: pytest.MonkeyPatch) -> None:
         module.Call.plan.cache_clear()
         monkeypatch.setattr(module, "_kernels", kernels)
         monkeypatch.setattr(module, "launch", launch)
-        monkeypatch.setattr(module, "choose_variant", variant)
-        monkeypatch.setattr(module, "device_limits", lambda index: (3, 232448))
+        monkeypatch.setattr(module, "device_limits", lambda index: (3, SHARED_LIMIT))

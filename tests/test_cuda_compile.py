@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 
 from turboquant_vllm.cuda import runtime
@@ -68,19 +71,20 @@ def test_variants_are_the_compiled_ones(arch, head_dim):
         assert head_dim == 256 or 4 * variant.row_tiles >= rows
 
 
-@pytest.mark.parametrize("passes", [1, 7, 8, 128, 512, 925, 3000, 70_000])
-@pytest.mark.parametrize("rows", [4, 8, 16, 32])
-def test_ranges(passes, rows):
-    for shared in set(SHARED.values()):
-        variant = choose_variant(128, rows, shared)
-        for kv_len in (1, 16, 17, 1000, 32768, 1_000_000):
-            for split_len in (None, 16, 512, 1 << 20):
-                plan = Division.choose(passes, kv_len, 132, variant, split_len)
-                tiles = -(-kv_len // 16)
-                pieces = passes * (-(-kv_len // split_len) if split_len else tiles)
-                assert 1 <= plan.blocks <= pieces
-                assert 1 <= plan.warps <= variant.warps
-                for block in {0, 1, plan.blocks // 2, plan.blocks - 1}:
-                    first, end = (pieces * (block + i) // plan.blocks for i in (0, 1))
-                    first_pass, last_pass = first * passes // pieces, (end - 1) * passes // pieces
-                    assert last_pass - first_pass < variant.passes
+@pytest.mark.parametrize("passes", [1, 7, 8, 128, 231, 512, 640, 924, 925, 3000, 70_000])
+@pytest.mark.parametrize("multiprocessors", [58, 108, 132, 170])
+def test_ranges(passes, multiprocessors):
+    """No block of the first kernel touches more passes than it has room for."""
+    for head_dim, rows, shared in itertools.product((64, 128, 256), (4, 8, 16, 32), set(SHARED.values())):
+        variant = choose_variant(head_dim, rows, shared)
+        for kv_len, split_len in itertools.product((1, 16, 17, 100, 400, 1000, 32768), (None, 16, 512, 1 << 20)):
+            plan = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
+            pieces = -(-kv_len // (split_len or 16))  # of a pass
+            assert 1 <= plan.blocks <= passes * pieces
+            assert 1 <= plan.warps <= variant.warps
+            share, more = divmod(passes * pieces, plan.blocks * plan.warps)
+            workers = np.arange(plan.blocks + 1) * plan.warps  # the first of each block, and where the last ends
+            first = workers * share + np.minimum(workers, more)
+            assert first[-1] == passes * pieces
+            first, end = first[:-1], first[1:]
+            assert ((end - 1) // pieces - first // pieces).max() < variant.passes, (variant, plan, kv_len, split_len)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attention_cases import check, compare, expected, random_case
-from kernel_lanes import emulated_decode, needs_compiler  # noqa: F401
+from kernel_lanes import emulated_decode, few_objects, needs_compiler  # noqa: F401
 from paged_cases import check_batch, random_batch
 from turboquant_vllm.cuda import decode, paged
 from turboquant_vllm.pieces import cut_sequences

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from kernel_lanes import emulated_store, needs_compiler  # noqa: F401
+from kernel_lanes import emulated_store, few_objects, needs_compiler  # noqa: F401
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm.cuda import store
 

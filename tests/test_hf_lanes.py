@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 from attention_cases import compare
 from compression_checks import check_compress
-from kernel_lanes import emulated_decode, emulated_store, needs_compiler  # noqa: F401
+from kernel_lanes import emulated_decode, emulated_store, few_objects, needs_compiler  # noqa: F401
 from turboquant_vllm import ops, reference
 from turboquant_vllm.hf import attention
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer

@@ -6,6 +6,7 @@ depends on the device, the head dimension and the number of rows, never on a len
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -147,11 +148,18 @@ class Division:
         """Equal ranges, as many as warps run at once; or, with ``split_len``, ranges of whole splits."""
         tiles = -(-kv_len // 16)
         splits = 0 if split_len is None else -(-kv_len // split_len)
-        pieces = passes * (splits or tiles)
-        waves = -(-passes // ((variant.passes - 1) * multiprocessors))
-        blocks = min(waves * multiprocessors, pieces)
+        of_pass = splits or tiles
+        pieces = passes * of_pass
         least = 1 if splits else _LEAST_TILES
-        return cls(blocks, min(variant.warps, -(-pieces // (blocks * least))), split_len or 0, splits)
+        # A block holds the queries of so many passes; what its warps take, all in a row, may begin anywhere in one.
+        most = (variant.passes - 1) * of_pass + 1
+        for waves in itertools.count(-(-passes // ((variant.passes - 1) * multiprocessors))):
+            blocks = min(waves * multiprocessors, pieces)
+            warps = min(variant.warps, -(-pieces // (blocks * least)))
+            share, more = divmod(pieces, blocks * warps)
+            if share * warps + min(warps, more) <= most:
+                break
+        return cls(blocks, warps, split_len or 0, splits)
 
 
 @cache

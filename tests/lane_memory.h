@@ -1,0 +1,123 @@
+// What emulated lanes do to memory, and whether a GPU would let them: bounds, alignment, copies that have not landed, and
+// accesses that nothing puts in order. Shared memory is full of NaN at first, as some of it may be read for nothing.
+//
+// Two accesses to a word, one of them a write, are in order if one lane made both; if a warp or block barrier lies between
+// them; or if they belong to different kernels and the lane has waited for the kernel before. Shuffles and matrix
+// instructions bring lanes together, but order no memory. Who runs first in the emulator does not matter: every access is
+// held against those that the word has seen.
+#pragma once
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+#include <unordered_map>
+
+#include "lane_runtime.h"
+
+constexpr int SEVERAL = -1;
+constexpr int SHARED_LIMIT = 232448;      // bytes of a block on Hopper
+constexpr unsigned SHARED_BEGIN = 1024;   // the address where a block's own shared memory begins: not 0
+alignas(1024) inline char shared_memory[SHARED_LIMIT];
+
+// An access: by whom, in which launch, and how many barriers of its warp and of its block came before.
+struct Access { unsigned launch; int block, warp, thread; unsigned warp_barriers, block_barriers; };
+struct Word { Access write, read; bool in_flight; };
+struct Page { Word words[1024]; };
+
+inline bool ordered(const Access& past, const Access& now, bool waited) {
+  if (past.launch == 0) return true;
+  if (past.launch != now.launch) return waited;
+  if (past.block != now.block) return false;
+  if (past.warp != now.warp) return past.block_barriers < now.block_barriers;
+  return past.thread == now.thread || past.warp_barriers < now.warp_barriers;
+}
+// Joins a read to the earlier ones, keeping what the next write must be ordered with.
+inline void add(Access& past, const Access& now) {
+  if (past.launch != now.launch) past = now;
+  else if (past.block != now.block) past.block = SEVERAL;
+  else if (past.block_barriers < now.block_barriers) past = now;
+  else if (past.warp != now.warp) past.warp = SEVERAL;
+  else if (past.warp_barriers < now.warp_barriers) past = now;
+  else if (past.thread != now.thread) past.thread = SEVERAL;
+}
+
+class Memory {
+ public:
+  const Launch* launch = nullptr;
+  uintptr_t static_begin = 0, static_end = 0;
+
+  void forget_shared() { clear(shared_); memset(shared_memory, 0xff, sizeof shared_memory); }
+  void forget_all() { clear(global_); }
+
+  // Empty, or why a lane must not touch [at, at + bytes): `report` is where the words go.
+  const char* check(uintptr_t at, int bytes, bool write, bool aligned, const Access& now, bool waited) {
+    const char* verb = write ? "writes" : "reads";
+    const uintptr_t begin = (uintptr_t)shared_memory, end = begin + launch->shared_bytes;
+    const bool dynamic = at >= begin && at < begin + SHARED_LIMIT, fixed = at >= static_begin && at < static_end;
+    if (dynamic && at + bytes > end)
+      return say("%s %d bytes at offset %ld of shared memory, of which the launch has %d", verb, bytes, at - begin,
+                 launch->shared_bytes);
+    if (fixed && at + bytes > static_end) return say("%s %d bytes past the end of its static shared memory", verb, bytes);
+    if (!dynamic && !fixed && !there(at, bytes)) return say("%s %d bytes at %#lx, where there is no tensor", verb, bytes, at);
+    if (aligned && at % bytes) return say("%s %d bytes at an address that is no multiple of that", verb, bytes);
+    for (uintptr_t word = at / 4; word <= (at + bytes - 1) / 4; word++) {
+      Word& seen = find(dynamic || fixed ? shared_ : global_, word);
+      const char* place = dynamic ? "shared memory" : fixed ? "static shared memory" : "global memory";
+      const long offset = dynamic ? word * 4 - begin : fixed ? word * 4 - static_begin : 0;
+      if (seen.in_flight) return say("%s %s at offset %ld, where a copy has not landed", verb, place, offset);
+      for (const Access* past : {&seen.write, write ? &seen.read : nullptr}) {
+        if (past == nullptr || ordered(*past, now, waited)) continue;
+        const char* did = past == &seen.write ? "wrote" : "read";
+        if (past->launch != now.launch)
+          return say("%s %s that a kernel before %s, without having waited for it", verb, place, did);
+        if (past->block != now.block) return say("%s %s that another block %s", verb, place, did);
+        const int thread = past->warp == SEVERAL ? 0 : past->thread == SEVERAL ? past->warp * 32 : past->thread;
+        if (!dynamic && !fixed) return say("%s %s, which thread %d %s with no barrier between", verb, place, thread, did);
+        return say("%s %s at offset %ld, which thread %d %s with no barrier between", verb, place, offset, thread, did);
+      }
+      write ? void(seen.write = now) : add(seen.read, now);
+    }
+    return nullptr;
+  }
+
+  void fly(uintptr_t at, int bytes) {
+    memset((void*)at, 0xff, bytes);
+    for (uintptr_t word = at / 4; word < (at + bytes) / 4; word++) find(shared_, word).in_flight = true;
+  }
+  void land(uintptr_t at, const char* data, int bytes, const Access& now) {
+    memcpy((void*)at, data, bytes);
+    for (uintptr_t word = at / 4; word < (at + bytes) / 4; word++) find(shared_, word) = {now, {}, false};
+  }
+
+ private:
+  using Pages = std::unordered_map<uintptr_t, std::unique_ptr<Page>>;
+  Pages shared_, global_;
+  Pages* last_pages_ = nullptr;
+  uintptr_t last_number_ = 0;
+  Page* last_ = nullptr;
+  char report_[200];
+
+  void clear(Pages& pages) { pages.clear(), last_pages_ = nullptr; }
+  Word& find(Pages& pages, uintptr_t word) {
+    if (last_pages_ != &pages || last_number_ != word / 1024) {
+      std::unique_ptr<Page>& page = pages[word / 1024];
+      if (!page) page = std::make_unique<Page>();
+      last_pages_ = &pages, last_number_ = word / 1024, last_ = page.get();
+    }
+    return last_->words[word % 1024];
+  }
+  bool there(uintptr_t at, int bytes) const {
+    int low = 0, high = launch->ranges;  // of the ranges before `low` all begin at or before `at`
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (launch->memory[middle][0] <= at) low = middle + 1;
+      else high = middle;
+    }
+    return low > 0 && at + bytes <= launch->memory[low - 1][1];
+  }
+  template <typename... Values>
+  const char* say(const char* format, Values... values) {
+    snprintf(report_, sizeof report_, format, values...);
+    return report_;
+  }
+};

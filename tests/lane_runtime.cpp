@@ -1,0 +1,298 @@
+// Runs a kernel's lanes on a CPU, each with a stack of its own, one at a time and in a fixed order: a lane goes on until it
+// must wait for others. The compiler reports each access to memory (-fsanitize=thread) and undefined behaviour
+// (-fsanitize=undefined) to the functions at the end, which stand in for its own libraries.
+#include "lane_runtime.h"
+
+#include <csetjmp>
+#include <sys/mman.h>
+#include <ucontext.h>
+
+#include <cfenv>
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "lane_memory.h"
+
+#define CALLER __builtin_return_address(0)
+
+namespace {
+
+constexpr int WARP = 32, MOST_THREADS = 1024;
+constexpr size_t STACK = 1 << 17;
+enum State { READY, WARP_BARRIER, BLOCK_BARRIER, EXCHANGE, ANY, MULTIPLY, ENDED };
+const char* const WAITING_FOR[] = {"nothing", "__syncwarp", "__syncthreads", "a shuffle", "a vote", "a matrix product", "its end"};
+
+struct Copy { uintptr_t to; int bytes; char data[16]; };
+struct Lane {
+  jmp_buf at;
+  ucontext_t start;
+  bool started;
+  State state;
+  bool waited;  // for the kernel before
+  Access now;
+  unsigned value;
+  int from;
+  Four c;
+  Operands operands;
+  std::vector<std::vector<Copy>> copies;  // groups, the last one not committed yet
+};
+
+Memory memory;
+std::vector<Lane> lanes;
+Lane* current = nullptr;
+jmp_buf scheduler;
+unsigned launches = 0;
+Index grid, block;
+char* stacks = nullptr;  // behind them the kernel's parameters
+void (*body)(const void*) = nullptr;
+std::string failure_text;
+Failure failure;
+
+[[noreturn]] void leave() { _longjmp(scheduler, 1); }
+
+[[noreturn]] void fail(const void* where, const std::string& what) {
+  const int thread = current->now.thread;
+  failure_text = std::string(memory.launch->name) + ", block " + std::to_string(current->now.block) + ", thread " +
+                 std::to_string(thread) + ": " + what;
+  failure = {failure_text.c_str(), where};
+  leave();
+}
+
+void wait(State state) {
+  current->state = state;
+  if (!_setjmp(current->at)) leave();
+}
+
+void access(const void* where, const void* at, int bytes, bool write, bool aligned) {
+  if (current == nullptr || (at >= stacks && at < stacks + (MOST_THREADS + 1) * STACK)) return;
+  if (const char* what = memory.check((uintptr_t)at, bytes, write, aligned, current->now, current->waited)) fail(where, what);
+}
+
+void enter() {
+  body(stacks + MOST_THREADS * STACK);
+  current->state = ENDED;
+  leave();
+}
+
+void resume(Lane& lane) {
+  current = &lane;
+  if (!_setjmp(scheduler)) {
+    if (lane.started) _longjmp(lane.at, 1);
+    lane.started = true;
+    setcontext(&lane.start);
+  }
+  current = nullptr;
+}
+
+double half_of(unsigned pair, int index, Numbers numbers) {
+  const unsigned short bits = pair >> 16 * index;
+  if (numbers == BFLOAT16) {
+    const unsigned wide = (unsigned)bits << 16;
+    float x;
+    memcpy(&x, &wide, 4);
+    return x;
+  }
+  _Float16 x;
+  memcpy(&x, &bits, 2);
+  return (double)x;
+}
+// tf32 has 10 bits of fraction; the units ignore the others.
+double short_float(unsigned bits) {
+  bits &= 0xffffe000u;
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
+void multiply_all(Lane* warp) {
+  const auto [_, __, numbers, K] = warp->operands;
+  double a[16][16], b[16][8];
+  for (int k = 0; k < K; k++) {
+    const int quad = numbers == TF32 ? k % 4 : k % 8 / 2, part = numbers == TF32 ? k / 4 : k / 8;
+    const auto value = [&](unsigned bits) { return numbers == TF32 ? short_float(bits) : half_of(bits, k % 2, numbers); };
+    for (int row = 0; row < 16; row++) a[row][k] = value(warp[row % 8 * 4 + quad].operands.a[row / 8 + part * 2]);
+    for (int column = 0; column < 8; column++) b[k][column] = value(warp[column * 4 + quad].operands.b[part]);
+  }
+  for (int lane = 0; lane < WARP; lane++) {
+    for (int i = 0; i < 4; i++) {
+      double sum = warp[lane].c.at[i];
+      for (int k = 0; k < K; k++) sum += a[lane / 4 + i / 2 * 8][k] * b[k][lane % 4 * 2 + i % 2];
+      warp[lane].c.at[i] = (float)sum;
+    }
+  }
+}
+
+// All lanes of a warp have come to the same place: what they came for, then they may go on.
+void complete(Lane* warp) {
+  unsigned values[WARP], any = 0;
+  for (int i = 0; i < WARP; i++) values[i] = warp[i].value, any |= warp[i].value;
+  if (warp->state == MULTIPLY) multiply_all(warp);
+  for (int i = 0; i < WARP; i++) {
+    Lane& lane = warp[i];
+    if (lane.state == EXCHANGE) lane.value = values[lane.from];
+    if (lane.state == ANY) lane.value = any;
+    if (lane.state == WARP_BARRIER) lane.now.warp_barriers++;
+    lane.state = READY;
+  }
+}
+
+// Whether all of `count` lanes wait for the same; else the report says which two do not.
+bool together(Lane* first, int count) {
+  for (int i = 1; i < count; i++) {
+    if (first[i].state == first->state) continue;
+    current = &first[i];
+    if (!_setjmp(scheduler))
+      fail(nullptr, std::string("has come to ") + WAITING_FOR[first[i].state] + ", thread " +
+                        std::to_string(first->now.thread) + " to " + WAITING_FOR[first->state]);
+    current = nullptr;
+    return false;
+  }
+  return true;
+}
+
+// Until all lanes of the warp have ended or wait for the block.
+bool advance(Lane* warp) {
+  for (;;) {
+    for (int i = 0; i < WARP; i++) {
+      resume(warp[i]);
+      if (failure.what) return false;
+    }
+    if (!together(warp, WARP)) return false;
+    if (warp->state == BLOCK_BARRIER || warp->state == ENDED) return true;
+    complete(warp);
+  }
+}
+
+bool run_block(int threads) {
+  for (;;) {
+    for (int first = 0; first < threads; first += WARP)
+      if (!advance(&lanes[first])) return false;
+    if (!together(lanes.data(), threads)) return false;
+    if (lanes[0].state == ENDED) return true;
+    for (Lane& lane : lanes) lane.state = READY, lane.now.warp_barriers++, lane.now.block_barriers++;
+  }
+}
+
+void start_lanes(int threads, int number, bool waited) {
+  lanes = std::vector<Lane>(threads);
+  for (int t = 0; t < threads; t++) {
+    Lane& lane = lanes[t];
+    lane.state = READY, lane.waited = waited, lane.copies.resize(1);
+    lane.now = {launches, number, t / WARP, t, 0, 0};
+    getcontext(&lane.start);
+    lane.start.uc_stack.ss_sp = stacks + t * STACK, lane.start.uc_stack.ss_size = STACK;
+    makecontext(&lane.start, enter, 0);
+  }
+}
+
+}  // namespace
+
+const Failure* run_grid(void (*lane)(const void*), const void* params, int param_bytes, const Launch& launch,
+                        const char* static_begin, const char* static_end) {
+  if (stacks == nullptr)
+    stacks = (char*)mmap(nullptr, (MOST_THREADS + 1) * STACK, PROT_READ | PROT_WRITE,
+                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  memcpy(stacks + MOST_THREADS * STACK, params, param_bytes);
+  memory.launch = &launch, memory.static_begin = (uintptr_t)static_begin, memory.static_end = (uintptr_t)static_end;
+  if (!launch.before_previous_ends) memory.forget_all();
+  body = lane, failure = {}, launches++, grid = {(unsigned)launch.columns, (unsigned)launch.rows, 1};
+  for (int i = 0; i < launch.columns * launch.rows && !failure.what; i++) {
+    block = {(unsigned)(i % launch.columns), (unsigned)(i / launch.columns), 0};
+    memory.forget_shared();
+    start_lanes(launch.threads, i, !launch.before_previous_ends);
+    run_block(launch.threads);
+  }
+  return &failure;
+}
+
+Index thread_index() { return {(unsigned)current->now.thread, 0, 0}; }
+Index block_index() { return block; }
+Index grid_size() { return grid; }
+
+void wait_for_warp() { wait(WARP_BARRIER); }
+void wait_for_block() { wait(BLOCK_BARRIER); }
+unsigned exchange(unsigned value, int from) {
+  current->value = value, current->from = from;
+  wait(EXCHANGE);
+  return current->value;
+}
+bool any_lane(bool mine) {
+  current->value = mine;
+  wait(ANY);
+  return current->value;
+}
+Four multiply(Four c, Operands operands) {
+  current->c = c, current->operands = operands;
+  wait(MULTIPLY);
+  return current->c;
+}
+
+char* dynamic_shared() { return shared_memory; }
+unsigned shared_address(const void* at) { return (const char*)at - shared_memory + SHARED_BEGIN; }
+void load_shared(void* to, unsigned at, int bytes) {
+  const char* from = shared_memory + (int)(at - SHARED_BEGIN);
+  access(CALLER, from, bytes, false, true);
+  memcpy(to, from, bytes);
+}
+void copy_later(unsigned to, const void* from, int bytes) {
+  char* target = shared_memory + (int)(to - SHARED_BEGIN);
+  access(CALLER, from, bytes, false, true);
+  access(CALLER, target, bytes, true, true);
+  memory.fly((uintptr_t)target, bytes);
+  Copy copy = {(uintptr_t)target, bytes, {}};
+  memcpy(copy.data, from, bytes);
+  current->copies.back().push_back(copy);
+}
+void commit_copies() { current->copies.emplace_back(); }
+void land_copies(int pending) {
+  std::vector<std::vector<Copy>>& groups = current->copies;
+  while ((int)groups.size() - 1 > pending) {
+    for (const Copy& copy : groups.front()) memory.land(copy.to, copy.data, copy.bytes, current->now);
+    groups.erase(groups.begin());
+  }
+}
+void let_next_start() {}
+void wait_for_previous() { current->waited = true; }
+float fma_towards_zero(float x, float y, float z) {
+  fesetround(FE_TOWARDZERO);
+  volatile float a = x, b = y, sum = fmaf(a, b, z);
+  fesetround(FE_TONEAREST);
+  return sum;
+}
+
+// ---- What the compiler calls
+extern "C" {
+#define ACCESSES(BYTES)                                                                           \
+  void __tsan_read##BYTES(void* at) { access(CALLER, at, BYTES, false, true); }                   \
+  void __tsan_write##BYTES(void* at) { access(CALLER, at, BYTES, true, true); }                   \
+  void __tsan_unaligned_read##BYTES(void* at) { access(CALLER, at, BYTES, false, true); }         \
+  void __tsan_unaligned_write##BYTES(void* at) { access(CALLER, at, BYTES, true, true); }
+ACCESSES(1)
+ACCESSES(2)
+ACCESSES(4)
+ACCESSES(8)
+ACCESSES(16)
+void __tsan_read_range(void* at, size_t bytes) { access(CALLER, at, bytes, false, false); }
+void __tsan_write_range(void* at, size_t bytes) { access(CALLER, at, bytes, true, false); }
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
+void __tsan_init() {}
+
+struct Place { const char* file; unsigned line, column; };
+#define UNDEFINED(NAME, WHAT)                                                                     \
+  void __ubsan_handle_##NAME(const Place* at) {                                                   \
+    if (current) fail(nullptr, std::string(WHAT ", ") + at->file + ":" + std::to_string(at->line)); \
+  }
+UNDEFINED(type_mismatch_v1, "a null pointer, or one that is not aligned")
+UNDEFINED(add_overflow, "integer overflow")
+UNDEFINED(sub_overflow, "integer overflow")
+UNDEFINED(mul_overflow, "integer overflow")
+UNDEFINED(negate_overflow, "integer overflow")
+UNDEFINED(divrem_overflow, "division by zero")
+UNDEFINED(shift_out_of_bounds, "a shift by more than the bits there are")
+UNDEFINED(out_of_bounds, "an index past its array")
+UNDEFINED(pointer_overflow, "a pointer past the end of the address space")
+UNDEFINED(load_invalid_value, "a bool that is neither true nor false")
+UNDEFINED(float_cast_overflow, "a float that its integer cannot hold")
+}
