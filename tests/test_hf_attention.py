@@ -59,7 +59,7 @@ def expected(q, k, v, sees, **options):
 
 
 def mask_for(function, q_len, kv_len, padding=None, offset=None, kv_offset=0, batch=3):
-    """What our mask function and transformers' own make of a mask."""
+    """What our mask function makes of a mask, and transformers' own as bools."""
     offset = kv_len - q_len + kv_offset if offset is None else offset
     options = {"q_offset": offset, "kv_offset": kv_offset, "mask_function": function, "attention_mask": padding}
     lengths = {"batch_size": batch, "q_length": q_len, "kv_length": kv_len}
@@ -122,14 +122,28 @@ def test_dense_layers_follow_the_mask_too(padding, q_len, operands):
 def test_the_mask_written_out_is_transformers_own(kind, padding):
     for q_len, kv_len, kv_offset in ((1, 40, 0), (5, 40, 0), (40, 40, 0), (3, 10, 30)):
         mask, own = mask_for(FUNCTIONS[kind], q_len, kv_len, PADDINGS[padding], kv_offset=kv_offset)
-        assert torch.equal(mask & torch.ones_like(own), own)
         assert mask.shape == own.shape
+        bias = torch.zeros(own.shape).masked_fill(~own, torch.finfo(torch.float32).min)
+        assert torch.equal(mask + 0, bias)
+        for last in {1, q_len - 1, q_len} - {0}:  # as some models cut it
+            assert torch.equal(mask[:, :, -last:, :] + 0, bias[:, :, -last:])
 
 
 def test_a_long_causal_mask_takes_no_memory():
-    mask = attention_mask(1, 10**6, 10**6, device="cpu")
-    assert isinstance(mask, CausalMask)
-    assert mask.shape == (1, 1, 10**6, 10**6)
+    mask = attention_mask(1, 10**6, 10**6, device="cpu", dtype=torch.float16)
+    for x, queries in ((mask, 10**6), (mask[:, :, -2:], 2)):
+        assert isinstance(x, CausalMask)
+        assert x.shape == (1, 1, queries, 10**6)
+        assert x.dtype == torch.float16
+
+
+@pytest.mark.parametrize("kind", ["causal", "sliding"])
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_the_last_queries_alone(kind, padding, operands):
+    q, k, v = operands(9, 40)
+    mask, own = mask_for(FUNCTIONS[kind], 9, 40, PADDINGS[padding])
+    out, _ = attention_forward(Layer(), q[:, :, -4:], pack(k), pack(v), mask[:, :, -4:, :])
+    assert_close(out, expected(q[:, :, -4:], k, v, own[:, :, -4:]))
 
 
 @pytest.mark.parametrize("q_len", [1, 5, 40])
@@ -160,7 +174,7 @@ def test_a_layer_that_is_not_causal_sees_everything(operands):
     everything = torch.ones(1, 1, 7, 12, dtype=torch.bool)
     out, _ = attention_forward(Layer(), q, pack(k), pack(v), None, is_causal=False, sliding_window=3)
     assert_close(out, expected(q, k, v, everything))
-    assert mask_for(bidirectional_mask_function, 7, 12)[0].all()
+    assert (mask_for(bidirectional_mask_function, 7, 12)[0] == 0).all()
 
 
 @pytest.mark.parametrize("additive", [False, True])
@@ -265,12 +279,29 @@ def test_layers_left_dense_work_beside_packed_ones(generator):
         ({"output_attentions": True}, "output_attentions: expected False"),
         ({"position_bias": torch.zeros(1)}, "position_bias: expected None, got Tensor"),
         ({"cache": object()}, "cache: expected None, got object"),
+        ({"sinks": torch.zeros(1)}, "sinks: expected None, got Tensor"),
+        ({"indices": torch.zeros(1)}, "indices: expected None, got Tensor"),
+        ({"block_indices": torch.zeros(1)}, 'block_indices: expected None, got Tensor; attn_implementation="eager"'),
     ],
 )
 def test_attention_refuses_what_it_cannot_follow(options, message, operands):
     q, k, v = operands(3, 3)
     with pytest.raises(ValueError, match=message):
         attention_forward(Layer(), q, pack(k), pack(v), None, **options)
+
+
+def test_what_stands_for_keys_or_a_mask_cannot_be_written_to(operands):
+    _, k, _ = operands(3, 12)
+    for x in (pack(k), mask_for(causal_mask_function, 3, 12)[0]):
+        ones = torch.ones(x.shape)
+        for write in (
+            lambda x=x: x.mul_(2),
+            lambda x=x: x.__setitem__(0, 1.0),
+            lambda x=x, ones=ones: x.copy_(ones),
+            lambda x=x, ones=ones: torch.add(ones, ones, out=x),
+        ):
+            with pytest.raises(RuntimeError, match=rf"{type(x).__name__} cannot be written to: .* write to a copy"):
+                write()
 
 
 def test_a_mask_for_other_sizes_is_refused(operands):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -218,6 +220,46 @@ def test_layers_can_be_initialised_early(randn):
     assert cache.is_initialized
     k = randn(2, HEADS, 3, DIM)
     assert cache.update(k, k, 0)[0] is k
+
+
+def through_torch(layer):
+    file = io.BytesIO()
+    torch.save(layer, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda x: pickle.loads(pickle.dumps(x)), "torch.save": through_torch}
+
+
+@pytest.mark.parametrize("make", [full, sliding])
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_copy_goes_its_own_way(make, way, inference, states):
+    layer = make()
+    layer.update(*states(2, 5))
+    layer.update(*states(2, 1))
+    with torch.inference_mode(inference):
+        twin = COPIES[way](layer)
+    new = [states(2, 1) for _ in range(4)]
+    first = layer.keys.dense(), layer.values.dense()
+    for x, ours, swap in ((layer, new[:2], [1, 0]), (twin, new[2:], [1, 1])):
+        x.update(*ours[0])
+        x.reorder_cache(torch.tensor(swap))
+        returned = x.update(*ours[1])
+        for part, got in enumerate(returned):
+            before = torch.cat((first[part], stored(ours[0][part])), 2)[swap]
+            want = torch.cat((before, stored(ours[1][part])), 2)
+            assert torch.equal(got.dense(), want[:, :, -got.shape[2] :])
+
+
+def test_values_come_back_in_the_dtype_of_keys(states):
+    k, v = states(2, 3)
+    layer = full()
+    for x in (v.half(), v[:, :, :1].half()):
+        keys, values = layer.update(k[:, :, : x.shape[2]], x)
+        assert (keys.dtype, values.dtype) == (torch.float32, torch.float32)
+    assert torch.equal(values.dense(), stored(torch.cat((v, v[:, :, :1]), 2).half().float()))
 
 
 # The cache

@@ -165,6 +165,22 @@ def test_offloading_changes_nothing(generator):
     assert [layer.storage.device.type for layer in cache.layers] == ["cuda", "cpu"]
 
 
+def test_what_was_fetched_is_not_overwritten_while_it_is_read():
+    layer, states = PackedLayer(0, seed=0), torch.randn(1, 8, 4096, 128, device=DEVICE, dtype=torch.bfloat16)
+    layer.update(states, states)
+    layer.offload()
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        layer.prefetch()
+    torch.cuda.default_stream().wait_stream(stream)
+    torch.cuda._sleep(10**9)  # as if attention were about to read the buffer
+    address, size = layer.storage.buffer.data_ptr(), layer.nbytes
+    layer.offload()
+    with torch.cuda.stream(stream):
+        assert torch.empty(size, dtype=torch.uint8, device=DEVICE).data_ptr() != address
+
+
 @pytest.mark.parametrize("layer_class", [PackedLayer, PackedSlidingLayer])
 def test_layers_follow_their_states_to_another_device(layer_class):
     layer = layer_class(0, seed=0) if layer_class is PackedLayer else layer_class(0, 9, seed=0)

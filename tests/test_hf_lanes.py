@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
+
+from transformers.masking_utils import sliding_window_causal_mask_function
 
 from attention_cases import compare
 from compression_checks import check_compress
@@ -43,15 +47,18 @@ def as_models_make_them(x):
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
+SINKS = torch.linspace(-1, 3, HEADS * GROUP)
+
+
 @pytest.mark.parametrize(
-    ("window", "head_dim", "dtype", "counts"),
+    ("window", "head_dim", "dtype", "counts", "options"),
     [
-        (None, 128, torch.bfloat16, (5, 1, 1, 3, 1)),
-        (None, 64, torch.float16, (270, 1, 20, 1)),  # the buffer is replaced on the way
-        (WINDOW, 128, torch.float16, (30, 1, 1, 2, 1)),
+        (None, 128, torch.bfloat16, (5, 1, 1, 3, 1), {}),
+        (None, 64, torch.float16, (270, 1, 20, 1), {}),  # the buffer is replaced on the way
+        (WINDOW, 128, torch.float16, (30, 1, 1, 2, 1), {"softcap": 2.0, "s_aux": SINKS.half()}),
     ],
 )
-def test_a_layer(window, head_dim, dtype, counts, generator):
+def test_a_layer(window, head_dim, dtype, counts, options, generator):
     layer = PackedLayer(0, seed=3) if window is None else PackedSlidingLayer(0, window, seed=3)
     module = torch.nn.Module()
     codec, seen = codec_for(head_dim, 3, torch.device("cpu")), torch.empty(2, BATCH, HEADS, 0, head_dim, dtype=dtype)
@@ -70,11 +77,13 @@ def test_a_layer(window, head_dim, dtype, counts, generator):
         if count * GROUP > 32:
             continue  # not for these kernels
         kv_len = keys.shape[2]
-        mask = attention_mask(BATCH, count, kv_len, kv_len - count, device="cpu")
-        got, _ = attention.attention_forward(module, query, keys, values, mask, scaling=0.07)
+        sliding = {} if window is None else {"mask_function": sliding_window_causal_mask_function(window)}
+        mask = attention_mask(BATCH, count, kv_len, kv_len - count, device="cpu", **sliding)
+        got, _ = attention.attention_forward(module, query, keys, values, mask, scaling=0.07, **options)
         (k, _), (v, _) = unpack(keys), unpack(values)
         tables = (codec.centroids, codec.rotation, 0.07, True)
-        want, _ = reference.attention(query.double(), *k, *v, *tables)
+        sinks = options["s_aux"].double() if "s_aux" in options else None
+        want, _ = reference.attention(query.double(), *k, *v, *tables, window, options.get("softcap"), sinks)
         compare(got.transpose(1, 2), want, dtype)
 
 
@@ -86,6 +95,30 @@ def test_a_layer_of_fixed_size(generator):
         layer.update(*(as_models_make_them(x) for x in seen[-1]))
     for found, want in zip(layer.export()[:2], torch.cat(seen, 3), strict=True):
         check_compress(lambda *_, found=found: found, want, codec)
+
+
+def test_a_copy_is_written_for_itself(generator):
+    layer, codec = PackedLayer(0, seed=0), codec_for(64, 0, torch.device("cpu"))
+    draw = torch.randn(2, BATCH, HEADS, 9, 64, generator=generator).half()
+    first, ours, others = draw.split((5, 2, 2), 3)
+    for tokens in first.split(1, 3):
+        layer.update(*tokens)
+    twin = copy.deepcopy(layer)
+    for x, seen in ((layer, ours), (twin, others)):
+        for tokens in seen.split(1, 3):
+            x.update(*tokens)
+    for x, seen in ((layer, ours), (twin, others)):
+        for found, want in zip(x.export()[:2], torch.cat((first, seen), 3), strict=True):
+            check_compress(lambda *_, found=found: found, want, codec)
+
+
+@pytest.mark.parametrize("make", [lambda: PackedLayer(0, seed=0), lambda: PagedLayer(0, 64, seed=0)])
+def test_values_of_another_dtype(make, generator):
+    layer, codec = make(), codec_for(64, 0, torch.device("cpu"))
+    x = torch.randn(BATCH, HEADS, 5, 64, generator=generator).half()
+    for tokens in (x[:, :, :3], x[:, :, 3:4], x[:, :, 4:]):
+        layer.update(tokens, tokens.float())
+    check_compress(lambda *_: layer.export()[1], x, codec)
 
 
 def test_states_that_lie_badly_are_copied(generator):

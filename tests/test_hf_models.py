@@ -161,7 +161,10 @@ OUTSIDERS = {
     "falcon": ("FalconConfig", {"num_hidden_layers": 2, "num_attention_heads": 2}, True),
     "falcon_alibi": ("FalconConfig", {"num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True}, True),
     "gptj": ("GPTJConfig", {"n_layer": 2, "n_head": 2, "rotary_dim": 16, "n_positions": 64}, True),
-    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 2}, False),  # it attends in its own way, whatever it is asked for
+    # These attend in their own way, whatever they are asked for.
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 2}, False),
+    "codegen": ("CodeGenConfig", {"n_layer": 2, "n_head": 4, "n_embd": 64, "rotary_dim": 16, "n_positions": 64}, False),
+    "mpt": ("MptConfig", {"n_layers": 2, "n_heads": 2, "d_model": 64, "max_seq_len": 64}, False),
 }
 
 
@@ -175,10 +178,14 @@ def test_models_with_attention_of_their_own_get_it_decompressed_or_refuse(name, 
     if refuses:
         with pytest.raises(KeyError, match="tq4"):
             make(config, attn_implementation="tq4")
-    model = make(config, attn_implementation="eager" if refuses else "tq4").eval().double()
+    model = make(config, attn_implementation="eager").eval().double()
     ids = tokens(generator, 2, 14)
-    expected, packed = reference_cache(model), TurboQuantCache(model.config)
-    for start, stop in ((0, 9), (9, 10), (10, 14)):
-        part = ids[:, start:stop]
-        assert torch.equal(model(part, past_key_values=packed).logits, model(part, past_key_values=expected).logits)
-    assert packed.packed_layers == [0, 1]
+    parts = [ids[:, start:stop] for start, stop in ((0, 9), (9, 10), (10, 14))]
+    expected = reference_cache(model)
+    want = [model(part, past_key_values=expected).logits for part in parts]
+    for attention in ("eager",) if refuses else ("eager", "tq4"):
+        model.config._attn_implementation = attention  # which set_attn_implementation refuses for some of these
+        packed = TurboQuantCache(model.config)
+        for part, logits in zip(parts, want, strict=True):
+            assert torch.equal(model(part, past_key_values=packed).logits, logits)
+        assert packed.packed_layers == [0, 1]

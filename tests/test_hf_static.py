@@ -25,8 +25,9 @@ from hf_models import (
     one_thread,  # noqa: F401
     reference_cache,
 )
+from oracle import assert_close
 from turboquant_vllm import TQ4Codec
-from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache
+from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache, attention_forward
 from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, find_spans, written_out
 from turboquant_vllm.hf.static import MAX_CHUNK, DenseStaticLayer, PagedLayer
 
@@ -349,6 +350,18 @@ def test_padding_between_visible_keys_changes_nothing(generator):
         got = ours(ids[:, start:stop], past_key_values=static, **arguments).logits
         real = mask[:, start:stop].bool()
         assert_same(got[real], want[real])
+
+
+@pytest.mark.parametrize("changed", ["keys", "values", "neither"])
+def test_what_a_model_makes_of_keys_or_values_is_what_it_gets(changed, states, randn):
+    layer = layer_of(room=64)
+    layer.update(*states(2, 20))
+    keys, values = layer.update(*states(2, 1))
+    query, sees = randn(2, HEADS, 1, DIM), (torch.arange(64) < 21)[None, None, None].expand(2, 1, 1, 64)
+    keys, values = keys.flip(1) if changed == "keys" else keys, values.flip(1) if changed == "values" else values
+    got, _ = attention_forward(torch.nn.Module(), query, keys, values, find_spans(sees))
+    want = torch.nn.functional.scaled_dot_product_attention(query, keys + 0, values + 0, attn_mask=sees)
+    assert_close(got.transpose(1, 2), want.double())
 
 
 def test_spans_stand_for_masks():

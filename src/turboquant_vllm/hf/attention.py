@@ -10,7 +10,7 @@ import torch
 
 from turboquant_vllm import ops, reference
 from turboquant_vllm.attention import tq4_attention
-from turboquant_vllm.checks import check_sm_scale
+from turboquant_vllm.checks import check_masks, check_sm_scale
 from turboquant_vllm.codec import TQ4Tensor
 from turboquant_vllm.cuda.decode import prepare
 from turboquant_vllm.hf.dense import dense_attention
@@ -21,6 +21,11 @@ from turboquant_vllm.limits import why_not_decode
 __all__ = ["ATTENTION_NAME", "attention_forward", "register"]
 
 ATTENTION_NAME = "tq4"
+
+# Arguments that change the result: a bias of the scores, sinks of each query, the keys or blocks that sparse attention
+# chooses, and transformers' own pages.
+_NOT_HANDLED = ("position_bias", "sinks", "indices", "block_indices", "cache")
+_TAKES_ANY = 'attn_implementation="eager" takes the same cache'
 
 
 def register() -> None:
@@ -74,9 +79,9 @@ def attention_forward(
         raise ValueError(f"dropout: expected 0 (the cache is for inference), got {dropout}")
     if kwargs.get("output_attentions"):
         raise ValueError("output_attentions: expected False (the weights are never formed), got True")
-    for name in ("position_bias", "cache"):
+    for name in _NOT_HANDLED:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: expected None, got {type(kwargs[name]).__name__}")
+            raise ValueError(f"{name}: expected None, got {type(kwargs[name]).__name__}; {_TAKES_ANY}")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     sinks = None if s_aux is None else s_aux.float()
@@ -85,7 +90,7 @@ def attention_forward(
     if attention_mask is None:
         window = sliding_window if is_causal else None
         output = _attend(query, key, value, is_causal=is_causal, window=window, **options)
-    elif attention_mask.dtype == torch.int32 and isinstance(key, PagedTensor):
+    elif attention_mask.dtype == torch.int32 and isinstance(key, PagedTensor) and _belong_together(key, value):
         output = attend_pages(query, key, attention_mask, **options)
     elif not isinstance(attention_mask, CausalMask):
         if attention_mask.dtype == torch.int32:
@@ -99,6 +104,11 @@ def attention_forward(
     else:
         output = _attend_padded(query, key, value, attention_mask, options)
     return output.transpose(1, 2).contiguous(), None
+
+
+def _belong_together(key: PagedTensor, value: torch.Tensor) -> bool:
+    """Whether the pages of these keys hold these values: some models change values on the way."""
+    return isinstance(value, PagedTensor) and value.buffer is key.buffer and (key.which, value.which) == (0, 1)
 
 
 def _attend(
@@ -119,9 +129,8 @@ def _attend(
     masks: dict[str, Any] = {"is_causal": is_causal, "sliding_window": window, "softcap": softcap, "sinks": sinks}
     if not (isinstance(key, PackedTensor) and isinstance(value, PackedTensor)):
         return dense_attention(query, _dense(key), _dense(value), sm_scale=sm_scale, **masks)
-    plain = window is None and softcap is None and sinks is None and not torch.compiler.is_compiling()
-    if plain and _decodes(query.device, query.dtype, query.shape, key.shape[1]):
-        return _decode(query, key, value, sm_scale, is_causal)
+    if not torch.compiler.is_compiling() and _decodes(query.device, query.dtype, query.shape, key.shape[1]):
+        return _decode(query, key, value, sm_scale, is_causal, window, softcap, sinks)
     keys, codec = unpack(key)
     values, _ = unpack(value)
     if query.dtype == torch.float64:  # which no kernel takes
@@ -138,9 +147,18 @@ def _decodes(device: torch.device, dtype: torch.dtype, shape: tuple[int, ...], n
 
 
 def _decode(
-    query: torch.Tensor, key: PackedTensor, value: PackedTensor, sm_scale: float | None, is_causal: bool
+    query: torch.Tensor,
+    key: PackedTensor,
+    value: PackedTensor,
+    sm_scale: float | None,
+    is_causal: bool,
+    window: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As :func:`_attend` of few queries on a GPU, where the host's time counts: nothing is checked and nothing viewed twice."""
+    """As :func:`_attend` of few queries on a GPU, where the host's time counts: nothing is viewed or checked needlessly."""
+    if softcap is not None or sinks is not None:  # these come from the model, all else from the cache
+        check_masks(is_causal, window, softcap, sinks, query.shape[1], query.device)
     codes, norms, value_codes, value_norms = key.codes, key.norms, value.codes, value.norms
     if key.first:
         parts = (codes, norms, value_codes, value_norms)
@@ -148,7 +166,8 @@ def _decode(
     scale = 1 / math.sqrt(query.shape[3]) if sm_scale is None else sm_scale
     tables = (key.centroids, key.rotation, scale, is_causal)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    for launch in prepare(query, codes, norms, value_codes, value_norms, *tables, out, None, kv_len=key.count):
+    operands = (query, codes, norms, value_codes, value_norms, *tables, out, None, window, softcap, sinks)
+    for launch in prepare(*operands, kv_len=key.count):
         launch()
     return out
 
@@ -159,7 +178,7 @@ def _attend_padded(
     """As :func:`_attend`, each run of sequences with the same padding by itself, without the padding."""
     if mask.window is not None and any(isinstance(keys, torch.Tensor) for _, keys in mask.parts):
         # The window counts padding between visible keys.
-        return dense_attention(query, _dense(key), _dense(value), mask=mask.dense(), **options)
+        return dense_attention(query, _dense(key), _dense(value), mask=mask.written(), **options)
     output = torch.zeros_like(query)
     earlier = key.shape[2] - query.shape[2]
     for sequences, keys in mask.parts:

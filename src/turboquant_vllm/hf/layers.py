@@ -82,6 +82,7 @@ class PackedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.storage is not None
         check_states(self.index, key_states, value_states)
+        value_states = value_states.to(key_states.dtype)
         self._come_home(key_states)
         first = self.get_seq_length() == 0
         self._append(key_states, value_states)
@@ -200,8 +201,11 @@ class PackedLayer(CacheLayerMixin):
 
     def prefetch(self) -> None:
         """Move the storage back to where the layer computes."""
-        if self.storage is not None:
-            self.storage.move(self.device)
+        if self.storage is None or self.storage.device == self.device:
+            return
+        self.storage.move(self.device)
+        if self.device.type == "cuda":  # this may run on a stream that would use the memory again before attention has read it
+            self.storage.buffer.record_stream(torch.cuda.default_stream(self.device))
 
 
 class PackedSlidingLayer(PackedLayer):

@@ -16,7 +16,7 @@ from transformers import masking_utils
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
 from turboquant_vllm.hf.pages import find_spans
-from turboquant_vllm.hf.tensors import CausalMask
+from turboquant_vllm.hf.tensors import CausalMask, additive
 
 __all__ = ["attention_mask"]
 
@@ -33,14 +33,15 @@ def attention_mask(
     mask_function: Callable[..., Any] = causal_mask_function,
     attention_mask: torch.Tensor | None = None,
     device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """The mask for :func:`turboquant_vllm.hf.attention.attention_forward`; arguments as transformers' ``sdpa_mask`` takes them.
+    """The mask for :func:`turboquant_vllm.hf.attention.attention_forward`; arguments as ``eager_mask`` takes them.
 
     Returns:
-        A :class:`CausalMask` for causal and sliding-window attention; a bool tensor ``[B, 1, q_length, kv_length]`` for
-        caches of fixed size, and for chunked attention longer than a chunk; for bidirectional attention that or None.
-        For one query on a cache of fixed size, what :func:`turboquant_vllm.hf.pages.find_spans` makes of that.
+        A :class:`CausalMask` for causal and sliding-window attention; an additive mask ``[B, 1, q_length, kv_length]`` of
+        ``dtype`` for caches of fixed size, and for chunked attention longer than a chunk; for bidirectional attention that
+        or None. For one query on a cache of fixed size, what :func:`turboquant_vllm.hf.pages.find_spans` makes of a mask.
 
     Raises:
         ValueError: any other mask: bidirectional blocks, packed sequences, functions that a model adds.
@@ -51,26 +52,26 @@ def attention_mask(
     sizes = {"q_length": q_length, "kv_length": kv_length, "q_offset": q_offset, "kv_offset": kv_offset}
     write = partial(sdpa_mask, batch_size, **sizes, mask_function=mask_function, attention_mask=attention_mask, device=device)
     if mask_function is bidirectional_mask_function:
-        return write(**{**kwargs, "allow_is_causal_skip": False})
+        mask = write(**{**kwargs, "allow_is_causal_skip": False})
+        return None if mask is None else additive(mask, dtype)
     write = partial(write, allow_is_causal_skip=False)
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         # A cache of fixed size in use: its keys do not end with the last query.
         mask = write()
-        if q_length > 1 or torch.compiler.is_compiling():
-            return mask
-        spans = find_spans(mask, windows=mask_function is not causal_mask_function)
-        return mask if spans is None else spans
+        one = q_length == 1 and not torch.compiler.is_compiling()
+        spans = find_spans(mask, windows=mask_function is not causal_mask_function) if one else None
+        return additive(mask, dtype) if spans is None else spans
     kind, size = _kind(mask_function)
     if kind == "chunked":
         assert size is not None
         if kv_length + kv_offset > size:
             if q_length > 1:
-                return write()
+                return additive(write(), dtype)
             visible = write()[:, 0, 0]  # one query: which keys it sees is all there is to know
-            return CausalMask((batch_size, 1, 1, kv_length), device, visible, None, write)
+            return CausalMask((batch_size, 1, 1, kv_length), device, visible, None, dtype, write)
     window = size if kind == "sliding" else None
     visible = None if attention_mask is None else _visible(attention_mask, kv_length, kv_offset)
-    return CausalMask((batch_size, 1, q_length, kv_length), device, visible, window, write)
+    return CausalMask((batch_size, 1, q_length, kv_length), device, visible, window, dtype, write)
 
 
 def _visible(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> torch.Tensor | None:

@@ -84,6 +84,7 @@ class PagedLayer(CacheLayerMixin):
         elif self.buffer.device != key_states.device:
             self._move(key_states.device)
         check_states(self.index, key_states, value_states)
+        value_states = value_states.to(key_states.dtype)
         assert self.codec is not None
         batch, num_heads, count, head_dim = key_states.shape
         check_sizes((batch, num_heads, head_dim), (self.block_table.shape[0], self.num_heads, self.codec.head_dim))

@@ -117,6 +117,18 @@ class PackedStorage:
     def __len__(self) -> int:
         return self.stop - self.start
 
+    def __getstate__(self) -> dict[str, Any]:
+        """What a copy is made of, by ``copy.deepcopy`` or pickle: views and addresses are of this buffer alone."""
+        names = ("num_heads", "start", "stop", "buffer")
+        return {"codec": (self.codec.head_dim, self.codec.seed), **{name: getattr(self, name) for name in names}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.num_heads, self.start, self.stop = state["num_heads"], state["start"], state["stop"]
+        buffer = state["buffer"]
+        self.codec = codec_for(*state["codec"], buffer.device)
+        with torch.inference_mode(False):
+            self._use(buffer.clone() if buffer.is_inference() else buffer)
+
     @property
     def device(self) -> torch.device:
         """Where the buffer is."""
@@ -132,7 +144,8 @@ class PackedStorage:
         batch, num_heads, count, head_dim = keys.shape
         check_sizes((batch, num_heads, head_dim), (self.buffer.shape[0], self.num_heads, self.codec.head_dim))
         first = self._take(count)
-        if count == 1 and self._native and self._write_one(keys, values, first):
+        compiling = torch.compiler.is_compiling()  # which knows no addresses
+        if count == 1 and self._native and not compiling and self._write_one(keys, values, first):
             return
         if self._native and keys.dtype in HALVES:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)
@@ -203,7 +216,7 @@ class PackedStorage:
                 how = (codec.rotation, codec.companding, codec.centroids, codec.scale, self.capacity)
                 self._writer = TokenWriter(k, v, slots, self.buffer, *how)
         k_at, v_at = keys.data_ptr(), values.data_ptr()
-        if self._writer is None or (k_at | v_at) % 16 or torch.compiler.is_compiling():
+        if self._writer is None or (k_at | v_at) % 16:
             return False
         self._writer(k_at, v_at, first)
         return True

@@ -17,11 +17,14 @@ from torch.utils._pytree import tree_map_only
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.rotation import RotationKind
 
-__all__ = ["CausalMask", "DeferredTensor", "PackedTensor", "find_parts", "unpack"]
+__all__ = ["CausalMask", "DeferredTensor", "PackedTensor", "additive", "find_parts", "unpack"]
 
 
 class DeferredTensor(torch.Tensor):
-    """A tensor without storage. Every operation on it runs on :meth:`dense`, except for moving it to another device."""
+    """A tensor without storage. Every operation on it runs on :meth:`dense`, except for moving it to another device.
+
+    What is written to it would be written to a copy, and lost: that raises RuntimeError.
+    """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
@@ -45,8 +48,23 @@ class DeferredTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and kwargs.keys() <= {"device", "non_blocking"} and "device" in kwargs:
             return args[0].moved(torch.device(kwargs["device"]))
+        if func._schema.is_mutable:
+            _refuse_writing(func._schema.arguments, args, kwargs)
         args, kwargs = tree_map_only(DeferredTensor, lambda x: x.dense(), (args, kwargs))
         return func(*args, **kwargs)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        raise RuntimeError(f"{type(self).__name__} cannot be written to: {_WRITE_TO_A_COPY}")
+
+
+_WRITE_TO_A_COPY = "it stands for what a cache or a mask holds; write to a copy, .clone()"
+
+
+def _refuse_writing(schema: Any, args: Any, kwargs: Any) -> None:
+    """Raise if an operator writes to a tensor without storage."""
+    for argument, value in (*zip(schema, args, strict=False), *((x, kwargs[x.name]) for x in schema if x.name in kwargs)):
+        if isinstance(value, DeferredTensor) and argument.alias_info is not None and argument.alias_info.is_write:
+            raise RuntimeError(f"{type(value).__name__} cannot be written to: {_WRITE_TO_A_COPY}")
 
 
 class PackedTensor(DeferredTensor):
@@ -111,8 +129,15 @@ def unpack(x: PackedTensor) -> tuple[TQ4Tensor, TQ4Codec]:
     return TQ4Tensor(codes, norms), TQ4Codec.reader(x.rotation, x.centroids, x.kind)
 
 
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What to add to scores in place of a bool mask: 0 where it is True, else the least number of ``dtype``."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 class CausalMask(DeferredTensor):
-    """A boolean mask ``[B, 1, N_q, N_kv]``: causal, aligned to the bottom right, perhaps with padding and a sliding window.
+    """An additive mask ``[B, 1, N_q, N_kv]``: causal, aligned to the bottom right, perhaps with padding and a sliding window.
+
+    Additive, because that is what all models can apply, those among them that attend in their own way.
 
     Attributes:
         visible: bool ``[B, N_kv]``, the keys that are not padding; None where all are visible.
@@ -131,20 +156,40 @@ class CausalMask(DeferredTensor):
         device: torch.device,
         visible: torch.Tensor | None,
         window: int | None,
+        dtype: torch.dtype,
         write: Callable[[], torch.Tensor],
     ) -> CausalMask:
-        """``write`` makes the elements, should they be needed."""
+        """``write`` makes a bool mask, True where a query sees a key, should it be needed."""
         make = torch.Tensor._make_wrapper_subclass
-        self = make(cls, shape, dtype=torch.bool, device=device)
+        self = make(cls, shape, dtype=dtype, device=device)
         self.visible, self.window, self._write, self._parts = visible, window, write, None
         return self
 
-    def dense(self) -> torch.Tensor:
+    def written(self) -> torch.Tensor:
+        """The mask as bools, True where a query sees a key."""
         return self._write().to(self.device)
+
+    def dense(self) -> torch.Tensor:
+        return additive(self.written(), self.dtype)
 
     def moved(self, device: torch.device) -> CausalMask:
         visible = None if self.visible is None else self.visible.to(device)
-        return CausalMask(self.shape, device, visible, self.window, self._write)
+        return CausalMask(self.shape, device, visible, self.window, self.dtype, self._write)
+
+    def last_queries(self, count: int) -> CausalMask:
+        """The mask of the last ``count`` queries."""
+        shape = (self.shape[0], 1, count, self.shape[3])
+        return CausalMask(shape, self.device, self.visible, self.window, self.dtype, lambda: self._write()[:, :, -count:])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if func is torch.ops.aten.slice.Tensor and isinstance(args[0], cls) and args[1:2] == (2,):
+            first, stop, step = slice(*args[2:5]).indices(args[0].shape[2])  # some models ask for the last queries alone
+            if first < stop == args[0].shape[2] and step == 1:
+                return args[0].last_queries(stop - first)
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     @property
     def parts(self) -> list[Part]:
