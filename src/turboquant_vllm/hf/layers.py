@@ -290,5 +290,6 @@ class PackedSlidingLayer(PackedLayer):
 
 
 def to_remove(tokensto_remove: int, length: int) -> int:
+    """How many of ``length`` tokens ``crop`` is asked to remove: by a negative number, or by the positive length to keep."""
     tokensto_remove = int(tokensto_remove)  # some releases pass a tensor
     return max(0, length - tokensto_remove) if tokensto_remove > 0 else min(-tokensto_remove, length)
