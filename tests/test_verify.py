@@ -234,6 +234,13 @@ def encoder(folder: Path) -> Path:
     return folder
 
 
+def not_a_number(folder: Path) -> Path:
+    model = LlamaForCausalLM.from_pretrained(tiny(folder))
+    model.lm_head.weight.data[7] = math.nan
+    model.save_pretrained(folder)
+    return folder
+
+
 def latent(folder: Path) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ranks = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
@@ -258,6 +265,7 @@ def empty(folder: Path) -> Path:
         (no_cache, "model: expected a causal language model that runs with sdpa, got MambaForCausalLM does not support"),
         (encoder, r"model: expected one with a cache of keys and values, .* \(BertLMHeadModel\) keeps none"),
         (lambda folder: tiny(folder, head_dim=8), "layer 0: expected an even head dimension from 16 to 256, got 8; leave it"),
+        (not_a_number, "model: expected finite likelihoods, .* gives nan with an exact cache"),
         (latent, r"model: expected one whose cache can be kept in 4 bits, .* has multi-head latent attention"),
     ],
 )

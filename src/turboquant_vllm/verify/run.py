@@ -69,7 +69,7 @@ def run_verify(
         ImportError: a package of the extra "hf" is missing.
         FileNotFoundError: there is no such model or text.
         ValueError: the model has no cache of keys and values that `TurboQuantCache` would keep in 4 bits, the text is shorter
-            than the context, or an argument is out of its range.
+            than the context, the model gives NaN, or an argument is out of its range.
     """
     if count < 1:
         raise ValueError(f"windows: expected at least 1, got {count}")
@@ -88,6 +88,8 @@ def run_verify(
     kept = frozenset(dense_layers)
     errors = LayerErrors()
     scores = passes.compare("exact and TQ4 caches", kept, errors)
+    if not scores.exact.isfinite().all():
+        raise ValueError(f"model: expected finite likelihoods, {model} gives {scores.exact.sum().item()} with an exact cache")
     contributions = passes.contributions(sorted(layers), kept)
     passed = 100 * scores.increase <= max_ppl_increase
     recommended = passes.recommend(scores, kept, [layer for layer, _ in contributions], max_ppl_increase)
