@@ -97,7 +97,7 @@ def test_demo_calls_run_demo(monkeypatch: pytest.MonkeyPatch, arguments: list[st
     assert calls == [expected]
 
 
-@pytest.mark.parametrize("error", [ImportError, ValueError, FileNotFoundError])
+@pytest.mark.parametrize("error", [ImportError, ValueError, FileNotFoundError, PermissionError])
 def test_demo_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def fail(*_: object) -> None:
         raise error("no such thing")

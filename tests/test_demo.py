@@ -285,6 +285,13 @@ def test_demo_refuses_bad_arguments(tmp_path, options, error, message):
         run_demo(tmp_path, **options)
 
 
+def test_a_folder_that_cannot_be_written_is_one_line_before_the_work(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("the work has begun"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"^error: .*file"):
+        run.main(["--out", str(tmp_path / "file")])
+
+
 def test_importing_the_demo_imports_none_of_its_extras():
     heavy = "transformers", "tokenizers", "matplotlib", "rich"
     code = f"import sys, turboquant_vllm.demo; sys.exit(str([m for m in {heavy} if m in sys.modules] or ''))"

@@ -39,14 +39,8 @@ assert cache.packed_layers == list(range(model.config.num_hidden_layers))
 
 
 def test_example_of_the_readme(tmp_path):
-    example = examples("README.md")[2]
-    given = """
-from transformers import AutoModelForCausalLM
-from turboquant_vllm.demo.run import MODEL as name
-import torch
-inputs = {"input_ids": torch.arange(5, 15)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
-"""
-    assert run(given + example + "print(output.shape[1])\n", tmp_path).strip().isdigit()
+    check = "assert output.shape[1] > inputs['input_ids'].shape[1]\n"
+    run(examples("README.md")[2] + check, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,19 @@ def test_bootstrap_of_neighbours_that_hang_together_is_wider(generator: torch.Ge
     assert spans[1] > 5 * spans[0]
 
 
+def test_bootstrap_counts_every_token(generator: torch.Generator) -> None:
+    """Windows of 127 tokens whose later ones are easier, as they are: the interval is around the mean of all of them."""
+    losses = 3 - torch.arange(127) / 127 + 0.01 * torch.randn(40, 127, generator=generator)
+    low, high = bootstrap_interval(losses)
+    assert low < perplexity(losses) < high
+    low, high = bootstrap_interval(losses[:, :96], torch.full((40, 96), 2.0))
+    assert low < math.expm1(losses[:, :96].double().mean().item() - 2) < high
+    # Blocks of different sizes count by their sizes.
+    losses = torch.arange(129.0).expand(40, -1) / 64 + 0.01 * torch.randn(40, 129, generator=generator)
+    low, high = bootstrap_interval(losses)
+    assert low < perplexity(losses) < high
+
+
 def test_bootstrap_takes_texts_shorter_than_a_block() -> None:
     losses = torch.tensor([[1.0, 2.0, 3.0]])
     assert bootstrap_interval(losses) == pytest.approx((math.exp(2), math.exp(2)))

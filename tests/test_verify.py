@@ -20,6 +20,8 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertLMHeadModel,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -232,6 +234,23 @@ def encoder(folder: Path) -> Path:
     return folder
 
 
+def not_a_number(folder: Path) -> Path:
+    model = LlamaForCausalLM.from_pretrained(tiny(folder))
+    model.lm_head.weight.data[7] = math.nan
+    model.save_pretrained(folder)
+    return folder
+
+
+def latent(folder: Path) -> Path:
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ranks = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
+    config = DeepseekV3Config(vocab_size=4096, num_key_value_heads=2, first_k_dense_replace=1, **sizes, **ranks)
+    DeepseekV3ForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(MODEL / name, folder)
+    return folder
+
+
 def empty(folder: Path) -> Path:
     folder.mkdir()
     return folder
@@ -245,7 +264,9 @@ def empty(folder: Path) -> Path:
         (broken_json, "model: "),
         (no_cache, "model: expected a causal language model that runs with sdpa, got MambaForCausalLM does not support"),
         (encoder, r"model: expected one with a cache of keys and values, .* \(BertLMHeadModel\) keeps none"),
-        (lambda folder: tiny(folder, head_dim=8), "head_dim must be even and at least 16, got 8"),
+        (lambda folder: tiny(folder, head_dim=8), "layer 0: expected an even head dimension from 16 to 256, got 8; leave it"),
+        (not_a_number, "model: expected finite likelihoods, .* gives nan with an exact cache"),
+        (latent, r"model: expected one whose cache can be kept in 4 bits, .* has multi-head latent attention"),
     ],
 )
 def test_a_model_that_cannot_be_verified_is_one_line(tmp_path: Path, make: Any, message: str) -> None:
@@ -254,6 +275,12 @@ def test_a_model_that_cannot_be_verified_is_one_line(tmp_path: Path, make: Any, 
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert re.match(f"error: {message}", result.stderr), result.stderr
     assert result.stdout == ""
+
+
+def test_what_cannot_be_packed_may_be_left_exact(text: Path, tmp_path: Path) -> None:
+    folder = tiny(tmp_path / "model", head_dim=8)
+    found = run_verify(str(folder), text, 16, count=1, dense_layers=(0, 1), device="cpu")
+    assert (found["increase_percent"], found["recommendation"]["dense_layers"]) == (0, [0, 1])
 
 
 @pytest.mark.parametrize(
@@ -269,6 +296,7 @@ def test_a_model_that_cannot_be_verified_is_one_line(tmp_path: Path, make: Any, 
         (("--dense", "6"), "dense layers: expected some of the cached layers 0, 1, 2, 3, 4, 5, got 6"),
         (("--max-ppl-increase", -1), "max_ppl_increase: expected a percentage of at least 0, got -1.0"),
         (("--max-ppl-increase", "nan"), "max_ppl_increase: expected a percentage of at least 0, got nan"),
+        (("--max-ppl-increase", "inf"), "max_ppl_increase: expected a percentage of at least 0, got inf"),
         (("--device", "tpu"), "device: expected 'auto', 'cpu' or 'cuda', got 'tpu'"),
     ],
 )
@@ -291,6 +319,7 @@ def test_a_result_that_cannot_be_written_is_one_line(text: Path, tmp_path: Path)
     )
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1
+    assert "recommendation" in result.stdout  # what took minutes to measure is not lost with the file
 
 
 def test_the_default_scale_is_the_codecs() -> None:

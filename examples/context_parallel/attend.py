@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--save", type=Path, help="folder for the inputs and every process's result")
     args = parser.parse_args()
 
+    if "RANK" not in os.environ:
+        raise SystemExit("expected to be started by torchrun (see --help), found no RANK in the environment")
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
     if args.device == "cuda":

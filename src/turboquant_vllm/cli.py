@@ -88,7 +88,7 @@ def demo(
 
     try:
         run_demo(out, device) if windows is None else run_demo(out, device, windows)
-    except (ImportError, FileNotFoundError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
 
@@ -128,12 +128,12 @@ def verify(
                 progress=progress,
                 **options,
             )
+        report.print_report(Console(markup=False, highlight=False), figures)
         if json_out is not None:
             json_out.parent.mkdir(parents=True, exist_ok=True)
             json_out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     except (ImportError, OSError, ValueError) as error:
         _fail(str(error))
-    report.print_report(Console(markup=False, highlight=False), figures)
     raise typer.Exit(0 if figures["passed"] else 1)
 
 

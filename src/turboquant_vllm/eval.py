@@ -19,7 +19,10 @@ try:
     from lm_eval.models.huggingface import HFLM
 except ModuleNotFoundError as error:
     missing = str(error.name).split(".")[0]
-    raise ModuleNotFoundError(f"turboquant_vllm.eval needs {missing}: pip install turboquant-vllm[eval]") from error
+    message = f"turboquant_vllm.eval needs {missing}: pip install turboquant-vllm[eval]"
+    if __name__ == "__main__":
+        sys.exit(message)
+    raise ModuleNotFoundError(message) from error
 
 from turboquant_vllm.hf import TurboQuantCache
 

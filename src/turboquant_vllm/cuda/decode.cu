@@ -5,6 +5,14 @@
 //                                   ring    per warp, STAGES tiles of 16 tokens: K codes, V codes, norms
 //                                   query   per pass, fragments of the rotated rows in fp16, then one scale per row;
 //                                           a block touches PASSES consecutive passes at most
+//
+//   a stage of the ring   | K codes, 16 rows of D / 2 bytes | V codes, likewise | 16 K norms | 16 V norms |
+//   at                      0                                 8 * D               16 * D       16 * D + 64
+//
+//   the 16-byte pieces of a row are turned round, by place(), so that lanes read from all banks (D = 128):
+//     tokens 0, 1, 4, 5, ...   | 0 | 1 | 2 | 3 |            tokens 2, 3, 6, 7, ...   | 2 | 3 | 0 | 1 |
+//
+//   from tile to tile, STAGES = 3:   | in use | landing | asked for |   ->   | asked for | in use | landing |   ->   ...
 extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, r = lane >> 2, c = lane & 3;
@@ -149,8 +157,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 #endif
   auto levels = [&](u32 word, int byte) { return lds_table(prmt(word, lane4, 0x5504u | (byte << 4)) + base); };
 
-  // P V contracts over (token, nibble), 8 tokens a step. B fragment, column 2 * row + nibble:
-  //   b0 of lane (r, c) = weights (token c, high), (token c, low) of row r / 2, zero where nibble != r % 2; b1: token c + 4
+  // P V contracts over (token, nibble), 8 tokens a step u; tokens count from 8 * u. The nibble is on both sides of the
+  // product, so that a byte is looked up once and its two dimensions still end in columns of their own.
+  //
+  //   A: V                            token c    token c + 4     (lower half: level of the high nibble, upper: of the low)
+  //     byte b = r * D / 16 + 2 * j     a0          a2
+  //     byte b + 1                      a1          a3
+  //   B: weights                      b0: token c               b1: token c + 4
+  //     column r even                   (w, 0)                    (w, 0)        w: of query row r / 2 of the row tile
+  //     column r odd                    (0, w)                    (0, w)
+  //   C: sums                         column 2 * c              column 2 * c + 1, both of query row c
+  //     byte b                          o[0]: dimension 2 * b     o[1]: 2 * b + 1
+  //     byte b + 1                      o[2]: 2 * b + 2           o[3]: 2 * b + 3
   const u32 select_low = (r & 1) ? 0x1044u : 0x4410u, select_high = (r & 1) ? 0x3244u : 0x4432u;
   const int source = c * 4 + (r >> 1);
 
@@ -215,7 +233,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       const u32 tile = ring + stage * TILE_BYTES;
       stage = stage + 1 == STAGES ? 0 : stage + 1;
 
-      // Q K^T, A fragment of step s: tokens r and r + 8, bytes as in rotate_query; a byte is a pair of dimensions
+      // Q K^T: words of tokens r and r + 8, laid out as drawn at rotate_query
       u32 ka[KWORDS], kb[KWORDS];
       if (D == 64) {
         lds2(ka, tile + lane * 8), lds2(kb, tile + 256 + lane * 8);
@@ -315,7 +333,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
         b[t][1][0] = prmt(y0, 0, select_high), b[t][1][1] = prmt(y1, 0, select_high);
       }
 
-      // P V, A fragment of tile j: bytes r * D / 16 + 2 * j and the next one; tokens c and c + 4
+      // P V: words of tokens c and c + 4, with the bytes of all tiles j
 #pragma unroll
       for (int u = 0; u < 2; u++) {
         u32 va[VWORDS], vb[VWORDS];

@@ -88,9 +88,21 @@ __device__ __forceinline__ void load_rows(Rows& rows, const DecodeParams& p, int
 // Q K^T. `rows` holds the first of them, `turn` the first columns of the rotation that this warp turns
 // them into.
 //
-//   B fragment of column tile n, step s: lane 4 * column + c holds one uint2 = dimensions of bytes b and b + 1,
-//   b = 64 * (s / 8) + c * min(16, D / 8) + 2 * (s % 8)        (any order serves that K uses too)
-//   column 2 * i + h is row 8 * n + 4 * h + i, so that accumulators 2 * h hold row i = lane % 4 of row tile 2 * n + h
+// Q K^T, step s of KSTEPS. Lane 4 * r + c, of a quad r of lanes, contracts over the dimensions of two bytes, b and b + 1:
+//   b = 64 * (s / 8) + c * min(16, D / 8) + 2 * (s % 8)        (any order serves that both sides use)
+//
+//   codes of a token, D = 128      |  bytes 0..15  |    16..31     |    32..47     |    48..63     |
+//   read by lane                         c = 0           c = 1           c = 2           c = 3        16 bytes: steps 0..7
+//
+//   A: K                 byte b      b + 1         B: query          byte b    b + 1
+//        token r           a0         a2             column r          x         y        the lane's uint2 of the fragment
+//        token r + 8       a1         a3
+//     each a register of two levels: high nibble = dimension 2 * b in its lower half, low nibble = 2 * b + 1 in its upper
+//
+//   C: scores            column      2 * c         2 * c + 1         column 2 * i + h is query row 8 * n + 4 * h + i of
+//                        query row   8 * n + c     8 * n + 4 + c     column tile n, so that a lane's two columns are row c
+//        token r                     s[n][0]       s[n][1]           of the row tiles t = 2 * n and 2 * n + 1
+//        token r + 8                 s[n][2]       s[n][3]
 __device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, Rows& rows, Turn* turn, int first, int all,
                                              float scale, char* fragments, float* row_scales) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

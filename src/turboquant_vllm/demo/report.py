@@ -51,7 +51,8 @@ def print_report(console: Console, figures: dict[str, Any]) -> None:
     table.add_row("same most likely token", "", f"{100 * figures['argmax_agreement']:.1f} %", "")
     table.add_section()
     for name in ("keys", "values"):
-        table.add_row(f"error of {name}, |x - x'|² / |x|²", f"{vectors['expected']:.5f} (theory)", f"{vectors[name]:.5f}", "")
+        theory = f"{vectors['expected']:.5f} (theory, 'norm')"  # of the scale that is the length; the default loses no more
+        table.add_row(f"error of {name}, |x - x'|² / |x|²", theory, f"{vectors[name]:.5f}", "")
     table.add_section()
     for layer, error in enumerate(figures["attention_error"]):
         table.add_row(f"error of attention, layer {layer}", "", f"{100 * error:.2f} %", "")

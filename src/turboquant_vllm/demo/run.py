@@ -63,6 +63,7 @@ def run_demo(out: Path, device: str = "auto", windows: int = DEFAULT_WINDOWS, mo
         ImportError: a package of the extras "hf" and "cli" is missing.
         ValueError: `device` or `windows` is none that can be used.
         FileNotFoundError: there is no model in `model`, or this Python ships without its sources.
+        OSError: `out` cannot be written.
     """
     check_extras()
     target = pick_device(device)
@@ -72,6 +73,7 @@ def run_demo(out: Path, device: str = "auto", windows: int = DEFAULT_WINDOWS, mo
     from rich.console import Console
 
     start = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found before the work
     console = Console()
     with report.progress_bar(console) as progress:
         task = progress.add_task("loading", total=None)
@@ -93,7 +95,6 @@ def run_demo(out: Path, device: str = "auto", windows: int = DEFAULT_WINDOWS, mo
         "continuation": continuation,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / "demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     memory, perplexity = figures["bytes_per_token"], figures["perplexity"]
     title = (
@@ -117,5 +118,5 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         run_demo(options.out, options.device, options.windows, options.model)
-    except (ImportError, FileNotFoundError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         sys.exit(f"error: {error}")

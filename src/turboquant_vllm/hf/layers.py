@@ -16,9 +16,19 @@ from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.storage import PackedStorage, codec_for
 from turboquant_vllm.hf.tensors import PackedTensor
 
-__all__ = ["PackedLayer", "PackedSlidingLayer", "check_states", "to_remove"]
+__all__ = ["PackedLayer", "PackedSlidingLayer", "check_states", "expected_shapes", "to_remove"]
 
 MIN_HEAD_DIM = 16  # of a codec
+
+
+def expected_shapes(keys: torch.Tensor, values: torch.Tensor) -> str:
+    """What was expected of keys and values that cannot be kept in 4 bits, and what came; empty where they can."""
+    head_dim = keys.shape[-1]
+    if keys.shape != values.shape:
+        return f"keys and values of one shape, got {list(keys.shape)} and {list(values.shape)}"
+    if head_dim % 2 or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
+        return f"an even head dimension from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
+    return ""
 
 
 def check_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -28,12 +38,7 @@ def check_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
         ValueError: their shapes cannot.
         RuntimeError: gradients are asked for, and there are none through a quantised cache.
     """
-    wrong, head_dim = "", keys.shape[-1]
-    if keys.shape != values.shape:
-        wrong = f"keys and values of one shape, got {list(keys.shape)} and {list(values.shape)}"
-    elif head_dim % 2 or not MIN_HEAD_DIM <= head_dim <= MAX_HEAD_DIM:
-        wrong = f"an even head dimension from {MIN_HEAD_DIM} to {MAX_HEAD_DIM}, got {head_dim}"
-    if wrong:
+    if wrong := expected_shapes(keys, values):
         raise ValueError(f"layer {index}: expected {wrong}; keep the layer dense: skip_layers=({index},)")
     if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
         raise RuntimeError("there are no gradients through a quantised cache: use torch.no_grad() or torch.inference_mode()")
@@ -289,5 +294,6 @@ class PackedSlidingLayer(PackedLayer):
 
 
 def to_remove(tokensto_remove: int, length: int) -> int:
+    """How many of ``length`` tokens ``crop`` is asked to remove: by a negative number, or by the positive length to keep."""
     tokensto_remove = int(tokensto_remove)  # some releases pass a tensor
     return max(0, length - tokensto_remove) if tokensto_remove > 0 else min(-tokensto_remove, length)

@@ -87,6 +87,7 @@ class PagedTensor(DeferredTensor):
         return PagedTensor(buffer, block_table, length, *tables, which, heads, tokens, dtype)
 
     def dense(self) -> torch.Tensor:
+        """The vectors decompressed, ``[B, H_kv, n, D]``; places that no token has may hold anything."""
         tables = (self.rotation, self.centroids, self.kind == "hadamard")
         read = torch.ops.turboquant.read_pages
         return read(self.buffer, self.block_table, self.heads, self.which, self.shape[2], *tables, self.dtype)

@@ -112,6 +112,7 @@ class PackedTensor(DeferredTensor):
         return PackedTensor(packed.codes, packed.norms, *tables, dtype, 0, packed.codes.shape[2])
 
     def dense(self) -> torch.Tensor:
+        """The vectors decompressed, ``[B, H_kv, n, D]``."""
         packed, codec = unpack(self)
         return codec.decompress(packed, self.dtype)
 
@@ -170,9 +171,11 @@ class CausalMask(DeferredTensor):
         return self._write().to(self.device)
 
     def dense(self) -> torch.Tensor:
+        """The mask's elements, to be added to scores."""
         return additive(self.written(), self.dtype)
 
     def moved(self, device: torch.device) -> CausalMask:
+        """The same mask on another device."""
         visible = None if self.visible is None else self.visible.to(device)
         return CausalMask(self.shape, device, visible, self.window, self.dtype, self._write)
 

@@ -25,6 +25,7 @@ def triton_flash_attention(
 
     Raises:
         TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
+        RuntimeError: the tensors are not on a GPU that Triton supports.
 
     All tensors may have any strides and must be on one device. Source: FlashAttention-2, arXiv 2307.08691.
     """

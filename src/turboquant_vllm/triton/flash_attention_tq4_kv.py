@@ -39,6 +39,7 @@ def triton_flash_attention_tq4_kv(
 
     Raises:
         TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
+        RuntimeError: the tensors are not on a GPU that Triton supports.
 
     All tensors may have any strides and must be on one device. Source: TurboQuant, arXiv 2504.19874.
     """

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from turboquant_vllm.checks import check_head_dim
 from turboquant_vllm.quality.attention import Model, cache_format, no_loading_bar
 
 __all__ = ["check_cache", "load"]
@@ -49,17 +49,24 @@ def load(name: str, device: torch.device) -> tuple[Any, Model]:
 
 
 @torch.inference_mode()
-def check_cache(model: Model, name: str) -> dict[int, tuple[int, int]]:
+def check_cache(model: Model, name: str, dense: Collection[int] = ()) -> dict[int, tuple[int, int]]:
     """Layers with a cache of keys and values -> elements per token, and bytes per token in TQ4.
 
     Raises:
-        ValueError: the model keeps no such cache, or one whose vectors TQ4 cannot hold.
+        ValueError: the model keeps no such cache, or one that `TurboQuantCache` would not keep in 4 bits, in a layer that is
+            not among the ``dense`` ones.
     """
+    from turboquant_vllm.hf.cache import stays_dense
+    from turboquant_vllm.hf.layers import expected_shapes
+
     found: dict[int, tuple[int, int]] = {}
+    named = f"{name} ({type(model).__name__})"
+    if stays_dense(model.config):
+        raise ValueError(f"model: expected one whose cache can be kept in 4 bits, {named} has multi-head latent attention")
 
     def look(layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        for x in (key, value):
-            check_head_dim(x.shape[-1], minimum=16)
+        if layer not in dense and (wrong := expected_shapes(key, value)):
+            raise ValueError(f"layer {layer}: expected {wrong}; leave it exact: --dense {layer}")
         elements, packed = 0, 0
         for x in (key, value):
             elements += x.shape[1] * x.shape[-1]
@@ -71,7 +78,7 @@ def check_cache(model: Model, name: str) -> dict[int, tuple[int, int]]:
     with cache_format(model, look):
         output = model(ids, use_cache=True)
     if not found or getattr(output, "past_key_values", None) is None:
-        raise ValueError(f"model: expected one with a cache of keys and values, {name} ({type(model).__name__}) keeps none")
+        raise ValueError(f"model: expected one with a cache of keys and values, {named} keeps none")
     return found
 
 

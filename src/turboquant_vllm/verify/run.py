@@ -6,6 +6,7 @@ attends to exactly the keys and values that a TQ4 cache returns, at every positi
 
 from __future__ import annotations
 
+import math
 import platform
 import time
 from collections.abc import Callable, Collection
@@ -67,17 +68,17 @@ def run_verify(
     Raises:
         ImportError: a package of the extra "hf" is missing.
         FileNotFoundError: there is no such model or text.
-        ValueError: the model has no cache of keys and values that TQ4 can hold, the text is shorter than the context, or an
-            argument is out of its range.
+        ValueError: the model has no cache of keys and values that `TurboQuantCache` would keep in 4 bits, the text is shorter
+            than the context, the model gives NaN, or an argument is out of its range.
     """
     if count < 1:
         raise ValueError(f"windows: expected at least 1, got {count}")
-    if not max_ppl_increase >= 0:
+    if not 0 <= max_ppl_increase < math.inf:
         raise ValueError(f"max_ppl_increase: expected a percentage of at least 0, got {max_ppl_increase}")
     start = time.perf_counter()
     progress("loading", 0)
     tokenizer, loaded = load(model, pick_device(device))
-    layers = check_cache(loaded, model)
+    layers = check_cache(loaded, model, dense_layers)
     if unknown := sorted(set(dense_layers) - layers.keys()):
         raise ValueError(f"dense layers: expected some of the cached {_span(layers)}, got {unknown[0]}")
     context = _context(loaded, context)
@@ -87,6 +88,8 @@ def run_verify(
     kept = frozenset(dense_layers)
     errors = LayerErrors()
     scores = passes.compare("exact and TQ4 caches", kept, errors)
+    if not scores.exact.isfinite().all():
+        raise ValueError(f"model: expected finite likelihoods, {model} gives {scores.exact.sum().item()} with an exact cache")
     contributions = passes.contributions(sorted(layers), kept)
     passed = 100 * scores.increase <= max_ppl_increase
     recommended = passes.recommend(scores, kept, [layer for layer, _ in contributions], max_ppl_increase)
