@@ -7,11 +7,12 @@
 #define SUMS (COMBINE_THREADS / COLUMNS)
 
 struct CombineParams {
-  const float* parts; const float* parts_lse; const float* rotation; void* out; float* lse;
+  const float* parts; const float* rotation; void* out; float* lse;
 #if PAGED
   const int* plan; const int* starts;
   i64 out_token, out_head;
   int sequences, tokens, workers;
+  Divisor by_active;
 #else
   Work work;
 #endif
@@ -37,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
 #if PAGED
   const int* ends = p.plan;
   const Line work = {ends, ends + p.sequences, ends + 2 * p.sequences, p.sequences, ends[p.sequences - 1] / p.workers,
-                     ends[p.sequences - 1] % p.workers};
+                     ends[p.sequences - 1] % p.workers, p.sequences * p.heads.kv_heads};
 #endif
   // Row `first` + i of all: whether there is such a query, its head, its place in the output and in the log-sum-exps.
   struct Query { bool there; int head; i64 out, lse; };
@@ -63,19 +64,24 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
 #if PAGED
     const int s = p.heads.batch(head), start = work.start_of(s), each = (work.ends[s] - start) / p.heads.kv_heads;
     const int begin = start + (head - s * p.heads.kv_heads) * each;
-    const int from = each ? work.worker_of(begin) + pass : 0, to = each ? work.worker_of(begin + each - 1) + pass : -1;
+    Slots slots = {0, 0, 0, 0};
+    if (each) {
+      const int last = work.worker_of(begin + each - 1);
+      slots = joined_slots(work, p.by_active, pass, work.worker_of(begin), last, work.begin(last + 1) > begin + each);
+    }
 #else
-    const int from = p.work.first_slot(pass), to = p.work.last_slot(pass);
+    const Slots slots = p.work.slots(pass);
 #endif
 #pragma unroll 1
-    for (int slot = from + part / at_once; slot <= to; slot += shares * 4) {
+    for (int from = part / at_once; from < slots.count; from += shares * 4) {
       float4 x[4];
       float lse[4], next = top;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const i64 at = (i64)min(slot + i * shares, to) * (4 * NT) + row % (4 * NT);
-        lse[i] = slot + i * shares <= to ? p.parts_lse[at] : -INFINITE;
-        x[i] = ((const float4*)p.parts)[at * COLUMNS + column];
+        const int index = from + i * shares;
+        const float* at = p.parts + ((i64)slots.at(min(index, slots.count - 1)) * (4 * NT) + row % (4 * NT)) * PART_PITCH;
+        lse[i] = index < slots.count ? at[D] : -INFINITE;
+        x[i] = ((const float4*)at)[column];
       }
 #pragma unroll
       for (int i = 0; i < 4; i++) next = fmaxf(next, lse[i]);

@@ -355,25 +355,55 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     {
       // The segment's normalised rows, and the log2 of each row's sum of exp2. Where they go is worked out here, and the
       // thread's number read anew, so that none of it takes a register in the loop above.
-      const int tid = thread_number(), r = tid % 32 / 4, c = tid % 4, worker = blockIdx.x * p.active + tid / 32;
+      const int tid = thread_number(), r = tid % 32 / 4, c = tid % 4;
       const Pass pass = locate(now - 1);
       const int first_row = p.heads.first_row(pass.index);
-#if PAGED
-      const int slot = worker + pass.index;
-#else
-      const int slot = p.work.slot(worker, pass.index, now - 1 - pass.start);
-#endif
+      const bool joins = now == end && !work.fixed;
+      if (joins) __syncthreads();  // table, rings and queries have served
+      float* part = joins ? (float*)smem + tid / 32 * PART : p.parts + (i64)work.slot(pass.index, now - 1 - pass.start) * PART;
+      if (joins && tid % 32 == 0) ((int*)part)[D + 1] = pass.index;
 #pragma unroll
       for (int t = 0; t < NT; t++) {
         const float total = warp_sum(l[t], 4), factor = total == 0 ? 0 : v_ref * (level_scale / total);
-        const i64 row = (i64)slot * (4 * NT) + t * 4 + c;
+        float* row = part + (t * 4 + c) * PART_PITCH;
         if (first_row + t * 4 + c >= p.heads.rows) continue;
-        if (r == 0) p.parts_lse[row] = total == 0 ? -INFINITE : m[t] + lg2(total);
+        if (r == 0) row[D] = total == 0 ? -INFINITE : m[t] + lg2(total);
 #pragma unroll
         for (int j = 0; j < MTILES; j++)
-          ((float4*)p.parts)[row * (D / 4) + r * (D / 32) + j] =
+          ((float4*)row)[r * (D / 32) + j] =
               make_float4(o[t][j][0] * factor, o[t][j][1] * factor, o[t][j][2] * factor, o[t][j][3] * factor);
       }
+    }
+  }
+  if (work.fixed) return;
+
+  // Warps of one pass, side by side in the block, leave one result. In `smem`: a part of each warp.
+  auto pass_of = [&](int warp) { return ((int*)smem)[warp * PART + D + 1]; };
+  if (work.begin(worker) == end) {  // nothing was to be done
+    __syncthreads();
+    if (lane == 0) ((int*)smem)[warp * PART + D + 1] = -1;
+  }
+  __syncthreads();
+#pragma unroll 1
+  for (int from = 0, to; from < p.active; from = to) {
+    const int pass = pass_of(from);
+    for (to = from + 1; to < p.active && pass_of(to) == pass;) to++;
+    if (pass < 0) continue;
+    const int count = min(4 * NT, p.heads.rows - p.heads.first_row(pass));
+    float* part = p.parts + (i64)work.joined_slot(pass, blockIdx.x) * PART;
+#pragma unroll 1
+    for (int i = tid; i < count * D; i += THREADS) {
+      const int row = i / D * PART_PITCH, dim = i % D;
+      const float* mine = (const float*)smem + row;
+      float top = LOWEST, total = 0, x = 0;
+      for (int w = from; w < to; w++) top = fmaxf(top, mine[w * PART + D]);
+      for (int w = from; w < to; w++) {
+        const float lse = mine[w * PART + D], weight = ex2(lse - top);
+        if (lse == -INFINITE) continue;
+        total += weight, x += weight * mine[w * PART + dim];
+      }
+      part[row + dim] = total == 0 ? 0 : x / total;
+      if (dim == 0) part[row + D] = total == 0 ? -INFINITE : top + lg2(total);
     }
   }
 }

@@ -34,10 +34,10 @@ __all__ = [
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "decode.cu", "combine.cu"))
 DIVISOR = "Ii"
-WORK = "i" * 6 + DIVISOR * 5
+WORK = "i" * 7 + DIVISOR * 6
 HEADS = "i" * 4 + DIVISOR * 3
-DECODE_PARAMS = "P" * 9 + "q" * 16 + WORK + HEADS + "i" * 6 + "f"
-COMBINE_PARAMS = "P" * 5 + WORK + HEADS + DIVISOR + "i" * 5
+DECODE_PARAMS = "P" * 8 + "q" * 16 + WORK + HEADS + "i" * 6 + "f"
+COMBINE_PARAMS = "P" * 4 + WORK + HEADS + DIVISOR + "i" * 5
 # What the kernels of masked calls take behind these.
 DECODE_MASKS, COMBINE_MASKS = "Piff", "P"
 
@@ -96,6 +96,11 @@ class Variant:
         return _TABLE_BYTES + self.warps * self.stages * (16 * self.head_dim + 128)
 
     @property
+    def part_bytes(self) -> int:
+        """What the results of a block's warps take, which are joined where table and rings were."""
+        return self.warps * self.row_tiles * 16 * (self.head_dim + 4)
+
+    @property
     def fragment_bytes(self) -> int:
         """A pass's rotated queries, as the matrix instructions take them."""
         return (self.row_tiles + 1) // 2 * 16 * self.head_dim
@@ -131,7 +136,7 @@ def choose_variant(head_dim: int, rows: int, shared_limit: int, masked: bool = F
         for passes in (8, 6, 3, 2)
         for stages in range(max(3, 64 // warps * 64 // head_dim), 1, -1)
     )
-    return next(variant for variant in candidates if variant.shared_bytes <= shared_limit)
+    return next(v for v in candidates if v.shared_bytes <= shared_limit and v.part_bytes <= v.shared_bytes_without_query)
 
 
 @dataclass(frozen=True)
@@ -242,11 +247,11 @@ class Call:
         passes, tiles = heads * chunks, -(-kv_len // 16)
         plan = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
         workers = plan.blocks * plan.warps
-        slots = passes * plan.splits if plan.splits else passes + workers
+        slots = passes * plan.splits if plan.splits else 2 * passes + plan.blocks
         piece, pieces = plan.split_len // 16 or 1, plan.splits or tiles
         share, more = divmod(passes * pieces, workers)
-        divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1))
-        work = (tiles, piece, pieces, share, more, int(split_len is not None), *divisors)
+        divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1), *divisor(plan.warps))
+        work = (tiles, piece, pieces, share, more, int(split_len is not None), passes, *divisors)
         layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
         # What a batch changes must change no order of additions where split_len promises that.
         at_once = 4 if split_len else rows_at_once(head_dim, heads * rows, multiprocessors)
@@ -369,21 +374,20 @@ def prepare(
     masked = sliding_window is not None or softcap is not None or sinks is not None
     k, v = _aligned(k), _aligned(v)
     call = Call.plan(q.get_device(), q.shape, num_kv_heads, count, split_len, masked)
-    # One allocation for the results of parts, their log-sum-exps, and those of the whole if nobody asked for them.
+    # One allocation for the results of parts, and the log-sum-exps of the whole if nobody asked for them.
     unwanted = q.numel() // head_dim if lse is None else 0
-    parts = torch.empty((call.part_rows * (head_dim + 1) + unwanted,), dtype=torch.float32, device=q.device)
+    parts = torch.empty((call.part_rows * (head_dim + 4) + unwanted,), dtype=torch.float32, device=q.device)
     parts_at = parts.data_ptr()
-    parts_lse_at = parts_at + 4 * call.part_rows * head_dim
-    lse_at = parts_lse_at + 4 * call.part_rows if lse is None else lse.data_ptr()
+    lse_at = parts_at + 4 * call.part_rows * (head_dim + 4) if lse is None else lse.data_ptr()
     centroids, rotation = centroids.contiguous(), _aligned(rotation.contiguous())
     rotation_at, bf16 = rotation.data_ptr(), int(q.dtype == torch.bfloat16)
     attend_args = (
         q.data_ptr(), k.data_ptr(), k_norms.data_ptr(), v.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
-        rotation_at, parts_at, parts_lse_at, *q.stride(), *k.stride()[:3], *k_norms.stride(),
+        rotation_at, parts_at, *q.stride(), *k.stride()[:3], *k_norms.stride(),
         *v.stride()[:3], *v_norms.stride(), *call.attend, int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
     )  # fmt: skip
     combine_args = (
-        parts_at, parts_lse_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
+        parts_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
     )  # fmt: skip
     if masked:
         sinks = None if sinks is None else sinks.contiguous()

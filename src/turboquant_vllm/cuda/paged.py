@@ -32,8 +32,8 @@ from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 
 __all__ = ["PAGED_COMBINE_PARAMS", "PAGED_PARAMS", "decode_pages"]
 
-PAGED_PARAMS = "P" * 9 + "q" * 16 + "P" * 6 + "q" + "i" * 5 + DIVISOR + HEADS + "i" * 6 + "f"
-PAGED_COMBINE_PARAMS = "P" * 7 + "q" * 2 + "i" * 3 + HEADS + DIVISOR + "i" * 5
+PAGED_PARAMS = "P" * 8 + "q" * 16 + "P" * 6 + "q" + "i" * 5 + DIVISOR + HEADS + "i" * 6 + "f"
+PAGED_COMBINE_PARAMS = "P" * 6 + "q" * 2 + "i" * 3 + DIVISOR + HEADS + DIVISOR + "i" * 5
 
 
 @cache
@@ -58,7 +58,7 @@ class Call:
         grids: blocks of each.
         blocks: threads of each block.
         shared_bytes: dynamic shared memory of each block.
-        places: where the workspace holds results of parts, their log-sum-exps, rotated queries, row scales, the line of work.
+        places: where the workspace holds results of parts, rotated queries, row scales, the line of work.
         workspace_bytes: of the workspace.
         attend, combine: the numbers that the last two kernels take behind what is known of single sequences.
         workers: warps that share the keys.
@@ -98,8 +98,8 @@ class Call:
         tiles = heads * -(-kv_len // 16)
         blocks = max(1, min(multiprocessors, tiles))
         active = max(1, min(variant.warps, -(-tiles // blocks)))
-        part_rows, query_rows = (heads + blocks * active) * 4 * variant.row_tiles, heads * 4 * variant.row_tiles
-        sizes = (4 * head_dim * part_rows, 4 * part_rows, heads * variant.fragment_bytes, 4 * query_rows, line)
+        part_rows, query_rows = (2 * heads + blocks) * 4 * variant.row_tiles, heads * 4 * variant.row_tiles
+        sizes = (4 * (head_dim + 4) * part_rows, heads * variant.fragment_bytes, 4 * query_rows, line)
         *places, workspace_bytes = itertools.accumulate((-(-size // 16) * 16 for size in sizes), initial=0)
         at_once = rows_at_once(head_dim, heads * rows, multiprocessors)
         layout = (num_kv_heads, group, rows, 1, *divisor(num_kv_heads), *divisor(group), *divisor(1))
@@ -112,7 +112,7 @@ class Call:
             places=tuple(places),
             workspace_bytes=workspace_bytes,
             attend=(*layout, active),
-            combine=(*layout, *divisor(rows), heads * rows, num_heads, at_once),
+            combine=(*divisor(active), *layout, *divisor(rows), heads * rows, num_heads, at_once),
             workers=blocks * active,
         )
 
@@ -155,7 +155,7 @@ def decode_pages(
     call = Call.plan(q.get_device(), sequences, num_heads, num_kv_heads, rows, longest, head_dim, masked)
     workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device)
     start = workspace.data_ptr()
-    parts, parts_lse, fragments, row_scales, line = (start + place for place in call.places)
+    parts, fragments, row_scales, line = (start + place for place in call.places)
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
     result = out if out.stride(2) == 1 and not (out.stride(0) | out.stride(1)) % 2 else torch.empty_like(q)
@@ -164,14 +164,14 @@ def decode_pages(
     chunk = page_size * (head_dim + 8)
     bf16 = int(q.dtype == torch.bfloat16)
     args = (
-        q.data_ptr(), codes, norms, values, norms + 4 * page_size, centroids.data_ptr(), rotation.data_ptr(), parts, parts_lse,
+        q.data_ptr(), codes, norms, values, norms + 4 * page_size, centroids.data_ptr(), rotation.data_ptr(), parts,
         0, q.stride(1), q.stride(0), q.stride(2), page_bytes, chunk, head_dim // 2, 0, 0, 1, page_bytes, chunk, head_dim // 2,
         0, 0, 1, block_table.data_ptr(), seq_lens.data_ptr(), cu_seqlens_q.data_ptr(), fragments, row_scales, line,
         block_table.stride(0), sequences, tokens, pages.shape[0], page_size // 16, room, *divisor(page_size // 16),
         *call.attend, 0, 0, int(causal), bf16, 0, sm_scale / math.log(2),
     )  # fmt: skip
     combine_args = (
-        parts, parts_lse, rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), line, cu_seqlens_q.data_ptr(),
+        parts, rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), line, cu_seqlens_q.data_ptr(),
         result.stride(0), result.stride(1), sequences, tokens, call.workers, *call.combine, bf16, 0,
     )  # fmt: skip
     if masked:

@@ -15,13 +15,14 @@
 #define QUERY (RING + WARPS * STAGES * TILE_BYTES)
 #define QUERY_BYTES (NQ * 16 * D)
 #define ROW_SCALE (QUERY + PASSES * QUERY_BYTES)
+#define PART (4 * NT * PART_PITCH)  // floats of the results of one segment, or of several joined
 #define TURNS ((D / 8 + WARPS - 1) / WARPS)  // groups of 8 columns of the rotation that a warp turns the query into
 #define TURNS_HELD (D < 256 && WARPS == 8 ? TURNS : 1)  // of which it has in registers at first
 #define HELD (WARPS == 16 && D < 256 ? 2 : WARPS == 12 ? 4 : 16 / WARPS)  // rows of the query that a warp loads at a time
 
 struct DecodeParams {
   const void* q; const unsigned char* k; const float* k_norms; const unsigned char* v; const float* v_norms;
-  const float* centroids; const float* rotation; float* parts; float* parts_lse;
+  const float* centroids; const float* rotation; float* parts;
   i64 q_b, q_h, q_n, q_d, k_b, k_h, k_n, kn_b, kn_h, kn_n, v_b, v_h, v_n, vn_b, vn_h, vn_n;
 #if PAGED
   // k to v_norms point into the first page; strides of tokens are a page's, k_h to vn_h one head's, k_b one page's.
@@ -181,7 +182,7 @@ __device__ __forceinline__ Line plan_line(const DecodeParams& p, int* room) {
   if (blockIdx.x == 0)
     for (int s = tid; s < 3 * count; s += THREADS) p.plan[s] = room[s];
   const int all = ends[count - 1], workers = gridDim.x * p.active;
-  return Line{ends, lens, shifts, count, all / workers, all % workers};
+  return Line{ends, lens, shifts, count, all / workers, all % workers, count * p.heads.kv_heads};
 }
 
 // Before the first kernel: the rotated queries of all sequences, as B fragments in global memory.
