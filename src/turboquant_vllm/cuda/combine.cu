@@ -38,7 +38,7 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
 #if PAGED
   const int* ends = p.plan;
   const Line work = {ends, ends + p.sequences, ends + 2 * p.sequences, p.sequences, ends[p.sequences - 1] / p.workers,
-                     ends[p.sequences - 1] % p.workers, p.sequences * p.heads.kv_heads};
+                     ends[p.sequences - 1] % p.workers};
 #endif
   // Row `first` + i of all: whether there is such a query, its head, its place in the output and in the log-sum-exps.
   struct Query { bool there; int head; i64 out, lse; };
@@ -67,10 +67,10 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
     Slots slots = {0, 0, 0, 0};
     if (each) {
       const int last = work.worker_of(begin + each - 1);
-      slots = joined_slots(work, p.by_active, pass, work.worker_of(begin), last, work.begin(last + 1) > begin + each);
+      slots = joined_slots(p.heads.passes, p.by_active, pass, work.worker_of(begin), last, work.begin(last + 1) > begin + each);
     }
 #else
-    const Slots slots = p.work.slots(pass);
+    const Slots slots = p.work.slots(p.heads.passes, pass);
 #endif
 #pragma unroll 1
     for (int from = part / at_once; from < slots.count; from += shares * 4) {

@@ -172,6 +172,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   const u32 select_low = (r & 1) ? 0x1044u : 0x4410u, select_high = (r & 1) ? 0x3244u : 0x4432u;
   const int source = c * 4 + (r >> 1);
 
+  if (now == end && !work.fixed) {  // this warp has nothing to do: it only meets the others where they end
+    __syncthreads();
+    if (lane == 0) ((int*)smem)[warp * PART + D + 1] = -1;
+  }
   int stage = 0;
 #pragma unroll 1
   while (now < end) {
@@ -379,10 +383,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 
   // Warps of one pass, side by side in the block, leave one result. In `smem`: a part of each warp.
   auto pass_of = [&](int warp) { return ((int*)smem)[warp * PART + D + 1]; };
-  if (work.begin(worker) == end) {  // nothing was to be done
-    __syncthreads();
-    if (lane == 0) ((int*)smem)[warp * PART + D + 1] = -1;
-  }
   __syncthreads();
 #pragma unroll 1
   for (int from = 0, to; from < p.active; from = to) {
@@ -390,9 +390,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     for (to = from + 1; to < p.active && pass_of(to) == pass;) to++;
     if (pass < 0) continue;
     const int count = min(4 * NT, p.heads.rows - p.heads.first_row(pass));
-    float* part = p.parts + (i64)work.joined_slot(pass, blockIdx.x) * PART;
+    float* part = p.parts + (i64)(p.heads.passes + pass + blockIdx.x) * PART;
 #pragma unroll 1
-    for (int i = tid; i < count * D; i += THREADS) {
+    for (int i = thread_number(); i < count * D; i += THREADS) {
       const int row = i / D * PART_PITCH, dim = i % D;
       const float* mine = (const float*)smem + row;
       float top = LOWEST, total = 0, x = 0;

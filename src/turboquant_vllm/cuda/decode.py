@@ -34,8 +34,8 @@ __all__ = [
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "decode.cu", "combine.cu"))
 DIVISOR = "Ii"
-WORK = "i" * 7 + DIVISOR * 6
-HEADS = "i" * 4 + DIVISOR * 3
+WORK = "i" * 6 + DIVISOR * 6
+HEADS = "i" * 5 + DIVISOR * 3
 DECODE_PARAMS = "P" * 8 + "q" * 16 + WORK + HEADS + "i" * 6 + "f"
 COMBINE_PARAMS = "P" * 4 + WORK + HEADS + DIVISOR + "i" * 5
 # What the kernels of masked calls take behind these.
@@ -251,8 +251,8 @@ class Call:
         piece, pieces = plan.split_len // 16 or 1, plan.splits or tiles
         share, more = divmod(passes * pieces, workers)
         divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1), *divisor(plan.warps))
-        work = (tiles, piece, pieces, share, more, int(split_len is not None), passes, *divisors)
-        layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
+        work = (tiles, piece, pieces, share, more, int(split_len is not None), *divisors)
+        layout = (num_kv_heads, group, rows, chunks, passes, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
         # What a batch changes must change no order of additions where split_len promises that.
         at_once = 4 if split_len else rows_at_once(head_dim, heads * rows, multiprocessors)
         return cls(

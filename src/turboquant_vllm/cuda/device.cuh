@@ -160,20 +160,19 @@ struct Slots {
   __device__ __forceinline__ int at(int i) const { return i < joined ? first + i : pass; }
 };
 // Of a pass that the workers `first` to `last` share, the last of them going on to another pass if it `leaves`.
-template <typename Line>
-__device__ __forceinline__ Slots joined_slots(const Line& line, Divisor by_active, int pass, int first, int last, bool leaves) {
+__device__ __forceinline__ Slots joined_slots(int passes, Divisor by_active, int pass, int first, int last, bool leaves) {
   const int from = by_active.divide(first), joined = last - leaves < first ? 0 : by_active.divide(last - leaves) - from + 1;
-  return {line.joined_slot(pass, from), joined, joined + leaves, pass};
+  return {passes + pass + from, joined, joined + leaves, pass};
 }
 
 // Work is a line of tiles of 16 keys: pass after pass (head by head, chunk of query rows by chunk), each `tiles` long. A pass
 // is `pieces` pieces of `piece` tiles, the last one shorter; the line is cut into ranges of whole pieces, one a worker (a warp
 // of the first kernel): `share` of them, for the first `more` workers one more. Where a range enters another pass, a segment
 // ends. A worker's last segment is joined with those of its block that belong to the same pass; one before it has slot `pass`,
-// since only one worker can leave a pass. With `fixed` segments end at every piece and each has a slot of its own: then what
+// since only one worker can leave a pass; joined ones come behind, at `passes` + pass + block. With `fixed` segments end at every piece and each has a slot of its own: then what
 // a slot holds does not depend on the other passes.
 struct Work {
-  int tiles, piece, pieces, share, more, fixed, passes;
+  int tiles, piece, pieces, share, more, fixed;
   Divisor by_tiles, by_piece, by_pieces, by_share, by_share_1, by_active;  // by share + 1; by the workers of a block
 
   __device__ __forceinline__ int begin(int worker) const {
@@ -187,17 +186,16 @@ struct Work {
   __device__ __forceinline__ int pass_of(int tile) const { return by_tiles.divide(tile); }
   __device__ __forceinline__ int piece_end(int tile) const { return (by_piece.divide(tile) + 1) * piece; }
   __device__ __forceinline__ int slot(int pass, int tile) const { return fixed ? pass * pieces + by_piece.divide(tile) : pass; }
-  __device__ __forceinline__ int joined_slot(int pass, int block) const { return passes + pass + block; }
-  __device__ __forceinline__ Slots slots(int pass) const {
+  __device__ __forceinline__ Slots slots(int passes, int pass) const {
     if (fixed) return {pass * pieces, pieces, pieces, 0};
     const int first = worker_of(pass * pieces), last = worker_of((pass + 1) * pieces - 1);
-    return joined_slots(*this, by_active, pass, first, last, begin(last + 1) > (pass + 1) * tiles);
+    return joined_slots(passes, by_active, pass, first, last, begin(last + 1) > (pass + 1) * tiles);
   }
 };
 
 // Rows of one key/value head are numbered position * group + head; each chunk of 4 * NT of them is a pass over the keys.
 struct Heads {
-  int kv_heads, group, rows, chunks;
+  int kv_heads, group, rows, chunks, passes;  // passes of all sequences
   Divisor by_kv_heads, by_group, by_chunks;
 
   __device__ __forceinline__ int head_of(int pass) const { return by_chunks.divide(pass); }
@@ -212,7 +210,7 @@ struct Heads {
 // where its last one ends. A sequence with more query rows than a pass takes has none: another kernel serves it.
 struct Line {
   const int* ends; const int* lens; const int* shifts;  // of each sequence; shift = length - query tokens
-  int sequences, share, more, passes;
+  int sequences, share, more;
   static constexpr bool fixed = false;
 
   __device__ __forceinline__ int begin(int worker) const { return worker * share + min(worker, more); }
@@ -231,7 +229,6 @@ struct Line {
   }
   __device__ __forceinline__ int start_of(int sequence) const { return sequence ? ends[sequence - 1] : 0; }
   __device__ __forceinline__ int slot(int pass, int) const { return pass; }
-  __device__ __forceinline__ int joined_slot(int pass, int block) const { return passes + pass + block; }
 };
 
 // The first query token of a sequence, never beyond what there is.

@@ -102,7 +102,7 @@ class Call:
         sizes = (4 * (head_dim + 4) * part_rows, heads * variant.fragment_bytes, 4 * query_rows, line)
         *places, workspace_bytes = itertools.accumulate((-(-size // 16) * 16 for size in sizes), initial=0)
         at_once = rows_at_once(head_dim, heads * rows, multiprocessors)
-        layout = (num_kv_heads, group, rows, 1, *divisor(num_kv_heads), *divisor(group), *divisor(1))
+        layout = (num_kv_heads, group, rows, 1, heads, *divisor(num_kv_heads), *divisor(group), *divisor(1))
         threads = 32 * variant.warps
         return cls(
             kernels=_kernels(index, variant),

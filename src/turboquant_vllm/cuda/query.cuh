@@ -182,7 +182,7 @@ __device__ __forceinline__ Line plan_line(const DecodeParams& p, int* room) {
   if (blockIdx.x == 0)
     for (int s = tid; s < 3 * count; s += THREADS) p.plan[s] = room[s];
   const int all = ends[count - 1], workers = gridDim.x * p.active;
-  return Line{ends, lens, shifts, count, all / workers, all % workers, count * p.heads.kv_heads};
+  return Line{ends, lens, shifts, count, all / workers, all % workers};
 }
 
 // Before the first kernel: the rotated queries of all sequences, as B fragments in global memory.
