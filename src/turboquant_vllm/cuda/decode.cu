@@ -94,12 +94,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   auto open_pass = [&]() {
     const Pass pass = locate(next);
     const int head = p.heads.head_of(pass.index), token = (next - pass.start) * 16;
-    const i64 b = p.heads.batch(head), h = head - b * p.heads.kv_heads;
+    const int b = p.heads.batch(head), h = head - b * p.heads.kv_heads;
+    const bool key = lane < 16;
     left = pass.start + pass.tiles - next;
-    k_at = (const char*)p.k + b * p.k_b + h * p.k_h + (token + copy_row) * p.k_n + piece * 16;
-    v_at = (const char*)p.v + b * p.v_b + h * p.v_h + (token + copy_row) * p.v_n + piece * 16;
-    norm_at = (const char*)(lane < 16 ? p.k_norms + b * p.kn_b + h * p.kn_h : p.v_norms + b * p.vn_b + h * p.vn_h) +
-              (token + (lane & 15)) * norm_step();
+    k_at = (const char*)p.k + times(b, p.k_b) + times(h, p.k_h) + times(token + copy_row, p.k_n) + piece * 16;
+    v_at = (const char*)p.v + times(b, p.v_b) + times(h, p.v_h) + times(token + copy_row, p.v_n) + piece * 16;
+    norm_at = (const char*)((key ? p.k_norms : p.v_norms) + times(b, key ? p.kn_b : p.vn_b) + times(h, key ? p.kn_h : p.vn_h)) +
+              times(token + (lane & 15), norm_step());
   };
 #endif
   auto copy_next = [&](int stage) {
@@ -145,10 +146,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   rotate_query(p, smem, query_rows, turn, first_pass, rows, level_scale * p.scale_log2, smem + QUERY, (float*)(smem + ROW_SCALE));
 #endif
   // A warp writes four entries at a time, each lane four copies of one.
-  for (int b = warp * 4 + (lane >> 3); b < 256; b += WARPS * 4) {
-    const float inverse = inverse_power(level_scale);
-    const float first = __shfl_sync(~0u, level, b >> 4), second = __shfl_sync(~0u, level, b & 15);
-    const u32 entry = half2_bits(first * inverse, second * inverse);
+  const float scaled = level * inverse_power(level_scale);
+  const u32 mine = half2_bits(scaled, scaled);
+#pragma unroll
+  for (int b = warp * 4 + (lane >> 3), i = 0; i < 64; b += WARPS * 4, i += WARPS) {
+    const u32 entry = prmt(__shfl_sync(~0u, mine, b >> 4), __shfl_sync(~0u, mine, b & 15), 0x5410);
+    if (256 % (WARPS * 4) && b >= 256) break;
     *(uint4*)(smem + b * 256 + (lane & 7) * 16) = make_uint4(entry, entry, entry, entry);
   }
   __syncthreads();

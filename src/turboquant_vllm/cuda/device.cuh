@@ -148,6 +148,9 @@ __device__ __forceinline__ void rotate_rows(float* y, const float* rows, const T
   for (int i = 0; i < 4; i++) y[i] += y1[i] + y2[i];
 }
 
+// A place that is not negative, times a stride: half the instructions of a product of two 64-bit numbers.
+__device__ __forceinline__ i64 times(int n, i64 stride) { return (i64)(u32)n * stride; }
+
 // Division by a number known at launch: 3 instructions in place of some 25.
 struct Divisor {
   u32 magic; int shift;

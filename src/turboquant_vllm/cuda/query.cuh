@@ -62,23 +62,24 @@ __device__ __forceinline__ int place(int p, int token) {
   return D == 256 ? p ^ ((token & 1) << 2 | (token & 2)) : D == 128 ? p ^ (token & 2) : p;
 }
 
-// Rows `done` + warp, + WARPS, ... of the queries of passes from `first` on, dimensions lane + 32 * j; zero past the last.
+// Rows `done` + warp, + WARPS, ... below `all` of the queries of passes from `first` on, dimensions lane + 32 * j.
 struct Rows { u32 at[HELD][D / 64]; };  // dimensions of j even and odd in one word
 __device__ __forceinline__ void load_rows(Rows& rows, const DecodeParams& p, int first, int done, int all) {
   const int lane = threadIdx.x & 31;
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
     const int at = done + (threadIdx.x >> 5) + i * WARPS, pass = first + at / (4 * NT), head = p.heads.head_of(pass);
+    if (at >= all) break;
     const int row = p.heads.first_row(pass) + at % (4 * NT), b = p.heads.batch(head), h = head - b * p.heads.kv_heads;
 #if PAGED
-    const int first_token = at < all ? first_token_of(p.starts, b, p.tokens) : 0;
-    const bool there = at < all && p.heads.position(row) < first_token_of(p.starts, b + 1, p.tokens) - first_token;
+    const int first_token = first_token_of(p.starts, b, p.tokens);
+    const bool there = p.heads.position(row) < first_token_of(p.starts, b + 1, p.tokens) - first_token;
 #else
     const int first_token = 0;
-    const bool there = at < all && row < p.heads.rows;
+    const bool there = row < p.heads.rows;
 #endif
-    const unsigned short* from = (const unsigned short*)p.q + b * p.q_b + (first_token + p.heads.position(row)) * p.q_n +
-                                 (h * p.heads.group + p.heads.member(row)) * p.q_h + lane * p.q_d;
+    const unsigned short* from = (const unsigned short*)p.q + times(b, p.q_b) + times(first_token + p.heads.position(row), p.q_n) +
+                                 times(h * p.heads.group + p.heads.member(row), p.q_h) + times(lane, p.q_d);
 #pragma unroll
     for (int j = 0; j < D / 64; j++)
       rows.at[i][j] = there ? from[64 * j * p.q_d] | (u32)from[(64 * j + 32) * p.q_d] << 16 : 0;
@@ -114,6 +115,7 @@ __device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, 
     if (done) load_rows(rows, p, first, done, all);
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
+      if (done + warp + i * WARPS >= all) break;
       float* row = raw + (warp + i * WARPS) * ROW_PITCH;
       float largest = 0;
 #pragma unroll
