@@ -177,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 
   if (now == end && !work.fixed) {  // this warp has nothing to do: it only meets the others where they end
     __syncthreads();
-    if (lane == 0) ((int*)smem)[warp * PART + D + 1] = -1;
+    if (lane == 0) pass_of_part(smem, warp) = -1;
   }
   int stage = 0;
 #pragma unroll 1
@@ -368,7 +368,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       const bool joins = now == end && !work.fixed;
       if (joins) __syncthreads();  // table, rings and queries have served
       float* part = joins ? (float*)smem + tid / 32 * PART : p.parts + (i64)work.slot(pass.index, now - 1 - pass.start) * PART;
-      if (joins && tid % 32 == 0) ((int*)part)[D + 1] = pass.index;
+      if (joins && tid % 32 == 0) pass_of_part(smem, tid / 32) = pass.index;
 #pragma unroll
       for (int t = 0; t < NT; t++) {
         const float total = warp_sum(l[t], 4), factor = total == 0 ? 0 : v_ref * (level_scale / total);
@@ -382,31 +382,5 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       }
     }
   }
-  if (work.fixed) return;
-
-  // Warps of one pass, side by side in the block, leave one result. In `smem`: a part of each warp.
-  auto pass_of = [&](int warp) { return ((int*)smem)[warp * PART + D + 1]; };
-  __syncthreads();
-#pragma unroll 1
-  for (int from = 0, to; from < p.active; from = to) {
-    const int pass = pass_of(from);
-    for (to = from + 1; to < p.active && pass_of(to) == pass;) to++;
-    if (pass < 0) continue;
-    const int count = min(4 * NT, p.heads.rows - p.heads.first_row(pass));
-    float* part = p.parts + (i64)(p.heads.passes + pass + blockIdx.x) * PART;
-#pragma unroll 1
-    for (int i = thread_number(); i < count * D; i += THREADS) {
-      const int row = i / D * PART_PITCH, dim = i % D;
-      const float* mine = (const float*)smem + row;
-      float top = LOWEST, total = 0, x = 0;
-      for (int w = from; w < to; w++) top = fmaxf(top, mine[w * PART + D]);
-      for (int w = from; w < to; w++) {
-        const float lse = mine[w * PART + D], weight = ex2(lse - top);
-        if (lse == -INFINITE) continue;
-        total += weight, x += weight * mine[w * PART + dim];
-      }
-      part[row + dim] = total == 0 ? 0 : x / total;
-      if (dim == 0) part[row + D] = total == 0 ? -INFINITE : top + lg2(total);
-    }
-  }
+  if (!work.fixed) join_warps(p, smem);
 }

@@ -32,7 +32,7 @@ __all__ = [
     "source",
 ]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "decode.cu", "combine.cu"))
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "join.cuh", "decode.cu", "combine.cu"))
 DIVISOR = "Ii"
 WORK = "i" * 6 + DIVISOR * 6
 HEADS = "i" * 5 + DIVISOR * 3
@@ -250,7 +250,8 @@ class Call:
         slots = passes * plan.splits if plan.splits else 2 * passes + plan.blocks
         piece, pieces = plan.split_len // 16 or 1, plan.splits or tiles
         share, more = divmod(passes * pieces, workers)
-        divisors = (*divisor(tiles), *divisor(piece), *divisor(pieces), *divisor(max(share, 1)), *divisor(share + 1), *divisor(plan.warps))
+        numbers = (tiles, piece, pieces, max(share, 1), share + 1, plan.warps)
+        divisors = tuple(itertools.chain.from_iterable(map(divisor, numbers)))
         work = (tiles, piece, pieces, share, more, int(split_len is not None), *divisors)
         layout = (num_kv_heads, group, rows, chunks, passes, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
         # What a batch changes must change no order of additions where split_len promises that.
