@@ -18,7 +18,7 @@ from turboquant_vllm import PagedTQ4Cache
 from turboquant_vllm.checks import PagedShape
 from turboquant_vllm.cuda.decode import choose_variant
 from turboquant_vllm.lengths import HostLengths
-from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS, most_rows_over_pages
+from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS
 from turboquant_vllm.pieces import native_calls
 from turboquant_vllm.vllm.batch import Kind, plan_runs
 from turboquant_vllm.vllm.layer import PagedLayer, chunks_of_all_kinds, codec_for
@@ -172,12 +172,9 @@ class TestAttention:
 
 
 class TestWarmUp:
-    @pytest.mark.parametrize("head_dim", [64, 128, 256])
-    @pytest.mark.parametrize("group", [1, 3, 4, 8, 16, 32])
+    @pytest.mark.parametrize("head_dim", [64, 256])
+    @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
     def test_every_way_of_serving_a_chunk_is_taken(self, group, head_dim):
-        if group > most_rows_over_pages(head_dim):
-            pytest.skip("not for the native kernels")
-
         def ways(tokens, keys):
             shape = PagedShape(tokens, 1, group, 1, head_dim, 16, 2000)
             calls = native_calls(shape, tokens, HostLengths([keys], [0, tokens]))
