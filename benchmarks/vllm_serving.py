@@ -3,8 +3,9 @@
     python benchmarks/vllm_serving.py        # writes results/vllm-h200.json
 
 An engine for each cache type, all with the shape of Llama-3.1-8B but fewer layers, dummy weights, and the share of one card's
-cache that the whole model would have. They start together and are timed one after another, in whole engine steps.
-The TQ4 engine checks its attention against the definition first.
+cache that the whole model would have. They start together, and each case is timed in one after another, in whole engine steps;
+the file is written anew after each case. The TQ4 engine checks its attention against the definition first, and ``--gate`` names
+a command whose success the file records: tests of greedy tokens, say, which run while the engines start.
 """
 
 from __future__ import annotations
@@ -14,101 +15,150 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, environment, write_results
-from vllm_worker import CACHES, CAPACITY, DECODE, TTFT
+from vllm_worker import CACHES, CAPACITY, CASES, DECODE, TTFT
 
 
 class Worker:
     """A process with one engine."""
 
-    def __init__(self, cache: str, folder: Path, log: Path, arguments: list[str]) -> None:
+    def __init__(self, cache: str, folder: Path, arguments: Sequence[str]) -> None:
         # -P: a file here must not be taken for a package of the same name that vLLM brings.
-        command = [
-            sys.executable,
-            "-P",
-            "-W",
-            "ignore",
-            str(Path(__file__).with_name("vllm_worker.py")),
-            cache,
-            "--folder",
-            str(folder),
-        ]
-        self.cache, self.log = cache, log
+        script = Path(__file__).with_name("vllm_worker.py")
+        command = [sys.executable, "-P", "-W", "ignore", str(script), cache, "--folder", str(folder / cache), *arguments]
+        self.log = folder / f"{cache}.log"
         self.process = subprocess.Popen(
-            [*command, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True
         )
 
-    def messages(self) -> Any:
-        """The JSON objects that it prints; other lines, vLLM's, are passed over."""
+    def message(self) -> dict[str, Any]:
+        """The next JSON object that it prints; other lines, vLLM's, are passed over. An ``error`` where it has ended."""
         assert self.process.stdout is not None
         for line in self.process.stdout:
             if line.startswith("{"):
-                yield json.loads(line)
-        if self.process.wait():
-            raise RuntimeError(f"{self.cache} failed:\n{self.log.read_text()[-3000:]}")
+                found: dict[str, Any] = json.loads(line)
+                return found
+        status, log = self.process.wait(), self.log.read_text()
+        print(log[-3000:], file=sys.stderr, flush=True)
+        reasons = [line for line in log.splitlines() if "Error" in line] or [""]
+        return {"error": f"ended with status {status}: {reasons[-1][:500]}"}
 
-    def go(self) -> None:
+    def measure(self, case: str) -> dict[str, Any]:
         assert self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
+        try:
+            self.process.stdin.write(f"{case}\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            return {"error": "has ended"}
+        return self.message()
+
+    def end(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
-def row(case: str, values: dict[str, Any], running: dict[str, int]) -> dict[str, Any]:
-    """A case's result: times of each cache and ratios of TQ4's to theirs; for capacity, tokens a second and their ratios."""
-    if case in DECODE:
-        sizes: dict[str, Any] = dict(zip(("requests", "context"), DECODE[case], strict=True))
-        unit = "ms_per_step"
-    elif case == "ttft":
-        sizes, unit = {"requests": 1, "context": TTFT}, "ms_to_first_token"
-    else:
-        sizes, unit = {**dict(zip(("requests", "context"), CAPACITY, strict=True)), "running": running}, "tokens_per_second"
-    against = {f"against_{name}": round(values["tq4"] / value, 3) for name, value in values.items() if name != "tq4"}
-    return {"id": case, **sizes, unit: values, **against}
+class Results:
+    """What was measured so far, and the file with it."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        self.path, self.settings = path, settings
+        self.values: dict[str, dict[str, Any]] = {"blocks": {}}
+        self.errors: dict[str, dict[str, str]] = {}
+        self.running: dict[str, int] = {}
+
+    def add(self, case: str, cache: str, message: dict[str, Any]) -> None:
+        print(cache, json.dumps(message), flush=True)
+        if "error" in message:
+            self.errors.setdefault(case, {})[cache] = message["error"]
+            return
+        self.values.setdefault(case, {})[cache] = message["value"]
+        if "running" in message:
+            self.running[cache] = message["running"]
+
+    def row(self, case: str) -> dict[str, Any]:
+        """Times of each cache and ratios of TQ4's to theirs; for blocks and capacity, numbers and their ratios."""
+        values = self.values.get(case, {})
+        if case == "blocks":
+            sizes, unit = {}, "blocks"
+        elif case in DECODE:
+            sizes, unit = dict(zip(("requests", "context"), DECODE[case], strict=True)), "ms_per_step"
+        elif case == "ttft":
+            sizes, unit = {"requests": 1, "context": TTFT}, "ms_to_first_token"
+        else:
+            sizes, unit = dict(zip(("requests", "context"), CAPACITY, strict=True)), "tokens_per_second"
+        row: dict[str, Any] = {"id": case, **sizes, unit: values}
+        if case == "capacity":
+            row["running"] = self.running
+        if "tq4" in values:
+            row |= {f"against_{name}": round(values["tq4"] / value, 3) for name, value in values.items() if name != "tq4"}
+        return row | ({"errors": self.errors[case]} if case in self.errors else {})
+
+    def write(self) -> None:
+        ids = ["blocks", *(case for case in CASES if case in self.values or case in self.errors)]
+        write_results(self.path, environment(**self.settings), [self.row(case) for case in ids])
+
+
+def run(caches: Sequence[str], cases: Sequence[str], arguments: Sequence[str], results: Results, gate: str, end: float) -> None:
+    """Start an engine for each cache; once all are there and the gate command has ended, time the cases until ``end``."""
+    folder = Path(tempfile.mkdtemp())
+    checking = subprocess.Popen(gate, shell=True, stdout=sys.stderr) if gate else None
+    workers = {cache: Worker(cache, folder, arguments) for cache in caches}
+    for cache, worker in list(workers.items()):
+        message = worker.message()
+        ready = message.get("ready")
+        if ready is None:  # the others may still be compared
+            results.add("blocks", cache, message)
+            del workers[cache]
+            continue
+        results.add("blocks", cache, ready)
+        results.settings["vllm"] = message["vllm"]
+        if cache == "tq4":
+            results.settings["error"] = message["worst"]
+    if checking is not None:
+        results.settings["gate"] = "passed" if checking.wait() == 0 else f"failed with status {checking.returncode}"
+        print("gate", results.settings["gate"], flush=True)
+    results.write()
+    for case in cases:
+        for cache, worker in workers.items():
+            if time.monotonic() > end:
+                print(f"no time left for {case} of {cache}", flush=True)
+                continue
+            results.add(case, cache, worker.measure(case))
+            results.write()
+    for worker in workers.values():
+        worker.end()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--caches", nargs="*", default=["tq4", "bf16", "fp8"], choices=CACHES)
+    parser.add_argument("--cases", nargs="*", default=CASES, choices=CASES)
+    parser.add_argument("--later-caches", nargs="*", default=[], choices=CACHES, help="started once the others are done")
+    parser.add_argument("--later-cases", nargs="*", default=["b32-8k", "b1-32k", "b8-32k"], choices=CASES)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--cache-bytes", type=float, default=27.5e9)
     parser.add_argument("--block-size", type=int, default=16)
-    parser.add_argument("--cases", nargs="*", default=[*DECODE, "ttft", "capacity"])
+    parser.add_argument("--gate", default="", help="a shell command")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="after which no case is begun")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm-h200.json")
     options = parser.parse_args()
-    arguments = ["--layers", str(options.layers), "--cache-bytes", str(options.cache_bytes)]
-    arguments += ["--block-size", str(options.block_size), "--cases", *options.cases]
-    folder = Path(tempfile.mkdtemp())
-    workers = [Worker(cache, folder / cache, folder / f"{cache}.log", arguments) for cache in options.caches]
-    streams = {worker.cache: worker.messages() for worker in workers}
-    ready: dict[str, dict[str, Any]] = {}
-    for cache, stream in list(streams.items()):
-        try:
-            ready[cache] = next(stream)["ready"]
-            print(cache, ready[cache], flush=True)
-        except RuntimeError as error:  # the others may still be compared
-            print(error, file=sys.stderr, flush=True)
-    values: dict[str, dict[str, Any]] = {}
-    running: dict[str, int] = {}
-    for worker in workers:
-        if worker.cache not in ready:
-            continue
-        worker.go()
-        for message in streams[worker.cache]:
-            print(worker.cache, message, flush=True)
-            values.setdefault(message["id"], {})[worker.cache] = message["value"]
-            if "running" in message:
-                running[worker.cache] = message["running"]
-    blocks = {cache: message["blocks"] for cache, message in ready.items()}
-    rows: list[dict[str, Any]] = [{"id": "blocks", "blocks": blocks, "against_bf16": round(blocks["tq4"] / blocks["bf16"], 3)}]
-    rows += [row(case, found, running) for case, found in values.items()]
+    end = time.monotonic() + options.seconds
     settings = {"layers": options.layers, "cache_bytes": options.cache_bytes, "block_size": options.block_size}
-    env = environment(vllm=ready["tq4"]["vllm"], error=ready["tq4"]["error"], **settings)
-    write_results(options.out, env, rows)
-    for one in rows:
-        print(json.dumps(one))
+    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
+    results = Results(options.out, settings)
+    run(options.caches, options.cases, arguments, results, options.gate, end)
+    if options.later_caches and time.monotonic() < end:
+        run(options.later_caches, options.later_cases, arguments, results, "", end)
+    for case in results.values:
+        print(json.dumps(results.row(case)))
+    if results.settings.get("gate", "passed") != "passed":
+        sys.exit(f"expected the gate to pass, got {results.settings['gate']}")
 
 
 if __name__ == "__main__":

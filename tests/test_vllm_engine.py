@@ -84,6 +84,7 @@ class Engine:
                 "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
             },
             "kv_cache_memory_bytes": 2**28,
+            "gpu_memory_utilization": 0.1,  # must be free at the start; others may use the card
             **options,
         }
         self.llm = vllm.LLM(

@@ -44,6 +44,7 @@ def builder(one, num_speculative_tokens=0, cls=TQ4MetadataBuilder):
         speculative_config=drafts if num_speculative_tokens else None,
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
         use_v2_model_runner=True,
+        compilation_config=SimpleNamespace(static_forward_context={"layer": SimpleNamespace(impl=make_impl())}),
     )
     return cls(one, ["layer"], config, torch.device("cpu"))
 

@@ -15,8 +15,13 @@ import torch
 
 import turboquant_vllm.vllm as plugin
 from turboquant_vllm import PagedTQ4Cache
+from turboquant_vllm.checks import PagedShape
+from turboquant_vllm.cuda.decode import choose_variant
+from turboquant_vllm.lengths import HostLengths
+from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS
+from turboquant_vllm.pieces import native_calls
 from turboquant_vllm.vllm.batch import Kind, plan_runs
-from turboquant_vllm.vllm.layer import PagedLayer, codec_for
+from turboquant_vllm.vllm.layer import PagedLayer, chunks_of_all_kinds, codec_for
 from turboquant_vllm.vllm.options import Options
 from vllm_cases import random_step
 
@@ -164,6 +169,30 @@ class TestAttention:
                 setattr(part, name, getattr(whole, name)[first:stop])
             out = attend(part, part.runs())
             torch.testing.assert_close(out.double(), expected[first:stop], rtol=1e-5, atol=1e-5)
+
+
+class TestWarmUp:
+    @pytest.mark.parametrize("head_dim", [64, 256])
+    @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
+    def test_every_way_of_serving_a_chunk_is_taken(self, group, head_dim):
+        def ways(tokens, keys):
+            shape = PagedShape(tokens, 1, group, 1, head_dim, 16, 2000)
+            calls = native_calls(shape, tokens, HostLengths([keys], [0, tokens]))
+            native = {(choose_variant(head_dim, call.tokens * group, 227 << 10).row_tiles, call.pieces > 1) for call in calls}
+            many = tokens * group >= MANY_ROWS
+            return native, many, many and tokens * group * keys >= MANY_PAIRS
+
+        taken = [ways(*chunk) for chunk in chunks_of_all_kinds(group, head_dim)]
+        for tokens in range(2, 600):
+            for keys in (tokens + 1, tokens + 300, 30_000):
+                native, *rest = ways(tokens, keys)
+                assert any(native <= have and rest == others for have, *others in taken), (tokens, keys)
+
+    def test_it_runs(self, monkeypatch):
+        monkeypatch.setattr("turboquant_vllm.vllm.layer.MANY_PAIRS", 1 << 12)  # fewer keys: nothing is compiled here
+        one = PagedLayer(16, 1, 16, 0.25, sinks=torch.zeros(16))
+        one.warm_up(16, torch.float32, torch.device("cpu"))
+        assert one.kind != PagedLayer(16, 1, 16, 0.25).kind
 
 
 class TestPages:

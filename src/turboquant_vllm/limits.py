@@ -13,6 +13,9 @@ __all__ = ["most_rows_over_pages", "why_not_decode", "why_not_decode_pages", "wh
 DECODE_HEAD_DIMS = (64, 128, 256)
 # From this many query rows of a key/value head on, decompressing the keys first beats looking their levels up in place.
 MANY_ROWS = 257
+# Over pages the fused kernels take all sequences in one launch, and need not make any dense: from so many pairs of a query row
+# and a key on, a sequence is worth launches of its own.
+MANY_PAIRS = 1 << 22
 MAX_SEQUENCES = 512  # of a batch over pages: what is known of each lies in shared memory
 
 

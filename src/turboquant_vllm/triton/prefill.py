@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_vllm.limits import MANY_ROWS
+from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS
 from turboquant_vllm.prefill import (
     MOST_PARTS,
     SCRATCH_BYTES,
@@ -27,9 +27,6 @@ from turboquant_vllm.triton.unpack import Packed, unpack
 
 __all__ = ["MANY_PAIRS", "MANY_ROWS", "SCRATCH_BYTES", "attention", "merge", "paged_attention", "serves"]
 
-# Over pages the fused kernels take all sequences in one launch, and need not make any dense: from so many pairs of a query row
-# and a key on, a sequence is worth launches of its own.
-MANY_PAIRS = 1 << 22
 _BLOCK = 16  # rows that one program joins
 
 

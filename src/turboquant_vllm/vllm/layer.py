@@ -11,6 +11,7 @@ import torch
 
 from turboquant_vllm import ops, reference
 from turboquant_vllm.codec import TQ4Codec
+from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS, most_rows_over_pages
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
 from turboquant_vllm.prefill import SCRATCH_BYTES
@@ -43,6 +44,14 @@ def exact_attention(layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torc
         masks = (layer.sliding_window, layer.softcap, layer.sinks_now())
         result, _ = attend(queries, keys, None, values, None, None, None, layer.sm_scale, True, *masks)
         out[own] = result[0].transpose(0, 1)
+
+
+def chunks_of_all_kinds(group: int, head_dim: int) -> list[tuple[int, int]]:
+    """Query tokens and keys of chunks, one for each way in which attention over pages serves them."""
+    most = max(most_rows_over_pages(head_dim) // group, 1)
+    few = sorted({min(-(-rows // group), most) for rows in (4, 8, 16, 32)})
+    many = -(-MANY_ROWS // group)
+    return [*((tokens, tokens + 1) for tokens in (*few, most + 1, many)), (many, -(-MANY_PAIRS // (many * group)))]
 
 
 class PagedLayer:
@@ -150,6 +159,32 @@ class PagedLayer:
                 cu_seqlens_q_cpu=run.cu_seqlens_q_cpu,
                 out=out[rows],
             )
+
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """Layers of the same kind are served by the same kernels."""
+        masks = (self.sliding_window, self.softcap, self.sinks)
+        return (self.num_heads, self.num_kv_heads, self.head_dim, *(mask is None for mask in masks))
+
+    def warm_up(self, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
+        """Compile what chunks behind a prefix will need, few tokens or many: or a server's first long prompts would wait."""
+        group = self.num_heads // self.num_kv_heads
+        for tokens, keys in chunks_of_all_kinds(group, self.head_dim):
+            count = -(-keys // page_size)
+            shape = (count, self.num_kv_heads, page_size, self.head_dim + SLOT_NORM_BYTES)
+            kv_cache = torch.zeros(shape, dtype=torch.uint8, device=device)
+            q = torch.zeros(tokens, self.num_heads, self.head_dim, dtype=dtype, device=device)
+            run = Run(
+                kind=Kind.CONTINUED,
+                tokens=slice(0, tokens),
+                block_table=torch.arange(count, dtype=torch.int32, device=device)[None],
+                seq_lens=torch.tensor([keys], dtype=torch.int32, device=device),
+                cu_seqlens_q=torch.tensor([0, tokens], dtype=torch.int32, device=device),
+                max_query_len=tokens,
+                seq_lens_cpu=(keys,),
+                cu_seqlens_q_cpu=(0, tokens),
+            )
+            self.attend(q, None, None, kv_cache, [run], torch.empty_like(q))
 
     def scratch_bytes(self, tokens: int, sequences: int) -> int:
         """A bound on the scratch memory that :meth:`attend` takes for ``tokens`` tokens of at most ``sequences`` sequences."""

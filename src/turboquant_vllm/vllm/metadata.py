@@ -52,6 +52,11 @@ class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
         assert spec.real_page_size_bytes == page_bytes, (spec, page_bytes)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         codec_for(spec.head_size, device)  # before any graph is captured
+        context = vllm_config.compilation_config.static_forward_context
+        layers = [context[name].impl.layer for name in layer_names]
+        for layer in {layer.kind: layer for layer in layers}.values():
+            if device.type != "cpu":  # there nothing is compiled
+                layer.warm_up(spec.block_size, vllm_config.model_config.dtype, device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
