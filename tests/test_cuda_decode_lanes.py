@@ -142,6 +142,11 @@ def test_pages_before_the_window_do_not_matter(generator):
     for index, hidden in enumerate((150, 150 - 53)):
         batch.cache.buffer[batch.block_table[index, : hidden // 16].long()] = 255  # NaN among the norms
     check_batch(run_paged, batch)
+    for index, hidden in enumerate((150, 150 - 53)):  # and in the first page that is looked at, norms beyond all others
+        page = batch.block_table[index, hidden // 16].long()
+        for norms in (batch.cache.k_norms, batch.cache.v_norms):
+            norms[page, :, : hidden % 16] = 1e30
+    check_batch(run_paged, batch)
 
 
 @pytest.mark.parametrize(("head_dim", "longest"), [(64, None), (64, 2), (256, 4)])
