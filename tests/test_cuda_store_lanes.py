@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compression_checks import check_compress
 from kernel_lanes import emulated_store, few_objects, needs_compiler  # noqa: F401
 from store_cases import StoreCase, check_store, random_store
-from turboquant_vllm import TQ4Codec
 from turboquant_vllm.cuda import store
-from turboquant_vllm.hf.storage import page_views
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_store")]
 
@@ -39,16 +36,3 @@ def test_every_byte(generator, head_dim, dtype, scale, layout, slot_dtype):
             slot_dtype=slot_dtype, scale=scale,
         )  # fmt: skip
         check_store(run, case)
-
-
-def test_a_page_of_more_than_four_gib(generator):
-    """As a cache has whose pages are whole sequences; no memory is used but where something is written."""
-    heads, head_dim, page_size = 33, 64, 1_900_048
-    k, v = torch.randn(2, 1, heads, head_dim, generator=generator).half()
-    buffer = torch.empty(1, heads * page_size * (head_dim + 8), dtype=torch.uint8)
-    codec = TQ4Codec(head_dim)
-    rotation, _, companding, _, *scaling = codec.writing
-    store.store(k, v, buffer, torch.tensor([page_size - 1]), rotation, companding, *scaling, page_size)
-    keys, key_norms, values, value_norms = (x[0, :, -1] for x in page_views(buffer, heads, head_dim))
-    check_compress(lambda *_: (keys, key_norms), k[0], codec)
-    check_compress(lambda *_: (values, value_norms), v[0], codec)
