@@ -88,9 +88,10 @@ def test_rotation_folded_into_the_weights(generator):
     compare(out, want.double() @ rotation.T, HALF)
 
 
-def run_paged(batch: Any, longest: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def run_paged(batch: Any, longest: int | None = None, out: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Unserved rows stay NaN; ``longest``: query tokens of a sequence that is served."""
-    out = torch.full_like(batch.q, float("nan"))
+    out = torch.empty_like(batch.q) if out is None else out
+    out.fill_(float("nan"))
     lse = torch.full(batch.q.shape[:2], float("nan"))
     longest = int(batch.cu_seqlens_q.diff().max()) if longest is None else longest
     pages = (batch.cache.buffer, batch.cache.page_size, batch.cache.num_kv_heads, batch.block_table, batch.seq_lens)
@@ -141,6 +142,11 @@ def test_pages_before_the_window_do_not_matter(generator):
     for index, hidden in enumerate((150, 150 - 53)):
         batch.cache.buffer[batch.block_table[index, : hidden // 16].long()] = 255  # NaN among the norms
     check_batch(run_paged, batch)
+    for index, hidden in enumerate((150, 150 - 53)):  # and in the first page that is looked at, norms beyond all others
+        page = batch.block_table[index, hidden // 16].long()
+        for norms in (batch.cache.k_norms, batch.cache.v_norms):
+            norms[page, :, : hidden % 16] = 1e30
+    check_batch(run_paged, batch)
 
 
 @pytest.mark.parametrize(("head_dim", "longest"), [(64, None), (64, 2), (256, 4)])
@@ -151,6 +157,25 @@ def test_sequences_of_many_rows_are_left_alone(generator, head_dim, longest):
     assert lse[1:10].isnan().all()
     assert out[:1].isfinite().all()
     assert out[10:].isfinite().all()
+
+
+def at_an_odd_place(x: torch.Tensor) -> torch.Tensor:
+    """Values of ``x`` from the second element of their memory on."""
+    return torch.empty(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape).copy_(x)
+
+
+@pytest.mark.parametrize(
+    "place", [at_an_odd_place, lambda x: x.transpose(-1, -2).contiguous().transpose(-1, -2)], ids=("odd", "transposed")
+)
+def test_tables_and_results_that_lie_badly(generator, place):
+    batch = random_batch(generator, [(1, 40), (9, 30), (2, 33)], dtype=HALF, device="cpu", head_dim=64, group=4)
+    want, want_lse = run_paged(batch)
+    placed = batch.replace(**{name: place(getattr(batch, name)) for name in ("q", "rotation")})
+    out, lse = run_paged(placed.replace(centroids=at_an_odd_place(batch.centroids)), out=place(batch.q))
+    torch.testing.assert_close((out, lse), (want, want_lse), rtol=0, atol=0, equal_nan=True)
+    assert out[1:10].isnan().all()  # a sequence of many rows
+    case = random_case(generator, dtype=HALF, device="cpu", kv_len=40)
+    check(decode.decode, case.replace(**{name: place(getattr(case, name)) for name in ("q", "rotation", "k_norms")}))
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -27,6 +27,7 @@ HALF, BF16 = torch.float16, torch.bfloat16
 def test_every_byte(generator, head_dim, dtype, scale, layout, slot_dtype):
     def run(case: StoreCase) -> None:
         rotation, _, companding, _, *scaling = case.codec.writing
+        rotation = torch.empty(head_dim**2 + 1)[1:].view(head_dim, head_dim).copy_(rotation)  # which begins anywhere
         store.store(case.k, case.v, case.cache.buffer, case.slot_mapping, rotation, companding, *scaling, case.cache.page_size)
 
     for tokens, heads, page_size in ((1, 1, 16), (41, 5, 48)):

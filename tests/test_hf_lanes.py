@@ -15,11 +15,12 @@ from attention_cases import compare
 from compression_checks import check_compress
 from kernel_lanes import emulated_decode, emulated_store, few_objects, needs_compiler  # noqa: F401
 from turboquant_vllm import ops, reference
+from turboquant_vllm.cuda.store import store
 from turboquant_vllm.hf import attention
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 from turboquant_vllm.hf.masks import attention_mask
 from turboquant_vllm.hf.static import PagedLayer
-from turboquant_vllm.hf.storage import codec_for
+from turboquant_vllm.hf.storage import codec_for, page_views
 from turboquant_vllm.hf.tensors import unpack
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_store", "emulated_decode", "native")]
@@ -135,3 +136,16 @@ def test_another_batch_is_refused(make):
     layer.update(x, x)
     with pytest.raises(ValueError, match=r"expected sequences, heads and head dimension \[2, 3, 64\]"):
         layer.update(x[:1], x[:1])
+
+
+def test_a_page_of_more_than_four_gib(generator):
+    """As a cache has whose pages are whole sequences; no memory is used but where something is written."""
+    heads, head_dim, page_size = 33, 64, 1_900_048
+    k, v = torch.randn(2, 1, heads, head_dim, generator=generator).half()
+    buffer = torch.empty(1, heads * page_size * (head_dim + 8), dtype=torch.uint8)
+    codec = codec_for(head_dim, 0, buffer.device)
+    rotation, _, companding, _, *scaling = codec.writing
+    store(k, v, buffer, torch.tensor([page_size - 1]), rotation, companding, *scaling, page_size)
+    keys, key_norms, values, value_norms = (x[0, :, -1] for x in page_views(buffer, heads, head_dim))
+    check_compress(lambda *_: (keys, key_norms), k[0], codec)
+    check_compress(lambda *_: (values, value_norms), v[0], codec)

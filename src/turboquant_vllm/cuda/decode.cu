@@ -268,9 +268,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       }
       const u32 norms = tile + NORM_PART + r * 4;
       const float kn0 = __uint_as_float(lds(norms)), kn1 = __uint_as_float(lds(norms + 32));
-      const float vn0 = __uint_as_float(lds(norms + 64)), vn1 = __uint_as_float(lds(norms + 96));
+      float vn0 = __uint_as_float(lds(norms + 64)), vn1 = __uint_as_float(lds(norms + 96));
       if (NT == 1) s[0][0] += s2[0], s[0][1] += s2[1], s[0][2] += s2[2], s[0][3] += s2[3];
 
+#if MASKED
+      if (n0 < open_begin) {  // what no row's window shows has no part in the reference of the norms either
+        const int first = pass.shift + p.heads.position(first_row) - window + 1;
+        if (n0 + r < first) vn0 = 0;
+        if (n0 + r + 8 < first) vn1 = 0;
+      }
+#endif
       // x0, x1: scores of tokens r and r + 8, row c of tile t, in log2
       const bool edge = n0 + 16 > open_end || (MASKED && n0 < open_begin);
       float x0[NT], x1[NT];

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
+from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
 from turboquant_vllm.limits import why_not_decode
 
 __all__ = [
@@ -204,11 +204,6 @@ def rows_at_once(head_dim: int, rows: int, multiprocessors: int) -> int:
     return at_once
 
 
-def _aligned(codes: torch.Tensor) -> torch.Tensor:
-    """Codes that begin on a 16-byte boundary: as they are, or a copy."""
-    return codes.clone(memory_format=torch.contiguous_format) if codes.data_ptr() % 16 else codes
-
-
 @dataclass(frozen=True)
 class Call:
     """What of a call follows from its sizes alone; the layers of a model share it.
@@ -373,14 +368,14 @@ def prepare(
         count = seen
         sliding_window = sliding_window if q.shape[2] > 1 else None
     masked = sliding_window is not None or softcap is not None or sinks is not None
-    k, v = _aligned(k), _aligned(v)
+    k, v = aligned(k), aligned(v)
     call = Call.plan(q.get_device(), q.shape, num_kv_heads, count, split_len, masked)
     # One allocation for the results of parts, and the log-sum-exps of the whole if nobody asked for them.
     unwanted = q.numel() // head_dim if lse is None else 0
     parts = torch.empty((call.part_rows * (head_dim + 4) + unwanted,), dtype=torch.float32, device=q.device)
     parts_at = parts.data_ptr()
     lse_at = parts_at + 4 * call.part_rows * (head_dim + 4) if lse is None else lse.data_ptr()
-    centroids, rotation = centroids.contiguous(), _aligned(rotation.contiguous())
+    centroids, rotation = centroids.contiguous(), aligned(rotation.contiguous())
     rotation_at, bf16 = rotation.data_ptr(), int(q.dtype == torch.bfloat16)
     attend_args = (
         q.data_ptr(), k.data_ptr(), k_norms.data_ptr(), v.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),

@@ -28,7 +28,7 @@ from turboquant_vllm.cuda.decode import (
     rows_at_once,
     source,
 )
-from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
+from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
 
 __all__ = ["PAGED_COMBINE_PARAMS", "PAGED_PARAMS", "decode_pages"]
 
@@ -158,7 +158,9 @@ def decode_pages(
     parts, fragments, row_scales, line = (start + place for place in call.places)
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
-    result = out if out.stride(2) == 1 and not (out.stride(0) | out.stride(1)) % 2 else torch.empty_like(q)
+    centroids, rotation = centroids.contiguous(), aligned(rotation.contiguous())
+    in_pairs = out.stride(2) == 1 and not (out.stride(0) | out.stride(1) | out.data_ptr() // 2) % 2
+    result = out if in_pairs else out.clone(memory_format=torch.contiguous_format)  # rows that are left alone among them
     codes, page_bytes = pages.data_ptr(), pages.stride(0)
     values, norms = codes + page_size * head_dim // 2, codes + page_size * head_dim
     chunk = page_size * (head_dim + 8)

@@ -35,6 +35,7 @@ __all__ = [
     "Compiled",
     "Kernel",
     "ResourceUsage",
+    "aligned",
     "cache_dir",
     "compile_cubin",
     "launch",
@@ -349,6 +350,11 @@ def load_kernel(
                 raise RuntimeError(f"could not load {label} on cuda:{index} (source has {known}): {error}") from error
             _kernels[memo] = Kernel(handle, name=label, device=index, params=params)
         return _kernels[memo]
+
+
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """``x`` if it begins on a 16-byte boundary, else a contiguous copy, which does."""
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x
 
 
 _raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", lambda index: torch.cuda.current_stream(index).cuda_stream)

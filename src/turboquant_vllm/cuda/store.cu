@@ -118,8 +118,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3, is_v = blockIdx.y;
   const char* from = (is_v ? p.v : p.k) + 16 * c;
   const u32 from_token = is_v ? p.v_token : p.k_token, from_head = is_v ? p.v_head : p.k_head;
-  const u32 chunk = p.page_size * (D + 8);
-  const u32 codes_part = (is_v ? p.page_size * (D / 2) : 0) + 4 * g, norms_part = p.page_size * (is_v ? D + 4 : D);
+  const u64 chunk = (u64)p.page_size * (D + 8);
+  const u64 codes_part = (is_v ? (u64)p.page_size * (D / 2) : 0) + 4 * g, norms_part = (u64)p.page_size * (is_v ? D + 4 : D);
   const u32 tiles = (p.rows + 7) / 8, step = gridDim.x * WARPS;
   u32 tile = blockIdx.x * WARPS + (threadIdx.x >> 5);
 
@@ -217,9 +217,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
       norm = fmaf(0.5f * inverse, fmaf(-norm, norm, sum[v]), norm) * back[v];  // the approximate root, made exact
       const bool live = slot[v] < p.num_slots;
       const u32 page = divide(slot[v], p.page_inverse, p.page_shift), place = slot[v] - page * p.page_size;
-      char* to = p.pages + page * p.page_stride;
-      const u32 part = head[v] * chunk;
-      char* codes = to + (part + codes_part + place * (D / 2));
+      char* to = p.pages + page * p.page_stride + head[v] * chunk;
+      char* codes = to + (codes_part + (u64)place * (D / 2));
 #if SCALE
       float dot = 0, square = 0;  // of the rotated vector with its levels, of the levels
 #endif
@@ -247,7 +246,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
 #endif
       // A vector that is not finite has norm NaN, which attention cannot overlook.
       if (!(norm < INFINITE)) norm = __uint_as_float(0x7fc00000u);
-      if (live && g == 0) *(float*)(to + (part + norms_part + place * 4)) = norm;
+      if (live && g == 0) *(float*)(to + (norms_part + (u64)place * 4)) = norm;
     }
   }
 }

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
+from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
 
 __all__ = ["SOURCE", "THREADS", "TokenWriter", "blocks_per_multiprocessor", "defines", "store"]
 
@@ -51,11 +51,6 @@ def _inverse(divisor: int) -> tuple[int, int]:
     return (1 << shift) // divisor + 1, shift
 
 
-def _aligned(x: torch.Tensor) -> torch.Tensor:
-    """Vectors that begin on a 16-byte boundary: as they are, or a copy."""
-    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x
-
-
 def _steps(x: torch.Tensor) -> tuple[int, int]:
     """Bytes from one token to the next, and from one head to the next; 0 where there is no next."""
     (tokens, heads, _), (token, head, _) = x.shape, x.stride()
@@ -91,8 +86,8 @@ def store(
     Raises:
         RuntimeError: compiling or launching failed.
     """
-    k, v, slots = _aligned(k), _aligned(v), slot_mapping.contiguous()
-    rotation, companding, centroids = rotation.contiguous(), companding.contiguous(), centroids.contiguous()
+    k, v, slots = aligned(k), aligned(v), slot_mapping.contiguous()
+    rotation, companding, centroids = aligned(rotation.contiguous()), companding.contiguous(), centroids.contiguous()
     kernel, grid, arguments = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size)
     launch(kernel, grid, (THREADS, 1, 1), 0, None, arguments)
 
