@@ -51,14 +51,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 
   // Producer: the next tile to copy, tiles left of its pass, and where this lane's pieces lie.
   int next = now, left = 0;
-  const char *k_at = 0, *v_at = 0, *norm_at = 0;
+  const char *k_at = 0, *norm_at = 0;
   const u32 lane4 = lane * 4;
   const int copy_row = lane / PIECES, piece = lane % PIECES;
   const u32 place_of_piece = copy_row * (D / 2) + place(piece, copy_row) * 16;
 #if PAGED
-#define PAGED_THERE (tail + pass_left * 16)
+#define THERE (tail + pass_left * 16)
+#define VALUES_AT (k_at + (p.v - p.k))  // as far behind the keys in every page
 #else
-#define PAGED_THERE (p.kv_len - (p.work.tiles - left) * 16)
+  const char* v_at = 0;
+#define THERE (p.kv_len - (p.work.tiles - left) * 16)
+#define VALUES_AT v_at
 #endif
   auto norm_step = [&]() { return 4 * (lane < 16 ? p.kn_n : p.vn_n); };
 #if PAGED
@@ -72,7 +75,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     left = min(p.page_tiles - skip, pass_left);
     if (left < pass_left) ahead = *++entry;
     k_at = page + (skip * 16 + copy_row) * p.k_n + piece * 16;
-    v_at = k_at + (p.v - p.k);
     norm_at = page + (lane < 16 ? (const char*)p.k_norms - (const char*)p.k : (const char*)p.v_norms - (const char*)p.k) +
               (skip * 16 + (lane & 15)) * 4;
   };
@@ -106,29 +108,30 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   auto copy_next = [&](int stage) {
     if (next < end) {
       const u32 norm_to = ring + stage * TILE_BYTES + NORM_PART + lane4, to = ring + stage * TILE_BYTES + place_of_piece;
-      const int there = PAGED_THERE;
+      const int there = THERE;
       if (there >= 16) {
 #pragma unroll
         for (int i = 0; i < COPIES; i++) {
           copy16(to + i * 512, k_at + i * COPY_ROWS * p.k_n);
-          copy16(to + V_PART + i * 512, v_at + i * COPY_ROWS * p.v_n);
+          copy16(to + V_PART + i * 512, VALUES_AT + i * COPY_ROWS * p.v_n);
         }
         copy4(norm_to, norm_at);
       } else {  // rows past the end repeat the last one
         for (int i = 0; i < COPIES; i++) {
           const int row = copy_row + i * COPY_ROWS, back = min(row, there - 1) - copy_row;
           copy16(to + i * 512, k_at + back * p.k_n);
-          copy16(to + V_PART + i * 512, v_at + back * p.v_n);
+          copy16(to + V_PART + i * 512, VALUES_AT + back * p.v_n);
         }
         copy4(norm_to, norm_at + (min(lane & 15, there - 1) - (lane & 15)) * norm_step());
       }
       next++;
 #if PAGED
       pass_left--;
+#else
+      v_at += 16 * p.v_n;
 #endif
       if (--left > 0) {
         k_at += 16 * p.k_n;
-        v_at += 16 * p.v_n;
         norm_at += 16 * norm_step();
       } else if (next < end) {
         open_pass();
