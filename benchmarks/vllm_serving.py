@@ -2,10 +2,13 @@
 
     python benchmarks/vllm_serving.py        # writes results/vllm-h200.json
 
-An engine for each cache type, all with the shape of Llama-3.1-8B but fewer layers, dummy weights, and the share of one card's
-cache that the whole model would have. They start together, and each case is timed in one after another, in whole engine steps;
-the file is written anew after each case. The TQ4 engine checks its attention against the definition first, and ``--gate`` names
-a command whose success the file records: tests of greedy tokens, say, which run while the engines start.
+An engine for each cache type, all with the shape of Llama-3.1-8B but fewer layers, and dummy weights. They start together, and
+each case is timed in one after another, in whole engine steps; the file is written anew after each. The TQ4 engine checks its
+attention against the definition first, and ``--gate`` names a command whose success the file records: tests of greedy tokens,
+say, which run while the engines start.
+
+Half of the layers for times, so that what a step does once weighs little more than in the whole model, and a cache that is
+large enough; then, for capacity, a quarter of them in engines of their own, with a quarter of what one card has for its cache.
 """
 
 from __future__ import annotations
@@ -17,11 +20,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from common import RESULTS, environment, write_results
 from vllm_worker import CACHES, CAPACITY, CASES, DECODE, TTFT
+
+BLOCKS = ["blocks", "capacity blocks"]
 
 
 class Worker:
@@ -68,7 +74,7 @@ class Results:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = path, settings
-        self.values: dict[str, dict[str, Any]] = {"blocks": {}}
+        self.values: dict[str, dict[str, Any]] = {}
         self.errors: dict[str, dict[str, str]] = {}
         self.running: dict[str, int] = {}
 
@@ -84,7 +90,7 @@ class Results:
     def row(self, case: str) -> dict[str, Any]:
         """Times of each cache and ratios of TQ4's to theirs; for blocks and capacity, numbers and their ratios."""
         values = self.values.get(case, {})
-        if case == "blocks":
+        if case in BLOCKS:
             sizes, unit = {}, "blocks"
         elif case in DECODE:
             sizes, unit = dict(zip(("requests", "context"), DECODE[case], strict=True)), "ms_per_step"
@@ -99,40 +105,55 @@ class Results:
             row |= {f"against_{name}": round(values["tq4"] / value, 3) for name, value in values.items() if name != "tq4"}
         return row | ({"errors": self.errors[case]} if case in self.errors else {})
 
+    def rows(self) -> list[dict[str, Any]]:
+        return [self.row(case) for case in BLOCKS + CASES if case in self.values or case in self.errors]
+
     def write(self) -> None:
-        ids = ["blocks", *(case for case in CASES if case in self.values or case in self.errors)]
-        write_results(self.path, environment(**self.settings), [self.row(case) for case in ids])
+        write_results(self.path, environment(**self.settings), self.rows())
 
 
-def run(caches: Sequence[str], cases: Sequence[str], arguments: Sequence[str], results: Results, gate: str, end: float) -> None:
-    """Start an engine for each cache; once all are there and the gate command has ended, time the cases until ``end``."""
-    folder = Path(tempfile.mkdtemp())
-    checking = subprocess.Popen(gate, shell=True, stdout=sys.stderr) if gate else None
-    workers = {cache: Worker(cache, folder, arguments) for cache in caches}
-    for cache, worker in list(workers.items()):
-        message = worker.message()
-        ready = message.get("ready")
-        if ready is None:  # the others may still be compared
-            results.add("blocks", cache, message)
-            del workers[cache]
-            continue
-        results.add("blocks", cache, ready)
-        results.settings["vllm"] = message["vllm"]
-        if cache == "tq4":
-            results.settings["error"] = message["worst"]
-    if checking is not None:
-        results.settings["gate"] = "passed" if checking.wait() == 0 else f"failed with status {checking.returncode}"
-        print("gate", results.settings["gate"], flush=True)
-    results.write()
-    for case in cases:
-        for cache, worker in workers.items():
-            if time.monotonic() > end:
-                print(f"no time left for {case} of {cache}", flush=True)
+@dataclass(frozen=True)
+class Engines:
+    """Engines that are there at the same time: one for each of ``caches``, to time ``cases``."""
+
+    caches: Sequence[str]
+    cases: Sequence[str]
+    layers: int
+    cache_bytes: float
+    block_size: int
+
+    def run(self, results: Results, end: float, gate: str = "") -> None:
+        """Start them; once all are there and the gate command has ended, time the cases until ``end``."""
+        if not self.cases or not self.caches or time.monotonic() > end:
+            return
+        folder = Path(tempfile.mkdtemp())
+        checking = subprocess.Popen(gate, shell=True, stdout=sys.stderr) if gate else None
+        sizes = {"layers": self.layers, "cache-bytes": self.cache_bytes, "block-size": self.block_size}
+        arguments = [f"--{name}={value}" for name, value in sizes.items()]
+        workers = {cache: Worker(cache, folder, arguments) for cache in self.caches}
+        for cache, worker in list(workers.items()):
+            message = worker.message()
+            if "ready" not in message:  # the others may still be compared
+                results.add(self.cases[0], cache, message)
+                del workers[cache]
                 continue
-            results.add(case, cache, worker.measure(case))
-            results.write()
-    for worker in workers.values():
-        worker.end()
+            results.add("blocks" if self.layers == results.settings["layers"] else "capacity blocks", cache, message["ready"])
+            results.settings["vllm"] = message["vllm"]
+            if cache == "tq4":
+                results.settings["error"] = message["worst"]
+        if checking is not None:
+            results.settings["gate"] = "passed" if checking.wait() == 0 else f"failed with status {checking.returncode}"
+            print("gate", results.settings["gate"], flush=True)
+        results.write()
+        for case in self.cases:
+            for cache, worker in workers.items():
+                if time.monotonic() > end:
+                    print(f"no time left for {case} of {cache}", flush=True)
+                    continue
+                results.add(case, cache, worker.measure(case))
+                results.write()
+        for worker in workers.values():
+            worker.end()
 
 
 def main() -> None:
@@ -141,22 +162,26 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", default=CASES, choices=CASES)
     parser.add_argument("--later-caches", nargs="*", default=[], choices=CACHES, help="started once the others are done")
     parser.add_argument("--later-cases", nargs="*", default=["b32-8k", "b1-32k", "b8-32k"], choices=CASES)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--cache-bytes", type=float, default=27.5e9)
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--cache-bytes", type=float, default=20e9)
+    parser.add_argument("--capacity-layers", type=int, default=8)
+    parser.add_argument("--capacity-cache-bytes", type=float, default=27.5e9)
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--gate", default="", help="a shell command")
     parser.add_argument("--seconds", type=float, default=3600.0, help="after which no case is begun")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm-h200.json")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
-    settings = {"layers": options.layers, "cache_bytes": options.cache_bytes, "block_size": options.block_size}
-    arguments = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
-    results = Results(options.out, settings)
-    run(options.caches, options.cases, arguments, results, options.gate, end)
-    if options.later_caches and time.monotonic() < end:
-        run(options.later_caches, options.later_cases, arguments, results, "", end)
-    for case in results.values:
-        print(json.dumps(results.row(case)))
+    names = ("layers", "cache_bytes", "capacity_layers", "capacity_cache_bytes", "block_size")
+    results = Results(options.out, {name: getattr(options, name) for name in names})
+    timed = [case for case in options.cases if case != "capacity"]
+    some = (options.layers, options.cache_bytes, options.block_size)
+    Engines(options.caches, timed, *some).run(results, end, options.gate)
+    some_for_capacity = (options.capacity_layers, options.capacity_cache_bytes, options.block_size)
+    Engines(options.caches, [case for case in options.cases if case not in timed], *some_for_capacity).run(results, end)
+    Engines(options.later_caches, options.later_cases, *some).run(results, end)
+    for row in results.rows():
+        print(json.dumps(row))
     if results.settings.get("gate", "passed") != "passed":
         sys.exit(f"expected the gate to pass, got {results.settings['gate']}")
 

@@ -180,9 +180,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("cache", choices=CACHES)
     parser.add_argument("--folder", type=Path, required=True, help="for the model's config.json")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--cache-bytes", type=float, default=27.5e9)
-    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--layers", type=int, required=True)
+    parser.add_argument("--cache-bytes", type=float, required=True)
+    parser.add_argument("--block-size", type=int, required=True)
     options = parser.parse_args()
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_FLASHINFER_SAMPLER="0", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1"

@@ -24,6 +24,7 @@ import oracle
 import turboquant_vllm.vllm as plugin
 from turboquant_vllm.vllm.backend import TQ4Backend
 from turboquant_vllm.vllm.batch import Kind
+from turboquant_vllm.vllm.layer import exact_attention
 from turboquant_vllm.vllm.metadata import TQ4MetadataBuilder
 from vllm_cases import random_step
 
@@ -70,7 +71,10 @@ def common_metadata(step, padded=0):
 
 def make_impl(**options):
     sizes = {"num_heads": 4, "head_size": 64, "scale": 64**-0.5, "num_kv_heads": 2}
-    return TQ4Backend.get_impl_cls()(**{**sizes, **options})
+    impl = TQ4Backend.get_impl_cls()(**{**sizes, **options})
+    if impl.layer.exact is not None:
+        impl.layer.exact = exact_attention  # on a GPU vLLM's FlashAttention, which takes no tensors on a CPU
+    return impl
 
 
 class TestRegistration:

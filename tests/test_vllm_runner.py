@@ -15,7 +15,10 @@ pytest.importorskip("vllm.v1.attention.backend", exc_type=ImportError)
 pytest.importorskip("einops")  # vLLM's attention layer imports it
 
 import vllm
+from vllm.platforms import current_platform
 
+if current_platform.is_cuda_alike():
+    pytest.skip("vLLM's operators for a GPU take no tensors on a CPU", allow_module_level=True)
 if tuple(map(int, vllm.__version__.split(".")[:2])) < (0, 33):
     pytest.skip("these pieces have other names before vLLM 0.33", allow_module_level=True)
 
