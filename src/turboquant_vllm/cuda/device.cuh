@@ -177,7 +177,7 @@ __device__ __forceinline__ Slots joined_slots(int passes, Divisor by_active, int
 //
 //   passes    |     pass 0     |     pass 1     |     pass 2     |
 //   workers   |     0      |     1      |     2      |     3      |     blocks of two workers
-//   slots     |     3      | 0 |   4    |   1    |       6        |     3 passes, so 3 + pass + block; or pass, where one leaves
+//   slots     |     3      | 0 |   4    |   1    |       6        |     joined: 3 passes + pass + block
 struct Work {
   int tiles, piece, pieces, share, more, fixed;
   Divisor by_tiles, by_piece, by_pieces, by_share, by_share_1, by_active;  // by share + 1; by the workers of a block
