@@ -141,6 +141,28 @@ def test_triton_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> Non
     assert why_not("triton", torch.device("cuda"), torch.float16, DECODE) == "the triton package is not installed"
 
 
+@pytest.mark.parametrize(
+    ("q_shape", "dtype", "values", "picked"),
+    [
+        ((1, 32, 8, 128), torch.float16, torch.uint8, "cuda"),  # 32 rows per key/value head
+        ((1, 32, 9, 128), torch.float16, torch.uint8, "triton"),
+        ((1, 32, 1, 128), torch.float32, torch.uint8, "triton"),
+        ((1, 32, 1, 96), torch.float16, torch.uint8, "triton"),
+        ((1, 32, 1, 128), torch.bfloat16, torch.bfloat16, "triton"),
+    ],
+)
+def test_on_a_gpu_the_native_kernel_gets_what_it_serves(
+    monkeypatch: pytest.MonkeyPatch, q_shape: tuple[int, ...], dtype: torch.dtype, values: torch.dtype, picked: str
+) -> None:
+    for name in ("why_not_cuda", "why_not_triton"):
+        monkeypatch.setattr(ops, name, lambda device: "")
+    batch, heads, tokens, head_dim = q_shape
+    shape = AttentionShape(batch=batch, num_heads=heads, num_kv_heads=8, q_len=tokens, kv_len=64, head_dim=head_dim)
+    k = torch.empty(batch, 8, 64, head_dim // 2, dtype=torch.uint8)
+    v = torch.empty(batch, 8, 64, head_dim // 2 if values == torch.uint8 else head_dim, dtype=values)
+    assert choose_backend(torch.empty(q_shape, dtype=dtype), shape, "auto", (k, v)) == (picked, "")
+
+
 def test_auto_takes_the_first_backend_that_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_module, "why_not", lambda *_: "")
     assert choose_backend(torch.empty(1, 32, 1, 128), DECODE) == (BACKENDS[0], "")

@@ -101,6 +101,18 @@ def test_more_keys_than_the_truth_are_found_where_they_matter(monkeypatch, gener
         tq4_paged_attention(q, cache, codec, *index, seq_lens_cpu=[310, 291], cu_seqlens_q_cpu=starts)
 
 
+def test_up_to_256_query_rows_a_bound_will_do():
+    def check(tokens, group):
+        lens, starts = (torch.tensor(x, dtype=torch.int32) for x in ([300], [0, tokens]))
+        HostLengths([301], starts.tolist()).check_contents(lens, starts, group)
+
+    check(256, 1)
+    check(64, 4)
+    for tokens, group in ((257, 1), (65, 4)):
+        with pytest.raises(ValueError, match=r"seq_lens_cpu\[0\] must be seq_lens\[0\], which is 300, got 301"):
+            check(tokens, group)
+
+
 class Kernels:
     """Stands in for the kernels: adds one to the rows that they promise to fill, and keeps their bounds."""
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm import PagedTQ4Cache, TQ4Codec, ops, tq4_store
 from turboquant_vllm.limits import why_not_store
+from turboquant_vllm.store import why_not_backend
 
 HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
 SIZES = {"tokens": 21, "heads": 3, "head_dim": 64, "dtype": HALF}
@@ -124,6 +125,14 @@ WIDE = torch.zeros(4, 2, 2 * 128, dtype=HALF)
 def test_what_the_native_kernel_stores(x, hadamard, slots, reason):
     got = why_not_store(x, x, hadamard, slots)
     assert re.search(reason, got) if reason else got == ""
+
+
+def test_on_a_gpu_the_native_kernel_gets_what_it_stores(generator, monkeypatch):
+    monkeypatch.setattr(ops, "why_not_cuda", lambda device: "")
+    case = random_store(generator, **SIZES)
+    said = [why_not_backend("cuda", case.k, case.v, case.cache, TQ4Codec(64, rotation=kind)) for kind in ("hadamard", "haar")]
+    assert said[0] == ""
+    assert "got 'haar' and 64" in said[1]
 
 
 def test_a_cache_that_somebody_else_owns_is_written_in_place(generator):

@@ -86,6 +86,10 @@ class TestRuns:
         assert [(run.kind, len(run.seq_lens)) for run in runs] == [(DECODE, 2), (EXACT, 2), (DECODE, 1)]
         assert runs[0].max_query_len == 4
 
+    def test_a_prompt_of_one_token_is_a_whole_prompt(self):
+        runs = self.plan([(1, 9), (1, 1), (1, 2)])
+        assert [(run.kind, len(run.seq_lens)) for run in runs] == [(DECODE, 1), (EXACT, 1), (DECODE, 1)]
+
 
 class TestAttention:
     @pytest.mark.parametrize("page_size", [16, 32])

@@ -172,8 +172,12 @@ __device__ __forceinline__ Slots joined_slots(int passes, Divisor by_active, int
 // is `pieces` pieces of `piece` tiles, the last one shorter; the line is cut into ranges of whole pieces, one a worker (a warp
 // of the first kernel): `share` of them, for the first `more` workers one more. Where a range enters another pass, a segment
 // ends. A worker's last segment is joined with those of its block that belong to the same pass; one before it has slot `pass`,
-// since only one worker can leave a pass; joined ones come behind, at `passes` + pass + block. With `fixed` segments end at every piece and each has a slot of its own: then what
-// a slot holds does not depend on the other passes.
+// since only one worker can leave a pass; joined ones come behind, at `passes` + pass + block. With `fixed` segments end at
+// every piece and each has a slot of its own: then what a slot holds does not depend on the other passes.
+//
+//   passes    |     pass 0     |     pass 1     |     pass 2     |
+//   workers   |     0      |     1      |     2      |     3      |     blocks of two workers
+//   slots     |     3      | 0 |   4    |   1    |       6        |     joined: 3 passes + pass + block
 struct Work {
   int tiles, piece, pieces, share, more, fixed;
   Divisor by_tiles, by_piece, by_pieces, by_share, by_share_1, by_active;  // by share + 1; by the workers of a block

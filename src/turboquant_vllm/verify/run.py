@@ -61,9 +61,10 @@ def run_verify(
 
     Returns:
         A dictionary that JSON can hold. Perplexities are per token; "increase_percent" is that of the perplexity, each with a
-        95 % bootstrap interval; "kl" is in nats per token; "layers" has the relative errors of K, V and the attention output,
-        and the divergence that goes away when only that layer's cache is exact, largest share first in "contributors".
-        "passed" says whether the increase is at most ``max_ppl_increase``; "recommendation" which layers to leave exact.
+        95 % bootstrap interval; "kl" is in nats per token. "layers" has the relative errors of K, V and the attention output.
+        "contributors" has the share of the divergence that goes away when that layer, too, is exact, largest first, found on
+        the first two windows. "passed" says whether the increase is at most ``max_ppl_increase``; "recommendation" which
+        layers to leave exact.
 
     Raises:
         ImportError: a package of the extra "hf" is missing.
