@@ -276,9 +276,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 
 #if MASKED
       if (n0 < open_begin) {  // what no row's window shows has no part in the reference of the norms either
-        const int first = pass.shift + p.heads.position(first_row) - window + 1;
-        if (n0 + r < first) vn0 = 0;
-        if (n0 + r + 8 < first) vn1 = 0;
+        const int hidden = pass.shift + p.heads.position(first_row) - window + 1 - n0 - r;
+        if (hidden > 0) vn0 = 0;
+        if (hidden > 8) vn1 = 0;
       }
 #endif
       // x0, x1: scores of tokens r and r + 8, row c of tile t, in log2
