@@ -11,12 +11,12 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import DynamicCache, LlamaConfig, MistralConfig
+from transformers import BartConfig, DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 from hf_models import make_config, make_model, one_thread  # noqa: F401
 from turboquant_vllm import TQ4Codec
-from turboquant_vllm.hf import TurboQuantCache
+from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 from turboquant_vllm.hf.storage import PackedStorage, codec_for
 from turboquant_vllm.hf.tensors import PackedTensor
@@ -149,6 +149,7 @@ CHANGES = {
     "crop_nothing": lambda layer: layer.crop(0),
     "reorder": lambda layer: layer.reorder_cache(torch.tensor([2, 0, 0])),
     "select": lambda layer: layer.batch_select_indices(torch.tensor([2, 1])),
+    "select_last": lambda layer: layer.batch_select_indices(torch.tensor([-1, 0])),
     "select_mask": lambda layer: layer.batch_select_indices(torch.tensor([True, False, True])),
     "repeat": lambda layer: layer.batch_repeat_interleave(2),
     "offload": lambda layer: layer.offload(),
@@ -253,6 +254,16 @@ def test_a_copy_goes_its_own_way(make, way, inference, states):
             assert torch.equal(got.dense(), want[:, :, -got.shape[2] :])
 
 
+def test_a_layer_in_code_that_its_user_compiled(states):
+    layer, twin = full(), full()
+    compiled = torch.compile(lambda k, v: [x * 2 for x in layer.update(k, v)], backend="aot_eager")
+    for count in (3, 1, 1, 300):  # more than the buffer has room for
+        new = states(2, count)
+        for got, want in zip(compiled(*new), twin.update(*new), strict=True):
+            assert torch.equal(got, want * 2)
+    torch._dynamo.reset()
+
+
 def test_values_come_back_in_the_dtype_of_keys(states):
     k, v = states(2, 3)
     layer = full()
@@ -336,6 +347,16 @@ def test_states_that_cannot_be_packed_are_refused(shapes, message):
         cache.update(*(torch.zeros(shape) for shape in shapes), 0)
     cache = TurboQuantCache(MistralConfig(num_hidden_layers=1), skip_layers=(0,))
     assert cache.update(*(torch.zeros(shape) for shape in shapes), 0)[0].shape == shapes[0]
+
+
+def test_models_that_cannot_read_the_cache_are_refused():
+    config = make_config("gemma3")
+    config._attn_implementation = "flex_attention"
+    for make in (TurboQuantCache, lambda config: TurboQuantStaticCache(config, 64)):
+        with pytest.raises(ValueError, match=r'attn_implementation: expected .*"tq4" or "sdpa", got "flex_attention"'):
+            make(config)
+    with pytest.raises(ValueError, match=r"config: expected a model without an encoder .* EncoderDecoderCache"):
+        TurboQuantStaticCache(BartConfig(), 64)
 
 
 def test_gradients_are_refused():

@@ -90,7 +90,7 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         offloading, offload_only_non_sliding: as for ``DynamicCache``: keep all layers but the current one on the CPU.
 
     Raises:
-        TypeError, ValueError: ``skip_layers`` or ``seed`` is out of range.
+        TypeError, ValueError: ``skip_layers`` or ``seed`` is out of range, or the model's attention is "flex_attention".
     """
 
     def __init__(
@@ -104,6 +104,7 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         offload_only_non_sliding: bool = False,
     ) -> None:
         DynamicCache.__init__(self, config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
+        check_attention(config)
         check_seed(seed)
         self.seed = seed
         skipped = check_layers("skip_layers", skip_layers, len(self.layers))
@@ -140,7 +141,7 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
         seed, skip_layers, exact_prefill: as for :class:`TurboQuantCache`.
 
     Raises:
-        TypeError, ValueError: ``skip_layers``, ``seed`` or ``max_cache_len`` is out of range.
+        TypeError, ValueError: as for :class:`TurboQuantCache`; ``max_cache_len`` is out of range; the model has an encoder.
     """
 
     def __init__(
@@ -153,6 +154,12 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
         exact_prefill: bool = True,
     ) -> None:
         check_count("max_cache_len", max_cache_len, 1)
+        check_attention(config)
+        if getattr(config, "is_encoder_decoder", False):
+            raise ValueError(
+                "config: expected a model without an encoder for a cache of fixed size (cross-attention would see places that "
+                "are not in use), got is_encoder_decoder=True; EncoderDecoderCache(TurboQuantCache(config), ...) works"
+            )
         check_seed(seed)
         StaticCache.__init__(self, config=config, max_cache_len=max_cache_len)
         self.seed = seed
@@ -172,6 +179,13 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
 def stays_dense(config: Any) -> bool:
     """Whether a model's caches are not keys and values as attention reads them (multi-head latent attention)."""
     return getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
+
+
+def check_attention(config: Any) -> None:
+    """Flex attention compiles its own reading of keys and values, which must be ordinary tensors."""
+    if getattr(config.get_text_config(decoder=True), "_attn_implementation", None) == "flex_attention":
+        raise ValueError('attn_implementation: expected one that takes packed keys and values, such as "tq4" or "sdpa", got '
+                         '"flex_attention"')  # fmt: skip
 
 
 def layer_bytes(layer: Any) -> int:

@@ -83,6 +83,8 @@ class PackedLayer(CacheLayerMixin):
 
         The first call returns the states as they came, which costs nothing; later calls return all tokens packed.
         """
+        if torch.compiler.is_compiling():
+            return self._update_uncompiled(key_states, value_states)
         if self.storage is None:
             self.lazy_initialization(key_states, value_states)
         assert self.storage is not None
@@ -94,6 +96,11 @@ class PackedLayer(CacheLayerMixin):
         if first and self.exact_prefill:
             return key_states, value_states
         return self._packed(self._returned(key_states.shape[2]))
+
+    @torch.compiler.disable
+    def _update_uncompiled(self, key_states: torch.Tensor, value_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`update`: torch.compile knows no addresses, and writes to no views of another dtype."""
+        return self.update(key_states, value_states)
 
     def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         assert self.storage is not None
@@ -191,8 +198,8 @@ class PackedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences of an index, int64 ``[n]``, or of a mask, bool ``[B]``."""
         if self.storage is not None:
-            indices = torch.as_tensor(indices)
-            self.storage.select(indices.nonzero().squeeze(-1) if indices.dtype == torch.bool else indices)
+            sequences = torch.arange(self.storage.buffer.shape[0])
+            self.storage.select(sequences[torch.as_tensor(indices).cpu()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times, one behind the other."""

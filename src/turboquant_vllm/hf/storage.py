@@ -144,8 +144,7 @@ class PackedStorage:
         batch, num_heads, count, head_dim = keys.shape
         check_sizes((batch, num_heads, head_dim), (self.buffer.shape[0], self.num_heads, self.codec.head_dim))
         first = self._take(count)
-        compiling = torch.compiler.is_compiling()  # which knows no addresses
-        if count == 1 and self._native and not compiling and self._write_one(keys, values, first):
+        if count == 1 and self._native and self._write_one(keys, values, first):
             return
         if self._native and keys.dtype in HALVES:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)

@@ -48,7 +48,7 @@ class DeferredTensor(torch.Tensor):
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and kwargs.keys() <= {"device", "non_blocking"} and "device" in kwargs:
             return args[0].moved(torch.device(kwargs["device"]))
-        if func._schema.is_mutable:
+        if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             _refuse_writing(func._schema.arguments, args, kwargs)
         args, kwargs = tree_map_only(DeferredTensor, lambda x: x.dense(), (args, kwargs))
         return func(*args, **kwargs)
