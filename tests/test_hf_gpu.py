@@ -173,7 +173,7 @@ def test_what_was_fetched_is_not_overwritten_while_it_is_read():
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         layer.prefetch()
-    torch.cuda.default_stream().wait_stream(stream)
+    torch.cuda.synchronize()
     torch.cuda._sleep(10**9)  # as if attention were about to read the buffer
     address, size = layer.storage.buffer.data_ptr(), layer.nbytes
     layer.offload()
