@@ -12,13 +12,21 @@ import torch
 pytest.importorskip("vllm.v1.attention.backend", exc_type=ImportError)
 
 import vllm
-from vllm.config import DeviceConfig, VllmConfig, set_current_vllm_config
+from vllm.config import DeviceConfig, VllmConfig, cache, set_current_vllm_config
 from vllm.platforms.interface import DeviceCapability
-from vllm.v1.attention.backend import AttentionCGSupport, AttentionType, CommonAttentionMetadata
+from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionType, CommonAttentionMetadata
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 from vllm.v1.attention.backends.utils import create_fast_prefill_custom_backend
 from vllm.v1.attention.selector import AttentionSelectorConfig
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheLayout, KVCacheTensor, SlidingWindowSpec, create_kv_cache_views
+from vllm.v1.kv_cache_interface import (
+    FullAttentionSpec,
+    KVCacheLayout,
+    KVCacheTensor,
+    SlidingWindowSpec,
+    create_kv_cache_views,
+    is_quantized_kv_cache,
+)
 
 import oracle
 import turboquant_vllm.vllm as plugin
@@ -87,6 +95,18 @@ class TestRegistration:
     def test_nothing_is_abstract(self, find):
         assert not inspect.isabstract(find())
 
+    def test_cache_dtype(self, caplog):
+        if not hasattr(cache, "register_kv_cache_dtype"):
+            pytest.skip("this release has no cache dtypes but its own")
+        plugin.register()
+        plugin.register()  # vLLM may load plugins more than once
+        assert "already exists" not in caplog.text
+        assert cache.CacheConfig(cache_dtype="tq4").cache_dtype == "tq4"
+        assert not is_quantized_kv_cache("tq4")  # by a kernel of vLLM's own
+        assert kv_cache_dtype_str_to_dtype("tq4", None) is torch.uint8
+        assert AttentionBackend.supports_kv_cache_dtype("auto")
+        assert not AttentionBackend.supports_kv_cache_dtype("tq4")
+
     def test_this_release_is_supported(self):
         assert plugin.why_not_version(vllm.__version__) == ""
 
@@ -104,6 +124,10 @@ class TestSizes:
         memory = 10**9
         assert (memory // packed.page_size_bytes) / (memory // dense.page_size_bytes) >= at_least
         assert TQ4Backend.customize_spec(packed) == packed
+
+    def test_named_dtype(self):
+        packed = TQ4Backend.customize_spec(spec(dtype=torch.uint8))
+        assert packed == TQ4Backend.customize_spec(spec())
 
     def test_values_of_another_length_are_refused(self):
         with pytest.raises(ValueError, match="head sizes 128 and 64"):
@@ -127,7 +151,14 @@ class TestValidation:
 
     @pytest.mark.parametrize(
         "accepted",
-        [{}, {"dtype": torch.float16}, {"has_sink": True}, {"has_sliding_window": True}, {"block_size": 64}]
+        [
+            {},
+            {"dtype": torch.float16},
+            {"kv_cache_dtype": "tq4"},
+            {"has_sink": True},
+            {"has_sliding_window": True},
+            {"block_size": 64},
+        ]
         + [{"head_size": size} for size in (64, 80, 96, 192, 256)],
     )
     def test_accepted(self, accepted):
@@ -167,6 +198,17 @@ class TestValidation:
             make_impl(attn_type=AttentionType.ENCODER_ONLY)
         with pytest.raises(TypeError, match="chunk_lookback"):
             make_impl(chunk_lookback=3)
+
+    @pytest.mark.parametrize("dtype", ["auto", "tq4"])
+    def test_layers_to_be_skipped(self, dtype):
+        config = VllmConfig(device_config=DeviceConfig("cpu"))
+        config.cache_config.kv_cache_dtype_skip_layers = ["0", "31"]
+        with set_current_vllm_config(config):
+            if dtype == "auto":
+                with pytest.raises(ValueError, match="got kv_cache_dtype_skip_layers 0, 31; leave layers"):
+                    make_impl(kv_cache_dtype=dtype)
+            else:
+                make_impl(kv_cache_dtype=dtype)
 
 
 class TestMetadata:

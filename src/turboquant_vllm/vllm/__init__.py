@@ -2,6 +2,8 @@
 
     vllm serve MODEL --attention-backend CUSTOM
 
+Where vLLM takes names of cache dtypes, ``--kv-cache-dtype tq4`` says the same again; other backends refuse it.
+
 vLLM finds :func:`register` through the entry point group ``vllm.general_plugins`` and calls it in each of its processes.
 Importing this package does not import vLLM.
 """
@@ -11,9 +13,10 @@ from __future__ import annotations
 import logging
 import re
 
-__all__ = ["BACKEND", "NEWEST", "OLDEST", "register", "why_not_version"]
+__all__ = ["BACKEND", "CACHE_DTYPE", "NEWEST", "OLDEST", "register", "why_not_version"]
 
 BACKEND = "turboquant_vllm.vllm.backend.TQ4Backend"
+CACHE_DTYPE = "tq4"
 OLDEST, NEWEST = (0, 30), (0, 33)  # releases whose hooks this plugin has been read and tested against
 
 logger = logging.getLogger(__name__)
@@ -30,6 +33,12 @@ def register() -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
+    from vllm.config import cache
+
+    if hasattr(cache, "register_kv_cache_dtype") and not cache.is_known_kv_cache_dtype(CACHE_DTYPE):
+        from turboquant_vllm.vllm.dtype import TQ4CacheDType
+
+        cache.register_kv_cache_dtype(CACHE_DTYPE)(TQ4CacheDType)
 
 
 def why_not_version(vllm_version: str) -> str:

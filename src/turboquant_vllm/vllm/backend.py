@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from turboquant_vllm.paged import MAX_PAGE_SIZE, MIN_PAGE_SIZE
+from turboquant_vllm.vllm import CACHE_DTYPE
 from turboquant_vllm.vllm.impl import TQ4Impl
 from turboquant_vllm.vllm.layer import SLOT_NORM_BYTES
 from turboquant_vllm.vllm.metadata import TQ4MetadataBuilder
@@ -21,7 +22,7 @@ class TQ4Backend(AttentionBackend):
     """Keys and values in 4 bits per coordinate: ``head_size + 8`` bytes per token and head, without padding."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto"]
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", CACHE_DTYPE]
     forward_includes_kv_cache_update = False
 
     @staticmethod

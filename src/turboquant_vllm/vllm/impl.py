@@ -44,6 +44,12 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
         softcap = logits_soft_cap or None  # vLLM writes 0 for none
         config = get_current_vllm_config_or_none()
         options = Options() if config is None else Options.read(config.additional_config)
+        skipped = getattr(config and config.cache_config, "kv_cache_dtype_skip_layers", None)
+        if skipped and kv_cache_dtype == "auto":  # the layer may be one of those: vLLM asks for them in the same words
+            raise ValueError(
+                "the TQ4 backend has every layer that it is given in 4 bits, got kv_cache_dtype_skip_layers "
+                f"{', '.join(skipped)}; leave layers to another backend by kind (backend_per_kind)"
+            )
         self.layer = PagedLayer(
             num_heads,
             self.num_kv_heads,
