@@ -8,6 +8,7 @@ import triton
 from turboquant_vllm.triton.config import (
     FEW_ROWS,
     LOG2_E,
+    WIDEST,
     choose_config,
     choose_parts,
     device_guard,
@@ -51,6 +52,7 @@ def attention(
         begin = max(0, k.shape[2] - q.shape[2] + 1 - sliding_window) // 32 * 32
         k, v = k[:, :, begin:], v[:, :, begin:]
         k_norms, v_norms = (None if n is None else n[:, :, begin:] for n in (k_norms, v_norms))
+        sliding_window = min(sliding_window, WIDEST)
     masks = (sliding_window, softcap, sinks)
     packed = k_norms is not None or v_norms is not None
     unpack = packed and q.shape[1] // k.shape[1] * q.shape[2] > FEW_ROWS

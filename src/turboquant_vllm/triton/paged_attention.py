@@ -14,6 +14,7 @@ from turboquant_vllm.triton.config import (
     LOG2_E,
     MIN_SPLIT,
     SPLITS,
+    WIDEST,
     Config,
     choose_config,
     choose_parts,
@@ -69,7 +70,8 @@ def paged_attention(
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    window = sliding_window if windows is None else windows.contiguous()
+    window = None if sliding_window is None else min(sliding_window, WIDEST)
+    window = window if windows is None else windows.contiguous()
     cap = None if softcap is None else softcap * LOG2_E
     nvidia = uses_prmt(q.device.type)
     # As in dense attention, float32 queries and results are rotated in float64 by PyTorch.
