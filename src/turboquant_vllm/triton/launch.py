@@ -130,13 +130,13 @@ def _attention(
         "HALF": prmt,
         "num_warps": 8 if many or wide else 4,
     }
-    row_tiles = (heads, triton.cdiv(rows, block))
+    row_tiles = (heads * triton.cdiv(rows, block),)
 
     def attend(k: torch.Tensor, v: torch.Tensor, first: int, count: int, k_parts: int, v_parts: int) -> None:
         """Attend to keys ``first .. first + count``, which k and v hold alone, into the splits from ``first`` on."""
         slot = first // split_len
         norms = (None, None) if slice_len else (k_norms, v_norms)
-        grid = (heads, triton.cdiv(rows, config.block_m), max(1, triton.cdiv(count, split_len)))
+        grid = (heads * triton.cdiv(rows, config.block_m), max(1, triton.cdiv(count, split_len)))
         attention_kernel[grid](
             queries, query_scale, k, norms[0], v, norms[1], centroids, partial[slot:], partial_lse[slot:], rows, count,
             kv_len - q_len - first, split_len, sliding_window, cap, group, num_kv_heads, *k.stride(),

@@ -133,7 +133,7 @@ def paged_attention(
 
     with device_guard(q.device):
         block = 16 if rows <= 64 else 64
-        query_kernel[(num_kv_heads, triton.cdiv(rows, block))](
+        query_kernel[(num_kv_heads * triton.cdiv(rows, block),)](
             q, rotation, queries, query_scale, rows, group, num_kv_heads, sm_scale * LOG2_E, 0, q.stride(1), q.stride(0),
             q.stride(2), BM=block, num_warps=4 if block == 16 and head_dim <= 128 else 8, **rotate,
         )  # fmt: skip
