@@ -70,8 +70,8 @@ def paged_attention(
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    window = None if sliding_window is None else min(sliding_window, WIDEST)
-    window = window if windows is None else windows.contiguous()
+    one_window = None if sliding_window is None else min(sliding_window, WIDEST)
+    window = one_window if windows is None else windows.contiguous()
     cap = None if softcap is None else softcap * LOG2_E
     nvidia = uses_prmt(q.device.type)
     # As in dense attention, float32 queries and results are rotated in float64 by PyTorch.
