@@ -10,6 +10,7 @@ from turboquant_vllm import merge_attention_states
 
 # Query and key lengths with windows shorter than a tile, longer than one, longer than all keys; several splits; many rows.
 WINDOWS = [(1, 40, 1), (1, 700, 300), (1, 33, 1000), (5, 300, 64), (5, 3, 2), (24, 300, 70), (70, 90, 16), (140, 300, 33)]
+WINDOWS.append((7, 3, 2**40))  # beyond every position
 
 
 def compare_rows(out, want, dtype, rows, **options):

@@ -25,6 +25,7 @@ class PagedContract:
         lengths = [*MIXED, (1, 1500), (3, 1500), (1, 40)]
         windows = torch.randint(1, 70, (len(lengths),), generator=generator, dtype=torch.int32)
         windows[-3:] = torch.tensor([1400, 900, 0])  # the last sequence sees nothing
+        windows[lengths.index((5, 3))] = 2**31 - 1  # less any position of its queries, no 32-bit number
         batch = random_batch(generator, lengths, dtype=dtype, device=device).replace(windows=windows.to(device))
         out, lse = check_batch(run, batch)
         assert (out[-1] == 0).all()
@@ -83,9 +84,9 @@ class PagedContract:
             assert torch.equal(alone, out[tokens]), index
             assert torch.equal(alone_lse, lse[tokens]), index
 
-    @pytest.mark.parametrize("window", [1, 20, 300])
+    @pytest.mark.parametrize("window", [1, 20, 300, 2**40])
     def test_sliding_window(self, run, device, dtype, generator, window):
-        lengths = [(1, 900), (40, 120), (3, 30), (24, 700), (0, 0)]
+        lengths = [(1, 900), (40, 120), (3, 30), (24, 700), (0, 0), (7, 3)]
         check_batch(run, random_batch(generator, lengths, dtype=dtype, device=device, sliding_window=window))
 
     def test_keys_before_the_window_do_not_matter(self, run, device, dtype, generator):

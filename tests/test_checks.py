@@ -60,6 +60,7 @@ TYPES: list[tuple[Callable[[], Arguments], str]] = [
     (lambda: {"sm_scale": "0.1"}, "sm_scale must be a float or None, got str"),
     (lambda: {"sm_scale": torch.tensor(0.1)}, "sm_scale must be a float or None, got Tensor"),
     (lambda: {"sm_scale": True}, "sm_scale must be a float or None, got bool"),
+    (lambda: {"is_causal": "False"}, "is_causal must be a bool, got str"),
 ]
 VALUES: list[tuple[Callable[[], Arguments], str]] = [
     (lambda: {"q": q(H_Q, N_Q, D)}, "q must have shape [batch, num_heads, q_len, head_dim], got [4, 3, 64]"),
@@ -68,6 +69,8 @@ VALUES: list[tuple[Callable[[], Arguments], str]] = [
     (lambda: {"q": q(B, H_Q, N_Q, 0)}, "q must have an even head_dim from 2 to 256, got 0"),
     (lambda: {"q": q(B, 5, N_Q, D)}, "q must have a multiple of k.codes's 2 heads, got 5"),
     (lambda: {"q": q(B, 1, N_Q, D)}, "q must have a multiple of k.codes's 2 heads, got 1"),
+    (lambda: {"q": q(B, 0, N_Q, D)}, "q must have a multiple of k.codes's 2 heads, got 0"),
+    (lambda: {"sm_scale": math.nan}, "sm_scale must be finite, got nan"),
     (lambda: {"k": packed(B, 0, N_KV, 32), "v": packed(B, 0, N_KV, 32)}, "q must have a multiple of k.codes's 0 heads, got 4"),
     (lambda: {"k": packed(3, H_KV, N_KV, 32)}, "k.codes must have shape [2, num_kv_heads, kv_len, 32], got [3, 2, 9, 32]"),
     (lambda: {"k": packed(B, H_KV, N_KV, 31)}, "k.codes must have shape [2, num_kv_heads, kv_len, 32], got [2, 2, 9, 31]"),

@@ -214,3 +214,24 @@ def test_calls_fit_the_native_kernels():
     fewer = dataclasses.replace(shape, num_seqs=100)
     assert list(native_calls(fewer, 10, None)) == [NativeCall(0, 100, 4, 3)]
     assert rows_left(fewer, 10, None) == 97
+
+
+def test_lengths_known_to_a_compiled_function(generator, monkeypatch):
+    monkeypatch.setattr(ops, "why_not_cuda", lambda device: "")
+    monkeypatch.setattr(ops, "why_not_triton", lambda device: "")
+    lengths = [(1, 37), (70, 90), (20, 30), (200, 200)]
+    batch = random_batch(generator, lengths, dtype=torch.float16)
+    q, cache, *index = arguments(batch)[:5]
+    codec, calls = TQ4Codec.reader(batch.rotation, batch.centroids, "haar"), []
+    lens, starts = [keys for _, keys in lengths], batch.cu_seqlens_q.tolist()
+
+    def keep(graph, inputs):
+        calls.extend(str(node.target) for node in graph.graph.nodes if "turboquant" in str(node.target))
+        return lambda *args: (q,)
+
+    def step(q, *index):
+        return tq4_paged_attention(q, cache, codec, *index, seq_lens_cpu=lens, cu_seqlens_q_cpu=starts)
+
+    torch.compile(step, fullgraph=True, backend=keep)(q, *index)
+    # Those of few rows; the pieces of two; what is left.
+    assert calls == ["turboquant.cuda_paged"] * 2 + ["turboquant.triton_paged"]

@@ -110,6 +110,8 @@ WRONG = {
     "q-dtype": ({"q": torch.zeros(24, 4, 64).double()}, TypeError, "q must be torch.float16 or .* got torch.float64"),
     "q-shape": ({"q": torch.zeros(24, 4, 32)}, ValueError, r"q must have shape \[total_tokens, num_heads, 64\], got"),
     "heads": ({"q": torch.zeros(24, 3, 64)}, ValueError, "q must have a multiple of the cache's 2 heads, got 3"),
+    "no-heads": ({"q": torch.zeros(24, 0, 64)}, ValueError, "q must have a multiple of the cache's 2 heads, got 0"),
+    "causal": ({"causal": 1}, TypeError, "causal must be a bool, got int"),
     "table-dtype": ({"block_table": torch.zeros(3, 4).long()}, TypeError, "block_table must be torch.int32, got torch.int64"),
     "table-shape": ({"block_table": torch.zeros(3).int()}, ValueError, r"block_table must have shape \[num_seqs, max_pages\]"),
     "lens": ({"seq_lens": torch.zeros(4).int()}, ValueError, r"seq_lens must have shape \[3\], got \[4\]"),

@@ -34,6 +34,7 @@ TARGETS = {
     "sm_120": ("cuda", 120, 32, 99),
     "gfx942": ("hip", "gfx942", 64, 64),
 }
+GRID = (2**31 - 1, 65535, 65535)  # of NVIDIA's GPUs
 
 CALLS = {
     "decode": {"dtype": HALF, "head_dim": 128, "group": 4},
@@ -85,6 +86,7 @@ class _Kernel:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def compile(*args: Any, **kwargs: Any) -> None:
+            assert all(size <= limit for size, limit in zip(grid, GRID, strict=False)), f"{self.function.__name__}: {grid}"
             kernel = self.function.warmup(*args, grid=grid, **kwargs)
             self.compiled.append((self.function.__name__, kernel))
 
@@ -229,6 +231,18 @@ def test_slices_of_pages_fit(generator, target, compiled, monkeypatch, dtype, he
     # Rows are read and written in wide pieces: strides are known to be multiples of head_dim.
     assert "ld.global.v4.b32" in merge.asm["ptx"]
     assert "st.global.v4.b32" in merge.asm["ptx"]
+
+
+@pytest.mark.parametrize("target", ["sm_90"], indirect=True)
+def test_grids_of_a_million_rows(generator, compiled):
+    from turboquant_vllm.triton import launch, prefill
+
+    rows = 1 << 20
+    case = random_case(generator, dtype=FULL, num_kv_heads=1, group=1, head_dim=16, packed=(False, False))
+    launch.attention(case.q.expand(1, 1, rows, 16), case.k, None, case.v, None, None, None, 1.0, False)
+    part = prefill.Part(torch.zeros(1, 1, 1, 16).expand(1, 1, rows, 16), torch.zeros(1, 1, 1).expand(1, 1, rows), 0)
+    prefill.merge([part], 0, rows, part)
+    assert {function for function, _ in compiled} == {"query_kernel", "attention_kernel", "merge_kernel"}
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)

@@ -15,7 +15,7 @@ from attention_contract import AttentionContract, check_causal_sizes
 from paged_cases import check_batch, host_lengths, operator_arguments, random_batch
 from paged_contract import PagedContract
 from turboquant_vllm import reference
-from turboquant_vllm.prefill import Dense, dense_attention
+from turboquant_vllm.prefill import Dense, Part, dense_attention
 
 VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
 pytestmark = [
@@ -209,3 +209,12 @@ def test_slices_and_fused_kernels_share_a_batch(run_pages, generator):
     sliced, _ = run_pages(batch)
     for tokens, is_sliced in zip(batch.tokens, (True, False, False, True, False), strict=True):
         assert torch.equal(out[tokens], sliced[tokens]) == (is_sliced or tokens.stop - tokens.start == 1)
+
+
+def test_where_a_lone_sequence_would_end_does_not_matter(interpreter, generator):
+    out = torch.randn(2000, generator=generator).as_strided((1, 2, 5, 16), (1001, 16, 32, 1))
+    lse = torch.randn(1, 2, 5, generator=generator)
+    target = Part(torch.zeros(1, 2, 5, 16).share_memory_(), torch.zeros(1, 2, 5).share_memory_(), 0)
+    interpreter.call("triton.prefill:merge", [Part(out, lse, 0)], 0, 5, target)
+    compare(target.out, out.double(), FULL)
+    compare(target.lse, lse.double(), FULL)

@@ -155,6 +155,8 @@ def check_sm_scale(sm_scale: float | None, head_dim: int) -> float:
         return 1 / math.sqrt(head_dim)
     if isinstance(sm_scale, bool) or not isinstance(sm_scale, (int, float)):
         raise TypeError(f"sm_scale must be a float or None, got {type(sm_scale).__name__}")
+    if not -math.inf < sm_scale < math.inf:
+        raise ValueError(f"sm_scale must be finite, got {sm_scale}")
     return float(sm_scale)
 
 
@@ -173,6 +175,8 @@ def check_masks(
     ``sliding_window`` must be a positive int, and needs causal attention; ``softcap`` a positive, finite number; ``sinks``
     float32 ``[num_heads]`` on ``device``.
     """
+    if not isinstance(is_causal, (bool, torch.SymBool)):
+        raise TypeError(f"{causal_name} must be a bool, got {type(is_causal).__name__}")
     masks: dict[str, Any] = {}
     if sliding_window is not None:
         check_count("sliding_window", sliding_window, 1)
@@ -241,7 +245,7 @@ def check_attention(
     k_name, v_name = names
     k_norms = _check_operand(k_name, k, k_norms, q, ("num_kv_heads", "kv_len"), packed[0])
     num_kv_heads, kv_len = k.shape[1], k.shape[2]
-    if num_kv_heads == 0 or num_heads % num_kv_heads:
+    if 0 in (num_kv_heads, num_heads) or num_heads % num_kv_heads:
         raise ValueError(f"q must have a multiple of {k_name}'s {num_kv_heads} heads, got {num_heads}")
     v_norms = _check_operand(v_name, v, v_norms, q, (num_kv_heads, kv_len), packed[1])
 
@@ -276,7 +280,7 @@ def check_paged_attention(
     check_dtype("q", q, QUERY_DTYPES)
     check_shape("q", q, ("total_tokens", "num_heads", head_dim))
     total_tokens, num_heads, _ = q.shape
-    if num_heads % num_kv_heads:
+    if num_heads == 0 or num_heads % num_kv_heads:
         raise ValueError(f"q must have a multiple of the cache's {num_kv_heads} heads, got {num_heads}")
     for name, tensor in (("block_table", block_table), ("seq_lens", seq_lens), ("cu_seqlens_q", cu_seqlens_q)):
         check_dtype(name, tensor, (torch.int32,))

@@ -122,8 +122,8 @@ def tq4_paged_attention(
         max_seq_len: no sequence has more keys; None means ``max_pages * page_size``. The closer these two, the less is
             launched in vain.
         seq_lens_cpu, cu_seqlens_q_cpu: what ``seq_lens`` and ``cu_seqlens_q`` hold, for the host: int32 tensors on the CPU or
-            ints, both or neither. They imply both bounds. For a sequence of at most 256 query rows (tokens x heads of a
-            group) ``seq_lens_cpu`` may be more than the truth.
+            ints (ints where torch.compile follows), both or neither. They imply both bounds. For a sequence of at most 256
+            query rows (tokens x heads of a group) ``seq_lens_cpu`` may be more than the truth.
         backend: "auto", "cuda", "triton" or "reference"; a named backend that cannot run raises and never falls back.
         out: where the result goes, ``[T, H_q, D]`` in q's dtype, any strides.
 

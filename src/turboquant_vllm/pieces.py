@@ -49,14 +49,14 @@ def native_calls(shape: PagedShape, max_query_len: int, lengths: HostLengths | N
     if lengths is None:
         yield NativeCall(0, shape.num_seqs, min(max_query_len, most), _pieces(shape, max_query_len))
         return
-    counts = lengths.query_lens
-    if longest := max((n for n in counts if n <= most), default=0):
+    counts = lengths.query_lens  # torch.compile follows what is below: no default of a generator, no key of groupby
+    if longest := max([n for n in counts if n <= most], default=0):
         yield NativeCall(0, shape.num_seqs, longest, 1)
     first = 0
-    for is_cut, run in itertools.groupby(counts, lambda n: most < n <= MOST_ROWS // shape.group):
-        stop = first + len(longest_of := list(run))
+    for is_cut, run in itertools.groupby([most < n <= MOST_ROWS // shape.group for n in counts]):
+        stop = first + len(list(run))
         if is_cut:
-            pieces = -(-max(longest_of) // most)
+            pieces = -(-max(counts[first:stop]) // most)
             each = MAX_SEQUENCES // pieces
             yield from (NativeCall(i, min(i + each, stop), most, pieces) for i in range(first, stop, each))
         first = stop

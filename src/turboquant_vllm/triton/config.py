@@ -21,6 +21,7 @@ __all__ = [
     "LOG2_E",
     "MIN_SPLIT",
     "SPLITS",
+    "WIDEST",
     "Config",
     "choose_config",
     "choose_parts",
@@ -36,6 +37,7 @@ LOG2_E = 1 / math.log(2)
 # more, each level would be looked up many times: slices of the cache are unpacked once, into a small scratch.
 FEW_ROWS = 256
 SPLITS, MIN_SPLIT = 16, 256
+WIDEST = 1 << 30  # a sliding window wider than this is taken for it: positions less a window stay 32-bit numbers
 
 
 @dataclass(frozen=True)

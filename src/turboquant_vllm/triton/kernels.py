@@ -37,6 +37,16 @@ def _row_offset(row, group, stride_h, stride_n, head):
     return (head * group + row % group) * stride_h + (row // group) * stride_n
 
 
+@triton.jit
+def head_and_tile(rows, BM: tl.constexpr):
+    """A program's head (int64) and tile of its ``rows``, and how many heads there are.
+
+    All tiles of all heads are in the first axis of the grid, neighbouring heads side by side: the other axes end at 65535.
+    """
+    heads = tl.num_programs(0) // tl.cdiv(rows, BM)
+    return (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads, heads.to(tl.int64)
+
+
 # Arguments that change with a length are not specialised: a new length must never compile anything.
 @triton.jit(do_not_specialize=["rows", "q_b", "q_h"])
 def query_kernel(q, rotation, out, out_scale, rows, group, num_kv_heads, factor, q_b, q_h, q_n, q_d,
@@ -46,8 +56,8 @@ def query_kernel(q, rotation, out, out_scale, rows, group, num_kv_heads, factor,
 
     ``out_scale`` is a power of two near each row's largest magnitude, so that ``out`` fits half precision.
     """
-    row = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
-    batch_head = tl.program_id(0).to(tl.int64)
+    batch_head, tile, _ = head_and_tile(rows, BM)
+    row = tile * BM + tl.arange(0, BM)  # [BM]
     batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
     source = q + batch * q_b + _row_offset(row.to(tl.int64), group, q_h, q_n, head)
     index = tl.arange(0, DP)
@@ -198,10 +208,10 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
     Writes float32 ``out [splits, batch * num_kv_heads, rows, D]``, normalised, in the values' basis and parts order, and
     ``lse [splits, batch * num_kv_heads, rows]`` in log2. ``softcap`` is in log2 too.
     """
+    batch_head, tile, heads = head_and_tile(rows, BM)
     # Causal work grows with the row: the longest tiles start first.
-    first_row = (tl.cdiv(rows, BM) - 1 - tl.program_id(1)) * BM
-    batch_head = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(2)
+    first_row = (tl.cdiv(rows, BM) - 1 - tile) * BM
+    split = tl.program_id(1)
     batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
     start = split * split_len
     row = first_row + tl.arange(0, BM)  # [BM]
@@ -214,7 +224,7 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
         start, tl.minimum(start + split_len, kv_len), kv_len, offset, window, softcap, q, q_scale, batch_head * rows + row,
         first_row, rows, group, (k + batch * k_b + head * k_h, k_n, k_d, 0, kn_base, kn_n, 0),
         (v + batch * v_b + head * v_h, v_n, v_d, 0, vn_base, vn_n, 0), None, 0, centroids, out, lse,
-        (split.to(tl.int64) * tl.num_programs(0) + batch_head) * rows + row, D, K_PARTS, V_PARTS, K_PARTS, V_PARTS, K_DP,
+        (split * heads + batch_head) * rows + row, D, K_PARTS, V_PARTS, K_PARTS, V_PARTS, K_DP,
         V_DP, 0, CAUSAL, SWAP, BM, BN, STAGES, PRMT)  # fmt: skip
 
 
@@ -272,15 +282,15 @@ def merge_kernel(partial, partial_lse, sinks, rotation, out, lse, rows, splits, 
                  l_h, l_n, D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
                  UNROLL: tl.constexpr, CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
     """Merge the splits, rotate back and unpack the rows to ``out [B, H_q, N_q, D]`` and ``lse``; ``sinks [H_q]`` or None."""
-    row = tl.program_id(1) * BM + tl.arange(0, BM)  # [BM]
-    batch_head = tl.program_id(0).to(tl.int64)
+    batch_head, tile, heads = head_and_tile(rows, BM)
+    row = tile * BM + tl.arange(0, BM)  # [BM]
     batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
     row64 = row.to(tl.int64)
     logits = None
     if sinks is not None:
         logits = sinks + head * group + row % group
     merge_rows(
-        partial, partial_lse, batch_head * rows + row, tl.num_programs(0).to(tl.int64) * rows, splits, row, rows, logits,
+        partial, partial_lse, batch_head * rows + row, heads * rows, splits, row, rows, logits,
         rotation, out + batch * o_b + _row_offset(row64, group, o_h, o_n, head), o_d,
         lse + batch * l_b + _row_offset(row64, group, l_h, l_n, head), D, DP, PARTS, ROTATE, BM, UNROLL, CHUNK,
         HALF)  # fmt: skip

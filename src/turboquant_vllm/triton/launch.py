@@ -8,6 +8,7 @@ import triton
 from turboquant_vllm.triton.config import (
     FEW_ROWS,
     LOG2_E,
+    WIDEST,
     choose_config,
     choose_parts,
     device_guard,
@@ -51,6 +52,7 @@ def attention(
         begin = max(0, k.shape[2] - q.shape[2] + 1 - sliding_window) // 32 * 32
         k, v = k[:, :, begin:], v[:, :, begin:]
         k_norms, v_norms = (None if n is None else n[:, :, begin:] for n in (k_norms, v_norms))
+        sliding_window = min(sliding_window, WIDEST)
     masks = (sliding_window, softcap, sinks)
     packed = k_norms is not None or v_norms is not None
     unpack = packed and q.shape[1] // k.shape[1] * q.shape[2] > FEW_ROWS
@@ -128,13 +130,13 @@ def _attention(
         "HALF": prmt,
         "num_warps": 8 if many or wide else 4,
     }
-    row_tiles = (heads, triton.cdiv(rows, block))
+    row_tiles = (heads * triton.cdiv(rows, block),)
 
     def attend(k: torch.Tensor, v: torch.Tensor, first: int, count: int, k_parts: int, v_parts: int) -> None:
         """Attend to keys ``first .. first + count``, which k and v hold alone, into the splits from ``first`` on."""
         slot = first // split_len
         norms = (None, None) if slice_len else (k_norms, v_norms)
-        grid = (heads, triton.cdiv(rows, config.block_m), max(1, triton.cdiv(count, split_len)))
+        grid = (heads * triton.cdiv(rows, config.block_m), max(1, triton.cdiv(count, split_len)))
         attention_kernel[grid](
             queries, query_scale, k, norms[0], v, norms[1], centroids, partial[slot:], partial_lse[slot:], rows, count,
             kv_len - q_len - first, split_len, sliding_window, cap, group, num_kv_heads, *k.stride(),

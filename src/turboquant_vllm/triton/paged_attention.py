@@ -14,6 +14,7 @@ from turboquant_vllm.triton.config import (
     LOG2_E,
     MIN_SPLIT,
     SPLITS,
+    WIDEST,
     Config,
     choose_config,
     choose_parts,
@@ -69,7 +70,8 @@ def paged_attention(
     block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
     seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
     sinks = None if sinks is None else sinks.contiguous()
-    window = sliding_window if windows is None else windows.contiguous()
+    one_window = None if sliding_window is None else min(sliding_window, WIDEST)
+    window = one_window if windows is None else windows.contiguous()
     cap = None if softcap is None else softcap * LOG2_E
     nvidia = uses_prmt(q.device.type)
     # As in dense attention, float32 queries and results are rotated in float64 by PyTorch.
@@ -131,7 +133,7 @@ def paged_attention(
 
     with device_guard(q.device):
         block = 16 if rows <= 64 else 64
-        query_kernel[(num_kv_heads, triton.cdiv(rows, block))](
+        query_kernel[(num_kv_heads * triton.cdiv(rows, block),)](
             q, rotation, queries, query_scale, rows, group, num_kv_heads, sm_scale * LOG2_E, 0, q.stride(1), q.stride(0),
             q.stride(2), BM=block, num_warps=4 if block == 16 and head_dim <= 128 else 8, **rotate,
         )  # fmt: skip

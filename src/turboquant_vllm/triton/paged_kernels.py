@@ -53,9 +53,9 @@ def _measure(sequence, seq_lens, cu_seqlens_q, total_tokens, max_keys):
 
 @triton.jit
 def _window_of(sequence, window):
-    """The sliding window of a sequence: one for all, or one of its own."""
+    """The sliding window of a sequence: one for all, or one of its own, at most ``config.WIDEST``."""
     if window.dtype.is_ptr():
-        return tl.load(window + sequence)
+        return tl.minimum(tl.load(window + sequence), 1 << 30)
     else:
         return window
 

@@ -23,6 +23,7 @@ from turboquant_vllm.prefill import (
     dense_attention,
 )
 from turboquant_vllm.triton.config import device_guard, uses_prmt
+from turboquant_vllm.triton.kernels import head_and_tile
 from turboquant_vllm.triton.unpack import Packed, unpack
 
 __all__ = ["MANY_PAIRS", "MANY_ROWS", "SCRATCH_BYTES", "attention", "merge", "paged_attention", "serves"]
@@ -61,13 +62,14 @@ def merge_kernel(count, used, heads, sinks, part0, lse0, x_b0, x_h0, x_n0, rows0
     Strides are in units of D for parts and of UNIT for out, but for its last. A part's log-sum-exps are contiguous. ``sinks``
     is None or holds one logit more for each head, whose value is zero.
     """
-    n = (tl.program_id(1) * BM + tl.arange(0, BM)).to(tl.int64)  # [BM]
-    batch, head = (tl.program_id(0) // heads).to(tl.int64), (tl.program_id(0) % heads).to(tl.int64)
+    batch_head, tile, _ = head_and_tile(count, BM)
+    n = (tile * BM + tl.arange(0, BM)).to(tl.int64)  # [BM]
+    batch, head = batch_head // heads, batch_head % heads
     column = tl.arange(0, DP)
     top = tl.full([BM], float("-inf"), tl.float32)
     total = tl.zeros([BM], tl.float32)
     if sinks is not None:
-        top = tl.maximum(top, tl.load(sinks + head))
+        top = tl.load(sinks + head) + tl.zeros([BM], tl.float32)  # NaN, too: a maximum passes over it
         total = tl.where(top == float("-inf"), 0.0, 1.0)
     state = (top, total, tl.zeros([BM, DP], tl.float32))
     part = (part0, lse0, x_b0, x_h0, x_n0, rows0, first0)
@@ -237,7 +239,8 @@ def merge(parts: Sequence[Part], first_row: int, stop_row: int, target: Part, si
     for i in range(MOST_PARTS):
         part = parts[min(i, len(parts) - 1)] if parts else target
         *strides, last = part.out.stride()
-        assert not parts or (last == 1 and not any(stride % head_dim for stride in strides))
+        apart = [stride for stride, size in zip(strides, part.out.shape[:-1], strict=True) if size > 1]
+        assert not parts or (last == 1 and not any(stride % head_dim for stride in apart))
         given += [
             part.out,
             part.lse,
@@ -248,7 +251,7 @@ def merge(parts: Sequence[Part], first_row: int, stop_row: int, target: Part, si
     *strides, last = target.out.stride()
     unit = 1 if any(stride % head_dim for stride in strides) else head_dim  # says how loads and stores are aligned
     count = stop_row - first_row
-    merge_kernel[(batch * num_heads, -(-count // _BLOCK))](
+    merge_kernel[(batch * num_heads * -(-count // _BLOCK),)](
         count, len(parts), num_heads, sinks, *given, target.out, target.lse, *(stride // unit for stride in strides), last,
         *target.lse.stride(), first_row - target.first_row, UNIT=unit, D=head_dim, DP=1 << (head_dim - 1).bit_length(),
         BM=_BLOCK,
