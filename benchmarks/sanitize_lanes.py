@@ -24,7 +24,7 @@ from common import RESULTS, environment, write_results
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import kernel_lanes
-from attention_cases import check, random_case
+from attention_cases import check, poisoned_memory, random_case
 from paged_cases import check_batch, random_batch
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm.cuda import decode, store
@@ -61,7 +61,7 @@ FAULTS = (
     ("pages", "__syncthreads();\n  if (blockIdx.x == 0)\n", "if (blockIdx.x == 0)\n", BARRIER),
     ("store", "  __syncthreads();", "", BARRIER),
     ("store", "live = slot[v] < p.num_slots", "live = true", OUTSIDE),
-    ("store", "(tile >= tiles) return;", "(tile > tiles) return;", OUTSIDE),
+    ("store", "min(tile * 8 + g, p.rows - 1)", "tile * 8 + g", OUTSIDE),
 )
 
 
@@ -111,8 +111,9 @@ RUN: dict[str, Callable[..., None]] = {"dense": run_dense, "pages": run_pages, "
 
 @contextlib.contextmanager
 def emulated(shared_limit: int) -> Iterator[pytest.MonkeyPatch]:
-    """Inside, the kernels run on a CPU, as on a GPU of three multiprocessors with so much shared memory for a block."""
-    with pytest.MonkeyPatch.context() as patch, kernel_lanes.settled():
+    """Inside, the kernels run on a CPU, as on a GPU of three multiprocessors with so much shared memory for a block, and
+    memory that nobody has written is NaN."""
+    with pytest.MonkeyPatch.context() as patch, kernel_lanes.settled(), poisoned_memory():
         kernel_lanes.emulate_decode(patch, shared_limit)
         kernel_lanes.emulate_store(patch)
         yield patch
