@@ -45,6 +45,7 @@ def test_dense(generator, dtype, head_dim, group, q_len, kv_len, causal):
         (5, 3, 2, 1.5, True),
         (3, 70, None, 2.0, False),
         (8, 120, 1, 50.0, True),
+        (1, 90, None, 1e6, False),
     ],
 )
 def test_dense_masks(generator, q_len, kv_len, window, softcap, with_sinks):
