@@ -46,9 +46,8 @@ struct DecodeParams {
 
 // cap * tanh(x / cap) by exponentials, with x * rate = 2 log2(e) x / cap; near zero, where these cancel, by a series.
 __device__ __forceinline__ float soft_cap(float x, float cap, float rate) {
-  const float z = x * rate, square = z * z * 0.12011325347955035f;  // (x / cap)^2
-  if (square < 0.015625f) return x * fmaf(square, fmaf(square, 0.13333333f, -0.33333333f), 1);
-  return cap - 2 * cap * reciprocal(ex2(z) + 1);
+  const float z = x * rate, y = cap - 2 * cap * reciprocal(ex2(z) + 1), square = z * z;
+  return square < 0.13f ? x * fmaf(square, fmaf(square, 0.00192363f, -0.04003775f), 1) : y;
 }
 
 // How many keys back from its own position a query of sequence s sees.
