@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import gc
@@ -21,6 +22,7 @@ from typing import Any
 import pytest
 import torch
 
+from paged_cases import Batch
 from turboquant_vllm.cuda import decode, paged, store
 
 SHARED_LIMIT = 232448  # bytes of a block, as on Hopper
@@ -117,14 +119,23 @@ def _tensors() -> list[torch.Tensor]:
     return [x for x in gc.get_objects() if type(x) is kind and x.device.type == "cpu" and x.layout is torch.strided]
 
 
-@pytest.fixture(scope="module")
-def few_objects() -> Iterator[None]:
-    """Python's list of objects holds those made since, so that a launch looks through no more than it must."""
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """Inside, Python's list of objects holds those made since, so that a launch looks through no more than it must."""
     _older[:] = map(weakref.ref, _tensors())
     gc.freeze()
-    yield
-    gc.unfreeze()
-    _older.clear()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+        _older.clear()
+
+
+@pytest.fixture(scope="module")
+def few_objects() -> Iterator[None]:
+    """As :func:`settled`, for the tests of a module."""
+    with settled():
+        yield
 
 
 def live_memory() -> list[tuple[int, int]]:
@@ -164,23 +175,35 @@ def build(text: str, kernels: tuple[tuple[str, str], ...], macros: tuple[tuple[s
     return Library(library, [name for name, _ in kernels])
 
 
-@functools.cache
+def store_source() -> str:
+    """The text of the store."""
+    return f'#line 1 "store.cu"\n{store.SOURCE.read_text()}'
+
+
+def decode_source() -> str:
+    """The text of the kernels of a decode."""
+    return decode.source()
+
+
 def build_store(*key: Any) -> Library:
     """The store for the arguments of :func:`turboquant_vllm.cuda.store.defines` but the last."""
-    text = f'#line 1 "store.cu"\n{store.SOURCE.read_text()}'
-    return build(text, (("tq4_store", "StoreParams"),), tuple(store.defines(*key, 1).items()))
+    return build(store_source(), (("tq4_store", "StoreParams"),), tuple(store.defines(*key, 1).items()))
 
 
-@functools.cache
 def build_decode(variant: decode.Variant, pages: int) -> Library:
     """The kernels of a native decode."""
     kernels = (("tq4_decode", "DecodeParams"), ("tq4_combine", "CombineParams"), ("tq4_rotate", "DecodeParams"))
-    return build(decode.source(), kernels[: 2 + pages], tuple({**variant.defines, "PAGED": pages}.items()))
+    return build(decode_source(), kernels[: 2 + pages], tuple({**variant.defines, "PAGED": pages}.items()))
 
 
 @pytest.fixture
 def emulated_store(monkeypatch: pytest.MonkeyPatch, few_objects: None) -> None:
     """The native store launches its kernel in the emulator."""
+    emulate_store(monkeypatch)
+
+
+def emulate_store(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launch the native store in the emulator."""
 
     def launch(library: Library, grid: Any, block: Any, shared: int, stream: None, arguments: Any) -> None:
         library.launch("tq4_store", store.PARAMS, grid, block[0], shared, False, arguments)
@@ -202,8 +225,8 @@ def emulated_decode(monkeypatch: pytest.MonkeyPatch, few_objects: None) -> None:
         monkeypatch.setattr(module, "choose_variant", variant)
 
 
-def emulate_decode(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Launch what native decoding launches in the emulator, as on a GPU of three multiprocessors."""
+def emulate_decode(monkeypatch: pytest.MonkeyPatch, shared_limit: int = SHARED_LIMIT) -> None:
+    """Launch native decoding in the emulator, as on a GPU of three multiprocessors, ``shared_limit`` bytes for a block."""
 
     def launch(kernel: Any, grid: Any, block: Any, shared: int, stream: None, args: Any, *, pdl: bool = False) -> None:
         name, params, library = kernel
@@ -227,4 +250,16 @@ def emulate_decode(monkeypatch: pytest.MonkeyPatch) -> None:
         module.Call.plan.cache_clear()
         monkeypatch.setattr(module, "_kernels", kernels)
         monkeypatch.setattr(module, "launch", launch)
-        monkeypatch.setattr(module, "device_limits", lambda index: (3, SHARED_LIMIT))
+        monkeypatch.setattr(module, "device_limits", lambda index: (3, shared_limit))
+
+
+def run_pages(batch: Batch, longest: int | None = None, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Native decoding of ``batch``; unserved rows stay NaN. ``longest``: query tokens of a sequence that is served."""
+    out = torch.empty_like(batch.q) if out is None else out
+    out.fill_(float("nan"))
+    lse = torch.full(batch.q.shape[:2], float("nan"))
+    longest = int(batch.cu_seqlens_q.diff().max()) if longest is None else longest
+    pages = (batch.cache.buffer, batch.cache.page_size, batch.cache.num_kv_heads, batch.block_table, batch.seq_lens)
+    how = (batch.centroids, batch.rotation, batch.sm_scale, batch.causal, longest, int(batch.seq_lens.max()))
+    paged.decode_pages(batch.q, *pages, batch.cu_seqlens_q, *how, out, lse, **batch.masks)
+    return out, lse

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from attention_cases import check, compare, expected, random_case
-from kernel_lanes import emulated_decode, few_objects, needs_compiler  # noqa: F401
+from kernel_lanes import emulated_decode, few_objects, needs_compiler, run_pages  # noqa: F401
 from paged_cases import check_batch, random_batch
 from turboquant_vllm.cuda import decode, paged
 from turboquant_vllm.pieces import cut_sequences
@@ -45,6 +45,7 @@ def test_dense(generator, dtype, head_dim, group, q_len, kv_len, causal):
         (5, 3, 2, 1.5, True),
         (3, 70, None, 2.0, False),
         (8, 120, 1, 50.0, True),
+        (1, 90, None, 1e6, False),
     ],
 )
 def test_dense_masks(generator, q_len, kv_len, window, softcap, with_sinks):
@@ -88,18 +89,6 @@ def test_rotation_folded_into_the_weights(generator):
     compare(out, want.double() @ rotation.T, HALF)
 
 
-def run_paged(batch: Any, longest: int | None = None, out: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Unserved rows stay NaN; ``longest``: query tokens of a sequence that is served."""
-    out = torch.empty_like(batch.q) if out is None else out
-    out.fill_(float("nan"))
-    lse = torch.full(batch.q.shape[:2], float("nan"))
-    longest = int(batch.cu_seqlens_q.diff().max()) if longest is None else longest
-    pages = (batch.cache.buffer, batch.cache.page_size, batch.cache.num_kv_heads, batch.block_table, batch.seq_lens)
-    how = (batch.centroids, batch.rotation, batch.sm_scale, batch.causal, longest, int(batch.seq_lens.max()))
-    paged.decode_pages(batch.q, *pages, batch.cu_seqlens_q, *how, out, lse, **batch.masks)
-    return out, lse
-
-
 @pytest.mark.parametrize(
     ("head_dim", "group", "page_size", "lengths", "causal"),
     [
@@ -112,7 +101,7 @@ def run_paged(batch: Any, longest: int | None = None, out: Any = None) -> tuple[
 )
 def test_pages(generator, head_dim, group, page_size, lengths, causal):
     sizes = {"head_dim": head_dim, "group": group, "page_size": page_size, "causal": causal}
-    check_batch(run_paged, random_batch(generator, lengths, dtype=HALF, device="cpu", **sizes))
+    check_batch(run_pages, random_batch(generator, lengths, dtype=HALF, device="cpu", **sizes))
 
 
 @pytest.mark.parametrize(
@@ -134,25 +123,25 @@ def test_masks_over_pages(generator, options, windows):
     batch = random_batch(generator, lengths, dtype=HALF, device="cpu", group=4, **options)
     if windows is not None:
         batch = batch.replace(windows=torch.tensor(windows, dtype=torch.int32))
-    check_batch(run_paged, batch)
+    check_batch(run_pages, batch)
 
 
 def test_pages_before_the_window_do_not_matter(generator):
     batch = random_batch(generator, [(1, 200), (4, 150)], dtype=HALF, device="cpu", sliding_window=50)
     for index, hidden in enumerate((150, 150 - 53)):
         batch.cache.buffer[batch.block_table[index, : hidden // 16].long()] = 255  # NaN among the norms
-    check_batch(run_paged, batch)
+    check_batch(run_pages, batch)
     for index, hidden in enumerate((150, 150 - 53)):  # and in the first page that is looked at, norms beyond all others
         page = batch.block_table[index, hidden // 16].long()
         for norms in (batch.cache.k_norms, batch.cache.v_norms):
             norms[page, :, : hidden % 16] = 1e30
-    check_batch(run_paged, batch)
+    check_batch(run_pages, batch)
 
 
 @pytest.mark.parametrize(("head_dim", "longest"), [(64, None), (64, 2), (256, 4)])
 def test_sequences_of_many_rows_are_left_alone(generator, head_dim, longest):
     batch = random_batch(generator, [(1, 40), (9, 30), (2, 33)], dtype=HALF, device="cpu", head_dim=head_dim, group=4)
-    out, lse = run_paged(batch, longest)
+    out, lse = run_pages(batch, longest)
     assert out[1:10].isnan().all()
     assert lse[1:10].isnan().all()
     assert out[:1].isfinite().all()
@@ -169,9 +158,9 @@ def at_an_odd_place(x: torch.Tensor) -> torch.Tensor:
 )
 def test_tables_and_results_that_lie_badly(generator, place):
     batch = random_batch(generator, [(1, 40), (9, 30), (2, 33)], dtype=HALF, device="cpu", head_dim=64, group=4)
-    want, want_lse = run_paged(batch)
+    want, want_lse = run_pages(batch)
     placed = batch.replace(**{name: place(getattr(batch, name)) for name in ("q", "rotation")})
-    out, lse = run_paged(placed.replace(centroids=at_an_odd_place(batch.centroids)), out=place(batch.q))
+    out, lse = run_pages(placed.replace(centroids=at_an_odd_place(batch.centroids)), out=place(batch.q))
     torch.testing.assert_close((out, lse), (want, want_lse), rtol=0, atol=0, equal_nan=True)
     assert out[1:10].isnan().all()  # a sequence of many rows
     case = random_case(generator, dtype=HALF, device="cpu", kv_len=40)
@@ -184,12 +173,12 @@ def test_sequences_in_pieces(generator, causal):
     batch = random_batch(generator, lengths, dtype=HALF, device="cpu", head_dim=64, group=8, causal=causal)
     where = cut_sequences(batch.block_table, batch.seq_lens, batch.cu_seqlens_q, 4, 3, causal, batch.cache.page_size)
     names = ("block_table", "seq_lens", "cu_seqlens_q")
-    check_batch(lambda _: run_paged(batch.replace(**dict(zip(names, where, strict=True)))), batch)
+    check_batch(lambda _: run_pages(batch.replace(**dict(zip(names, where, strict=True)))), batch)
 
 
 def test_entries_out_of_range_are_taken_for_the_nearest(generator):
     batch = random_batch(generator, [(1, 40), (2, 30)], dtype=HALF, device="cpu", head_dim=64, group=4)
-    want, _ = run_paged(batch)
+    want, _ = run_pages(batch)
     table = batch.block_table.clone()
     table[1, -1], table[1, -2:-1] = 1 << 30, -5
     starts = torch.tensor([0, 1, 1 << 20], dtype=torch.int32)

@@ -294,8 +294,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       if (p.cap > 0) {
 #pragma unroll
         for (int t = 0; t < NT; t++) {
-          x0[t] = p.cap - 2 * p.cap * reciprocal(ex2(x0[t] * p.rate) + 1);
-          x1[t] = p.cap - 2 * p.cap * reciprocal(ex2(x1[t] * p.rate) + 1);
+          x0[t] = soft_cap(x0[t], p.cap, p.rate);
+          x1[t] = soft_cap(x1[t], p.cap, p.rate);
         }
       }
 #endif

@@ -44,6 +44,12 @@ struct DecodeParams {
 };
 #define NO_WINDOW (1 << 30)
 
+// cap * tanh(x / cap) by exponentials, with x * rate = 2 log2(e) x / cap; near zero, where these cancel, by a series.
+__device__ __forceinline__ float soft_cap(float x, float cap, float rate) {
+  const float z = x * rate, y = cap - 2 * cap * reciprocal(ex2(z) + 1), square = z * z;
+  return square < 0.13f ? x * fmaf(square, fmaf(square, 0.00192363f, -0.04003775f), 1) : y;
+}
+
 // How many keys back from its own position a query of sequence s sees.
 __device__ __forceinline__ int window_of(const DecodeParams& p, int s) {
 #if MASKED
