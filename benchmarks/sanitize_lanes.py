@@ -28,6 +28,7 @@ from attention_cases import check, poisoned_memory, random_case
 from paged_cases import check_batch, random_batch
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm.cuda import decode, store
+from turboquant_vllm.limits import most_rows_over_pages
 
 HALF, BF16 = torch.float16, torch.bfloat16
 # Bytes of shared memory of a block: compute capability 9.0 and 10.0; 8.0; 8.6, 8.9 and 12.0.
@@ -75,10 +76,9 @@ def run_dense(generator: torch.Generator, head_dim: int, rows: tuple[int, int], 
 
 
 def run_pages(generator: torch.Generator, head_dim: int, rows: tuple[int, int], masks: dict[str, Any], turn: int) -> None:
+    most = min(rows[1], most_rows_over_pages(head_dim) // rows[0])
     few = [(1, 5)] * 26  # more sequences in all than a warp has lanes
-    lengths = few + [
-        (min(n, rows[1]), keys) for n, keys in ((1, 90), (0, 20), (1, 16), (2, 3), (1, 0), (3, 47), (1, 1), (4, 133))
-    ]
+    lengths = few + [(min(n, most), keys) for n, keys in ((1, 90), (0, 20), (1, 16), (2, 3), (1, 0), (3, 47), (1, 1), (4, 133))]
     sizes = {"num_kv_heads": 3, "group": rows[0], "head_dim": head_dim, "page_size": (16, 48, 64)[turn % 3]}
     batch = random_batch(generator, lengths, dtype=(HALF, BF16)[turn % 2], causal="sliding_window" in masks, **sizes)
     batch = batch.replace(**with_sinks(masks, batch.q.shape[1], generator))
