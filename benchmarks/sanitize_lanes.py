@@ -28,6 +28,7 @@ from attention_cases import check, poisoned_memory, random_case
 from paged_cases import check_batch, random_batch
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm.cuda import decode, store
+from turboquant_vllm.cuda.variants import choose_variant
 from turboquant_vllm.limits import most_rows_over_pages
 
 HALF, BF16 = torch.float16, torch.bfloat16
@@ -149,7 +150,7 @@ def main() -> None:
             for kind in ("dense", "pages"):
                 for turn, (masks, size) in enumerate(calls):
                     RUN[kind](generator, head_dim, size, masks, turn)
-                variants = {decode.choose_variant(head_dim, a * b, shared, m) for a, b in ROWS for m in (False, True)}
+                variants = {choose_variant(head_dim, a * b, shared, m) for a, b in ROWS for m in (False, True)}
                 count(kernels=kind, head_dim=head_dim, shared_bytes=shared, variants=len(variants), calls=len(calls), errors=0)
     for head_dim, dtype in itertools.product((64, 128, 256), (HALF, BF16)):
         with emulated(SHARED[0]):

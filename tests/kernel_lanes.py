@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from paged_cases import Batch
-from turboquant_vllm.cuda import decode, paged, store
+from turboquant_vllm.cuda import decode, paged, store, variants
 
 SHARED_LIMIT = 232448  # bytes of a block, as on Hopper
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
@@ -190,7 +190,7 @@ def build_store(*key: Any) -> Library:
     return build(store_source(), (("tq4_store", "StoreParams"),), tuple(store.defines(*key, 1).items()))
 
 
-def build_decode(variant: decode.Variant, pages: int) -> Library:
+def build_decode(variant: variants.Variant, pages: int) -> Library:
     """The kernels of a native decode."""
     kernels = (("tq4_decode", "DecodeParams"), ("tq4_combine", "CombineParams"), ("tq4_rotate", "DecodeParams"))
     return build(decode_source(), kernels[: 2 + pages], tuple({**variant.defines, "PAGED": pages}.items()))
@@ -216,9 +216,9 @@ def emulate_store(monkeypatch: pytest.MonkeyPatch) -> None:
 def emulated_decode(monkeypatch: pytest.MonkeyPatch, few_objects: None) -> None:
     """Native decoding, over dense caches and pages, launches its kernels in the emulator. Two warps, three blocks."""
 
-    def variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False) -> decode.Variant:
+    def variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False) -> variants.Variant:
         row_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= rows)
-        return decode.Variant(head_dim, row_tiles, 2, 2, 3, head_dim < 256 and row_tiles <= 2, masked)
+        return variants.Variant(head_dim, row_tiles, 2, 2, 3, head_dim < 256 and row_tiles <= 2, masked)
 
     emulate_decode(monkeypatch)
     for module in (decode, paged):
@@ -232,17 +232,17 @@ def emulate_decode(monkeypatch: pytest.MonkeyPatch, shared_limit: int = SHARED_L
         name, params, library = kernel
         library.launch(name, params, grid, block[0], shared, pdl, args)
 
-    def kernels_of(params: dict[str, str], variant: decode.Variant, pages: int) -> Any:
+    def kernels_of(params: dict[str, str], variant: variants.Variant, pages: int) -> Any:
         def codes(name: str) -> str:
             masks = decode.COMBINE_MASKS if name == "tq4_combine" else decode.DECODE_MASKS
             return params[name] + (masks if variant.masked else "")
 
         return tuple((name, codes(name), build_decode(variant, pages)) for name in params)
 
-    def two(index: int, variant: decode.Variant) -> Any:
+    def two(index: int, variant: variants.Variant) -> Any:
         return kernels_of({"tq4_decode": decode.DECODE_PARAMS, "tq4_combine": decode.COMBINE_PARAMS}, variant, 0)
 
-    def three(index: int, variant: decode.Variant) -> Any:
+    def three(index: int, variant: variants.Variant) -> Any:
         first = dict.fromkeys(("tq4_rotate", "tq4_decode"), paged.PAGED_PARAMS)
         return kernels_of({**first, "tq4_combine": paged.PAGED_COMBINE_PARAMS}, variant, 1)
 

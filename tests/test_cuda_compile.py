@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from turboquant_vllm.cuda import runtime
-from turboquant_vllm.cuda.decode import Division, choose_variant, source
+from turboquant_vllm.cuda.decode import source
+from turboquant_vllm.cuda.variants import Division, choose_variant
 from turboquant_vllm.limits import MAX_SEQUENCES
 
 pytest.importorskip("cuda.core")

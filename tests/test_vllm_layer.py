@@ -16,7 +16,7 @@ import torch
 import turboquant_vllm.vllm as plugin
 from turboquant_vllm import PagedTQ4Cache
 from turboquant_vllm.checks import PagedShape
-from turboquant_vllm.cuda.decode import choose_variant
+from turboquant_vllm.cuda.variants import choose_variant
 from turboquant_vllm.lengths import HostLengths
 from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS
 from turboquant_vllm.pieces import native_calls

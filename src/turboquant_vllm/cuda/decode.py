@@ -16,21 +16,18 @@ from pathlib import Path
 import torch
 
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
+from turboquant_vllm.cuda.variants import (
+    COMBINE_THREADS,
+    Division,
+    Variant,
+    choose_variant,
+    device_limits,
+    divisor,
+    rows_at_once,
+)
 from turboquant_vllm.limits import why_not_decode
 
-__all__ = [
-    "Call",
-    "Division",
-    "Variant",
-    "choose_variant",
-    "decode",
-    "device_limits",
-    "divisor",
-    "mask_args",
-    "prepare",
-    "rows_at_once",
-    "source",
-]
+__all__ = ["Call", "decode", "mask_args", "prepare", "source"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "join.cuh", "decode.cu", "combine.cu"))
 DIVISOR = "Ii"
@@ -40,138 +37,8 @@ DECODE_PARAMS = "P" * 8 + "q" * 16 + WORK + HEADS + "i" * 6 + "f"
 COMBINE_PARAMS = "P" * 4 + WORK + HEADS + DIVISOR + "i" * 5
 # What the kernels of masked calls take behind these.
 DECODE_MASKS, COMBINE_MASKS = "Piff", "P"
-
-COMBINE_THREADS = {64: 256, 128: 512, 256: 512}  # of a block of the second kernel, by head_dim
-
-_TABLE_BYTES = 65536
 NO_WINDOW = 1 << 30  # as in the source
-_LEAST_TILES = 4  # a warp's fewest, where there are enough for all
 _LOG2_E = 1 / math.log(2)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """Compile-time choices of ``decode.cu``.
-
-    Attributes:
-        head_dim: coordinates of a vector.
-        row_tiles: tiles of four query rows in one pass over the keys.
-        warps: of a block.
-        stages: tiles of 16 tokens in each warp's ring.
-        passes: that one block's range may touch.
-        query_in_registers: or read from shared memory again for each tile.
-        masked: whether calls have a sliding window, a soft cap or sinks.
-    """
-
-    head_dim: int
-    row_tiles: int
-    warps: int
-    stages: int
-    passes: int
-    query_in_registers: bool
-    masked: bool = False
-
-    @property
-    def defines(self) -> dict[str, int]:
-        """Macros that the sources ask for."""
-        return {
-            "HEAD_DIM": self.head_dim,
-            "NT": self.row_tiles,
-            "WARPS": self.warps,
-            "STAGES": self.stages,
-            "PASSES": self.passes,
-            "Q_IN_REGISTERS": int(self.query_in_registers),
-            "PAGED": 0,
-            "MASKED": int(self.masked),
-        }
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory of a block of the first kernel: table, rings, query."""
-        return self.shared_bytes_without_query + self.passes * (self.fragment_bytes + self.row_tiles * 16)
-
-    @property
-    def shared_bytes_without_query(self) -> int:
-        """Of that, table and rings."""
-        return _TABLE_BYTES + self.warps * self.stages * (16 * self.head_dim + 128)
-
-    @property
-    def part_bytes(self) -> int:
-        """What the results of a block's warps take, which are joined where table and rings were."""
-        return self.warps * self.row_tiles * 16 * (self.head_dim + 4)
-
-    @property
-    def fragment_bytes(self) -> int:
-        """A pass's rotated queries, as the matrix instructions take them."""
-        return (self.row_tiles + 1) // 2 * 16 * self.head_dim
-
-    @property
-    def _rows_loaded(self) -> int:
-        held = 2 if self.warps == 16 and self.head_dim < 256 else 4 if self.warps == 12 else 16 // self.warps
-        return held * self.warps
-
-    @property
-    def passes_rotated(self) -> int:
-        """Passes that a block of the rotation takes, where it is a kernel of its own."""
-        return max(1, self._rows_loaded // (4 * self.row_tiles))
-
-    @property
-    def rotated_bytes(self) -> int:
-        """Dynamic shared memory of such a block."""
-        return self._rows_loaded * (self.head_dim + 16) * 4
-
-
-@cache
-def choose_variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False) -> Variant:
-    """The variant for ``rows`` rows per key/value head, within ``shared_limit`` bytes of shared memory per block."""
-    most = 4 if head_dim == 256 else 8  # the sums of more rows do not fit the registers
-    row_tiles = next(n for n in (1, 2, 4, 8) if n == most or 4 * n >= rows)
-    sums = row_tiles * head_dim  # what a warp keeps in registers
-    many_warps = 16 if sums <= 256 else 12 if sums <= 512 else 8
-    in_registers = head_dim < 256 and row_tiles <= 2
-    candidates = (
-        Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked)
-        for warps in (16, 12, 8, 4, 2)
-        if warps <= many_warps
-        for passes in (8, 6, 3, 2)
-        for stages in range(max(3, 64 // warps * 64 // head_dim), 1, -1)
-    )
-    return next(v for v in candidates if v.shared_bytes <= shared_limit and v.part_bytes <= v.shared_bytes_without_query)
-
-
-@dataclass(frozen=True)
-class Division:
-    """How a call's passes are divided: blocks and working warps of each; keys and number of splits where those are fixed."""
-
-    blocks: int
-    warps: int
-    split_len: int
-    splits: int
-
-    @classmethod
-    def choose(cls, passes: int, kv_len: int, multiprocessors: int, variant: Variant, split_len: int | None) -> Division:
-        """Equal ranges, as many as warps run at once; or, with ``split_len``, ranges of whole splits."""
-        tiles = -(-kv_len // 16)
-        splits = 0 if split_len is None else -(-kv_len // split_len)
-        of_pass = splits or tiles
-        pieces = passes * of_pass
-        least = 1 if splits else _LEAST_TILES
-        # A block holds the queries of so many passes; what its warps take, all in a row, may begin anywhere in one.
-        most = (variant.passes - 1) * of_pass + 1
-        for waves in itertools.count(-(-passes // ((variant.passes - 1) * multiprocessors))):
-            blocks = min(waves * multiprocessors, pieces)
-            warps = min(variant.warps, -(-pieces // (blocks * least)))
-            share, more = divmod(pieces, blocks * warps)
-            if share * warps + min(warps, more) <= most:
-                break
-        return cls(blocks, warps, split_len or 0, splits)
-
-
-@cache
-def device_limits(index: int) -> tuple[int, int]:
-    """Multiprocessors, and bytes of shared memory that one block may have."""
-    properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
 
 
 @cache
@@ -188,20 +55,6 @@ def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel]:
         load_kernel(source(), name, device=index, params=codes, defines=variant.defines) for name, codes in params.items()
     )
     return first, second
-
-
-def divisor(number: int) -> tuple[int, int]:
-    """``magic`` and ``shift`` with ``n // number == (n * magic >> 32) + n >> shift`` for n below 2^31."""
-    shift = (number - 1).bit_length()
-    return ((2**shift - number) << 32) // number + 1, shift
-
-
-def rows_at_once(head_dim: int, rows: int, multiprocessors: int) -> int:
-    """How many of ``rows`` rows a block of the second kernel joins together: few, until every multiprocessor has a block."""
-    at_once = 1
-    while at_once < 4 * COMBINE_THREADS[head_dim] // head_dim and at_once * multiprocessors < rows:
-        at_once *= 2
-    return at_once
 
 
 @dataclass(frozen=True)

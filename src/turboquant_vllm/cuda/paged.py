@@ -14,21 +14,9 @@ from functools import cache, lru_cache
 
 import torch
 
-from turboquant_vllm.cuda.decode import (
-    COMBINE_MASKS,
-    COMBINE_THREADS,
-    DECODE_MASKS,
-    DIVISOR,
-    HEADS,
-    Variant,
-    choose_variant,
-    device_limits,
-    divisor,
-    mask_args,
-    rows_at_once,
-    source,
-)
+from turboquant_vllm.cuda.decode import COMBINE_MASKS, DECODE_MASKS, DIVISOR, HEADS, mask_args, source
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
+from turboquant_vllm.cuda.variants import COMBINE_THREADS, Variant, choose_variant, device_limits, divisor, rows_at_once
 
 __all__ = ["PAGED_COMBINE_PARAMS", "PAGED_PARAMS", "decode_pages"]
 
