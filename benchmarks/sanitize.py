@@ -1,39 +1,124 @@
-"""One small call of every variant of the native decode, for NVIDIA's compute-sanitizer:
+"""One small call of every variant of the native kernels, for NVIDIA's compute-sanitizer:
 
 for tool in memcheck racecheck initcheck synccheck; do
     compute-sanitizer --tool $tool --kernel-name kernel_substring=tq4 --report-api-errors no \\
             python benchmarks/sanitize.py
 done
+
+With `--device cpu` the reference runs in the kernels' place, which tries this script and nothing else.
 """
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
 import torch
 
-from turboquant_vllm import TQ4Codec, reference
+from turboquant_vllm import PagedTQ4Cache, TQ4Codec, TQ4Tensor, reference, tq4_attention, tq4_paged_attention, tq4_store
 from turboquant_vllm.cuda.decode import decode
+
+ROWS = ((1, 1), (4, 1), (8, 1), (5, 3), (8, 4))  # heads of a group, query tokens
+MASKS: tuple[dict[str, Any], ...] = ({}, {"sliding_window": 37}, {"softcap": 2.0, "sinks": True})
+HEADS, PAGE_SIZE = 3, 16
+
+Run = Callable[[str, str], torch.Tensor]  # of a device and a backend
+
+
+def moved(x: Any, device: str) -> Any:
+    """Copies of tensors: what a copy has written is known to initcheck, which follows the kernels of this project alone."""
+    if isinstance(x, torch.Tensor):
+        return x.to(device)
+    if isinstance(x, TQ4Tensor):
+        return TQ4Tensor(x.codes.to(device), x.norms.to(device))
+    return {name: moved(value, device) for name, value in x.items()} if isinstance(x, dict) else x
+
+
+def with_sinks(masks: dict[str, Any], num_heads: int) -> dict[str, Any]:
+    return {**masks, "sinks": torch.randn(num_heads)} if "sinks" in masks else masks
+
+
+def dense(head_dim: int, group: int, q_len: int, dtype: torch.dtype, masks: dict[str, Any]) -> Run:
+    """Attention over a dense cache."""
+    k, v = (TQ4Codec(head_dim).compress(torch.randn(2, HEADS, 77, head_dim)) for _ in range(2))
+    inputs: dict[str, Any] = {"q": torch.randn(2, HEADS * group, q_len, head_dim).to(dtype), "k": k, "v": v}
+    inputs |= with_sinks(masks, HEADS * group)
+    return lambda device, backend: tq4_attention(
+        **moved(inputs, device), codec=TQ4Codec(head_dim, device=device), is_causal=True, backend=backend
+    )
+
+
+def split(head_dim: int, group: int, q_len: int) -> Run:
+    """The same with ranges of fixed length."""
+    k, v = (TQ4Codec(head_dim).compress(torch.randn(2, HEADS, 77, head_dim)) for _ in range(2))
+    q = torch.randn(2, HEADS * group, q_len, head_dim).half()
+
+    def run(device: str, backend: str) -> torch.Tensor:
+        codec = TQ4Codec(head_dim, device=device)
+        tensors = moved({"q": q, "k": k.codes, "k_norms": k.norms, "v": v.codes, "v_norms": v.norms}, device)
+        options: dict[str, Any] = {"centroids": codec.centroids, "rotation": codec.rotation, "sm_scale": 0.1, "is_causal": True}
+        if backend == "cuda":
+            return decode(**tensors, **options, split_len=32)[0]
+        return reference.attention(**tensors, **options)[0]
+
+    return run
+
+
+def pages(head_dim: int, group: int, q_len: int, dtype: torch.dtype, masks: dict[str, Any], scale: str) -> Run:
+    """Storing into pages, and attention over them: sequences of several lengths, one of them empty; tokens left out."""
+    if head_dim == 256:
+        q_len = min(q_len, 16 // group)
+    lengths = [77, 0, 16, 133]
+    used = [-(-length // PAGE_SIZE) for length in lengths]
+    order = torch.randperm(sum(used)).tolist()
+    table = torch.zeros(len(lengths), max(used), dtype=torch.int32)
+    slots = []
+    for row, (length, count) in enumerate(zip(lengths, used, strict=True)):
+        own, order = order[:count], order[count:]
+        table[row, :count] = torch.tensor(own, dtype=torch.int32)
+        slots += [own[i // PAGE_SIZE] * PAGE_SIZE + i % PAGE_SIZE for i in range(length)]
+    tokens = [min(q_len, length) for length in lengths]
+    new = {name: torch.randn(len(slots) + 2, HEADS, head_dim).to(dtype) for name in "kv"}
+    new["slot_mapping"] = torch.tensor([*slots, -1, -1])
+    inputs = {
+        "q": torch.randn(sum(tokens), HEADS * group, head_dim).to(dtype),
+        "block_table": table,
+        "seq_lens": torch.tensor(lengths, dtype=torch.int32),
+        "cu_seqlens_q": torch.tensor([0, *tokens]).cumsum(0).int(),
+        **with_sinks(masks, HEADS * group),
+    }
+
+    def run(device: str, backend: str) -> torch.Tensor:
+        codec = TQ4Codec(head_dim, device=device, scale=scale)
+        memory = moved(torch.zeros(sum(used), PagedTQ4Cache.page_bytes(PAGE_SIZE, HEADS, head_dim), dtype=torch.uint8), device)
+        cache = PagedTQ4Cache(memory, PAGE_SIZE, HEADS, head_dim)
+        tq4_store(**moved(new, device), cache=cache, codec=codec, backend=backend)
+        return tq4_paged_attention(**moved(inputs, device), cache=cache, codec=codec, max_query_len=q_len, backend=backend)
+
+    return run
+
+
+def cases() -> Iterator[Run]:
+    for head_dim, (group, q_len) in product((64, 128, 256), ROWS):
+        yield split(head_dim, group, q_len)
+        for dtype, masks in product((torch.float16, torch.bfloat16), MASKS):
+            yield dense(head_dim, group, q_len, dtype, masks)
+            yield pages(head_dim, group, q_len, dtype, masks, "norm" if dtype == torch.bfloat16 else "unbiased")
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    device = parser.parse_args().device
     torch.manual_seed(0)
-    worst = 0.0
-    for head_dim in (64, 128, 256):
-        codec = TQ4Codec(head_dim)
-        centroids, rotation = codec.centroids.cuda(), codec.rotation.cuda()
-        for group, q_len in ((1, 1), (4, 1), (8, 1), (5, 3), (8, 4)):
-            shape = (2, 3, 77)
-            k, v = (torch.randint(256, (*shape, head_dim // 2), dtype=torch.uint8) for _ in range(2))
-            k_norms, v_norms = (torch.rand(shape) + 1 for _ in range(2))
-            q = torch.randn(2, 3 * group, q_len, head_dim).half()
-            want, _ = reference.attention(q, k, k_norms, v, v_norms, codec.centroids, codec.rotation, 0.1, True)
-            k, k_norms, v, v_norms = (x.cuda() for x in (k, k_norms, v, v_norms))
-            for dtype, split_len in ((torch.float16, None), (torch.float16, 32), (torch.bfloat16, None)):
-                query = q.to(dtype).cuda()  # written by a copy: initcheck follows the kernels of this project alone
-                tensors = (query, k, k_norms, v, v_norms, centroids, rotation)
-                out, _ = decode(*tensors, sm_scale=0.1, is_causal=True, split_len=split_len)
-                if dtype == torch.float16:
-                    worst = max(worst, (out.cpu() - want).abs().max().item() / want.abs().max().item())
-    print(f"largest error in float16, relative to the largest magnitude: {worst:.1e}")
+    worst, count = 0.0, 0
+    for run in cases():
+        want = run("cpu", "reference").float()
+        out = run(device, "cuda" if device == "cuda" else "reference").float().cpu()
+        worst, count = max(worst, ((out - want).abs().max() / want.abs().max()).item()), count + 1
+    print(f"{count} calls; largest difference from the reference, relative to the largest magnitude: {worst:.1e}")
 
 
 if __name__ == "__main__":
