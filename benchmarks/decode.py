@@ -30,6 +30,7 @@ from common import (
 )
 from turboquant_vllm import TQ4Codec, reference
 from turboquant_vllm.cuda.decode import prepare
+from turboquant_vllm.records import Masks, Operand
 
 DTYPE = torch.float16
 TOLERANCE = 4 * 2.0**-10
@@ -70,7 +71,7 @@ CONTEXTS = [Case(f"batch{b}", b, 32, 8, 1024 << i) for b, steps in ((1, 9), (16,
 
 
 def arguments(case: Case) -> tuple[Any, ...]:
-    """Random arguments of the operator."""
+    """Random arguments of the kernel: queries, keys, values, tables, the factor on the scores, masks."""
     rows = (case.batch, case.num_kv_heads, case.kv_len)
     codec = TQ4Codec(case.head_dim, device="cuda")
 
@@ -82,17 +83,23 @@ def arguments(case: Case) -> tuple[Any, ...]:
 
     q = torch.randn(case.batch, case.num_heads, case.q_len, case.head_dim, device="cuda").to(DTYPE)
     scale, is_causal = case.head_dim**-0.5, case.q_len > 1
-    return q, codes(), norms(), codes(), norms(), codec.centroids, codec.rotation, scale, is_causal
+    return q, Operand(codes(), norms()), Operand(codes(), norms()), codec.tables, scale, Masks(is_causal)
+
+
+def call(args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The operator on these arguments."""
+    q, k, v, tables, scale, masks = args
+    return torch.ops.turboquant.cuda_decode(q, *k, *v, *tables, scale, *masks[:4])
 
 
 def check(args: tuple[Any, ...]) -> float:
     """Largest error over the first and the last sequence; raises where it is too large."""
-    q, k, k_norms, v, v_norms, *rest = args
-    out, lse = torch.ops.turboquant.cuda_decode(*args)
+    q, k, v, *rest = args
+    out, lse = call(args)
     worst = 0.0
     for i in {0, q.shape[0] - 1}:
-        one = [x[i : i + 1] for x in (q.double(), k, k_norms, v, v_norms)]
-        want, want_lse = reference.attention(*one, *rest, block=2048)
+        one = slice(i, i + 1)
+        want, want_lse = reference.attention(q[one].double(), k.sequences(one), v.sequences(one), *rest, block=2048)
         error = (out[i : i + 1] - want).abs().max().item()
         limit = TOLERANCE * want.abs().max().item()
         if not error <= limit or not torch.allclose(lse[i : i + 1].double(), want_lse, atol=0.01):
@@ -109,7 +116,7 @@ def measure(case: Case, bandwidth: float, rep: int, scopes: tuple[str, ...] = ("
     attend, _ = prepare(*(*args, out, lse), pre_rotated=True)
     run: dict[str, Callable[[], object]] = {
         "kernel": graphed(attend),
-        "call": graphed(lambda: torch.ops.turboquant.cuda_decode(*args)),
+        "call": graphed(lambda: call(args)),
     }
     ours = {scope: median_ms(run[scope], rep) for scope in scopes}
     q = args[0]
@@ -151,7 +158,7 @@ def main() -> None:
     cases = CONTEXTS if options.contexts else [case for case in CASES if case.id in options.cases.split(",")]
     if options.once:
         for case in cases:
-            torch.ops.turboquant.cuda_decode(*arguments(case))
+            call(arguments(case))
         return
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()

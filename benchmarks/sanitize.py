@@ -19,6 +19,7 @@ import torch
 
 from turboquant_vllm import PagedTQ4Cache, TQ4Codec, TQ4Tensor, reference, tq4_attention, tq4_paged_attention, tq4_store
 from turboquant_vllm.cuda.decode import decode
+from turboquant_vllm.records import Masks, Operand
 
 ROWS = ((1, 1), (4, 1), (8, 1), (5, 3), (8, 4))  # heads of a group, query tokens
 MASKS: tuple[dict[str, Any], ...] = ({}, {"sliding_window": 37}, {"softcap": 2.0, "sinks": True})
@@ -57,11 +58,8 @@ def split(head_dim: int, group: int, q_len: int) -> Run:
 
     def run(device: str, backend: str) -> torch.Tensor:
         codec = TQ4Codec(head_dim, device=device)
-        tensors = moved({"q": q, "k": k.codes, "k_norms": k.norms, "v": v.codes, "v_norms": v.norms}, device)
-        options: dict[str, Any] = {"centroids": codec.centroids, "rotation": codec.rotation, "sm_scale": 0.1, "is_causal": True}
-        if backend == "cuda":
-            return decode(**tensors, **options, split_len=32)[0]
-        return reference.attention(**tensors, **options)[0]
+        args = (q.to(device), Operand(*k.to(device)), Operand(*v.to(device)), codec.tables, 0.1, Masks(True))
+        return decode(*args, split_len=32)[0] if backend == "cuda" else reference.attention(*args)[0]
 
     return run
 

@@ -21,6 +21,7 @@ import torch
 
 import common
 from turboquant_vllm import TQ4Codec, TQ4Tensor, reference, tq4_attention
+from turboquant_vllm.records import Masks, Operand
 
 # id, batch, query heads, kv heads, query tokens, kv tokens, causal
 ATTENTION = [
@@ -49,8 +50,8 @@ def error(q: torch.Tensor, k: TQ4Tensor, v: TQ4Tensor, codec: TQ4Codec, causal: 
     some = (slice(0, 1), slice(0, group), slice(-rows, None))
     one = (slice(0, 1), slice(0, 1))
     expected, _ = reference.attention(
-        q[some].double(), k.codes[one], k.norms[one], v.codes[one], v.norms[one], codec.centroids, codec.rotation,
-        HEAD_DIM**-0.5, causal, block=4096,
+        q[some].double(), Operand(k.codes[one], k.norms[one]), Operand(v.codes[one], v.norms[one]), codec.tables,
+        HEAD_DIM**-0.5, Masks(causal), block=4096,
     )  # fmt: skip
     worst = (out[some] - expected).abs().max().item()
     if not worst <= 2 * torch.finfo(q.dtype).eps * expected.abs().max().item():

@@ -47,6 +47,7 @@ def say(**message: Any) -> None:
 def check_answer() -> float:
     """Attention of one layer as the plugin calls it, a decode and a prompt, against the definition; the largest error."""
     from turboquant_vllm import reference
+    from turboquant_vllm.records import NO_TABLES, Masks, Operand
     from turboquant_vllm.vllm.batch import plan_runs
     from turboquant_vllm.vllm.flash import choose_exact
     from turboquant_vllm.vllm.layer import PagedLayer, codec_for
@@ -72,7 +73,7 @@ def check_answer() -> float:
     for packed, rows, own in ((True, slice(0, 1), slice(0, 3000)), (False, slice(1, 201), slice(3000, 3200))):
         keys, values = (codec.decompress(codec.compress(x[own])) if packed else x[own].float() for x in (k, v))
         queries, keys, values = (x.transpose(0, 1)[None].float() for x in (q[rows], keys, values))
-        expected, _ = reference.attention(queries, keys, None, values, None, None, None, layer.sm_scale, True)
+        expected, _ = reference.attention(queries, Operand(keys), Operand(values), NO_TABLES, layer.sm_scale, Masks(True))
         error = (out[rows].float() - expected[0].transpose(0, 1)).abs().max() / expected.abs().max()
         worst = max(worst, error.item())
     return worst

@@ -1,8 +1,7 @@
 """Random attention calls, their float64 results, and the accuracy gate: for every backend's tests.
 
-A backend under test is a function ``run(q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal) -> (out, lse)``
-with the arguments and results of :func:`turboquant_vllm.reference.attention`; where it is asked for masks, it takes
-``sliding_window, softcap, sinks`` too.
+A backend under test is a function ``run(q, k, v, tables, sm_scale, masks) -> (out, lse)`` with the arguments and results of
+:func:`turboquant_vllm.reference.attention`.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turboquant_vllm import lloyd_max, reference
+from turboquant_vllm.records import Masks, Operand, Tables
 from turboquant_vllm.rotation import haar, randomized_hadamard
 
 Run = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -54,9 +54,15 @@ class Case:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        values = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        masked = any(mask is not None for mask in values[9:])
-        return tuple(values if masked else values[:9])
+        """Those of :func:`turboquant_vllm.reference.attention`."""
+        masks = Masks(self.is_causal, self.sliding_window, self.softcap, self.sinks)
+        operands = Operand(self.k, self.k_norms), Operand(self.v, self.v_norms)
+        return self.q, *operands, Tables(self.centroids, self.rotation), self.sm_scale, masks
+
+    @property
+    def operator_arguments(self) -> tuple[Any, ...]:
+        """Those of the operators ``turboquant::triton_attention`` and ``turboquant::cuda_decode``."""
+        return tuple(getattr(self, field.name) for field in dataclasses.fields(self))
 
     @property
     def group(self) -> int:

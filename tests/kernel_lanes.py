@@ -259,7 +259,7 @@ def run_pages(batch: Batch, longest: int | None = None, out: torch.Tensor | None
     out.fill_(float("nan"))
     lse = torch.full(batch.q.shape[:2], float("nan"))
     longest = int(batch.cu_seqlens_q.diff().max()) if longest is None else longest
-    pages = (batch.cache.buffer, batch.cache.page_size, batch.cache.num_kv_heads, batch.block_table, batch.seq_lens)
-    how = (batch.centroids, batch.rotation, batch.sm_scale, batch.causal, longest, int(batch.seq_lens.max()))
-    paged.decode_pages(batch.q, *pages, batch.cu_seqlens_q, *how, out, lse, **batch.masks)
+    q, cache, sequences, *how = batch.arguments
+    sequences = sequences._replace(max_query_len=longest, max_seq_len=int(batch.seq_lens.max()))
+    paged.decode_pages(q, cache, sequences, *how, out, lse)
     return out, lse

@@ -18,6 +18,7 @@ from attention_cases import Case, check, check_gate, expected, levels_and_rotati
 from turboquant_vllm import PagedTQ4Cache, reference
 from turboquant_vllm.checks import PagedShape
 from turboquant_vllm.lengths import HostLengths
+from turboquant_vllm.records import Masks, Sequences, Tables
 
 Run = Callable[["Batch"], tuple[torch.Tensor, torch.Tensor]]
 HALF, FULL = torch.float16, torch.float32
@@ -48,6 +49,14 @@ class Batch:
     @property
     def masks(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("sliding_window", "softcap", "sinks", "windows")}
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Those of :func:`turboquant_vllm.reference.paged_attention`, with the bounds that the shapes give."""
+        bounds = (self.q.shape[0], self.block_table.shape[1] * self.cache.page_size)
+        sequences = Sequences(self.block_table, self.seq_lens, self.cu_seqlens_q, *bounds)
+        masks = Masks(self.causal, *self.masks.values())
+        return self.q, self.cache, sequences, Tables(self.centroids, self.rotation), self.sm_scale, masks
 
     @property
     def tokens(self) -> list[slice]:
@@ -179,20 +188,26 @@ def check_sequence(case: Case, out: torch.Tensor, lse: torch.Tensor) -> None:
 
 
 def run_reference(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    return reference.paged_attention(*arguments(batch), **batch.masks)
+    return reference.paged_attention(*batch.arguments)
 
 
 def arguments(batch: Batch) -> tuple[Any, ...]:
-    """Those of :func:`turboquant_vllm.reference.paged_attention`, without masks."""
-    index = (batch.block_table, batch.seq_lens, batch.cu_seqlens_q)
-    return (batch.q, batch.cache, *index, batch.centroids, batch.rotation, batch.sm_scale, batch.causal)
+    """Queries, pages and index, as :func:`turboquant_vllm.tq4_paged_attention` takes them."""
+    return batch.q, batch.cache, batch.block_table, batch.seq_lens, batch.cu_seqlens_q
 
 
 def operator_arguments(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> tuple[Any, ...]:
     """Those of ``turboquant::triton_paged``, with the bounds that the shapes give."""
-    q, cache, *rest = arguments(batch)
-    bounds = (q.shape[0], batch.block_table.shape[1] * cache.page_size)
-    return (q, cache.buffer, cache.page_size, cache.num_kv_heads, *rest, *bounds, out, lse, *batch.masks.values())
+    q, cache, sequences, tables, sm_scale, masks = batch.arguments
+    pages = (cache.buffer, cache.page_size, cache.num_kv_heads)
+    return (q, *pages, *sequences[:3], *tables, sm_scale, masks[0], *sequences[3:5], out, lse, *masks[1:])
+
+
+def known_lengths(batch: Batch) -> tuple[Any, ...]:
+    """``batch.arguments``, its lengths known to the host."""
+    q, cache, sequences, *how = batch.arguments
+    lens, starts = host_lengths(batch)
+    return q, cache, sequences._replace(seq_lens_cpu=lens, cu_seqlens_q_cpu=starts), *how
 
 
 def host_lengths(batch: Batch) -> tuple[list[int], list[int]] | tuple[None, None]:

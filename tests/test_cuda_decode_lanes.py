@@ -12,6 +12,7 @@ from kernel_lanes import emulated_decode, few_objects, needs_compiler, run_pages
 from paged_cases import check_batch, random_batch
 from turboquant_vllm.cuda import decode, paged
 from turboquant_vllm.pieces import cut_sequences
+from turboquant_vllm.records import Sequences
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_decode")]
 
@@ -75,7 +76,7 @@ def check_masked(run: Any, case: Any, expect: Any = None) -> None:
 def test_no_keys_but_sinks(generator):
     case = random_case(generator, dtype=HALF, device="cpu", group=2, kv_len=0)
     sinks = torch.randn(case.q.shape[1], generator=generator)
-    out, lse = decode.decode(*case.arguments[:9], None, None, sinks)
+    out, lse = decode.decode(*case.replace(sinks=sinks).arguments)
     assert (out == 0).all()
     assert torch.equal(lse, sinks[None, :, None].expand_as(lse))
 
@@ -185,8 +186,6 @@ def test_entries_out_of_range_are_taken_for_the_nearest(generator):
     lens = torch.tensor([40, 1 << 30], dtype=torch.int32)
     out = torch.full_like(batch.q, float("nan"))
     lse = torch.full(batch.q.shape[:2], float("nan"))
-    pages = (batch.cache.buffer, batch.cache.page_size, batch.cache.num_kv_heads, table, lens, starts)
-    paged.decode_pages(
-        batch.q, *pages, batch.centroids, batch.rotation, batch.sm_scale, True, 2, 1 << 20, out, lse,
-    )  # fmt: skip
+    q, cache, _, *how = batch.arguments
+    paged.decode_pages(q, cache, Sequences(table, lens, starts, 2, 1 << 20), *how, out, lse)
     torch.testing.assert_close(out[:1], want[:1], rtol=0.01, atol=0.01)

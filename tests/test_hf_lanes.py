@@ -22,6 +22,7 @@ from turboquant_vllm.hf.masks import attention_mask
 from turboquant_vllm.hf.static import PagedLayer
 from turboquant_vllm.hf.storage import codec_for, page_views
 from turboquant_vllm.hf.tensors import unpack
+from turboquant_vllm.records import Masks, Operand
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_store", "emulated_decode", "native")]
 
@@ -82,9 +83,9 @@ def test_a_layer(window, head_dim, dtype, counts, options, generator):
         mask = attention_mask(BATCH, count, kv_len, kv_len - count, device="cpu", **sliding)
         got, _ = attention.attention_forward(module, query, keys, values, mask, scaling=0.07, **options)
         (k, _), (v, _) = unpack(keys), unpack(values)
-        tables = (codec.centroids, codec.rotation, 0.07, True)
         sinks = options["s_aux"].double() if "s_aux" in options else None
-        want, _ = reference.attention(query.double(), *k, *v, *tables, window, options.get("softcap"), sinks)
+        masks = Masks(True, window, options.get("softcap"), sinks)
+        want, _ = reference.attention(query.double(), Operand(*k), Operand(*v), codec.tables, 0.07, masks)
         compare(got.transpose(1, 2), want, dtype)
 
 

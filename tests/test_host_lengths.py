@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ LENS, STARTS = [37, 30, 50], [0, 1, 21, 24]
 def call(generator):
     """tq4_paged_attention over a batch of LENGTHS, and the batch."""
     batch = random_batch(generator, LENGTHS, dtype=torch.float32)
-    q, cache, *index = arguments(batch)[:5]
+    q, cache, *index = arguments(batch)
     codec = TQ4Codec(64)
 
     def run(seq_lens_cpu=None, cu_seqlens_q_cpu=None, **options):
@@ -94,7 +95,7 @@ def test_lengths_that_differ_from_the_tensors_are_found_where_asked_for(call, mo
 def test_more_keys_than_the_truth_are_found_where_they_matter(monkeypatch, generator):
     monkeypatch.setenv("TURBOQUANT_DEBUG", "1")
     batch = random_batch(generator, [(1, 300), (130, 290)], dtype=torch.float32, head_dim=16)
-    q, cache, *index = arguments(batch)[:5]
+    q, cache, *index = arguments(batch)
     codec, starts = TQ4Codec.reader(batch.rotation, batch.centroids, "haar"), [0, 1, 131]
     tq4_paged_attention(q, cache, codec, *index, seq_lens_cpu=[310, 290], cu_seqlens_q_cpu=starts)
     with pytest.raises(ValueError, match=r"seq_lens_cpu\[1\] must be seq_lens\[1\], which is 290, got 291"):
@@ -123,23 +124,21 @@ class Kernels:
     def __call__(self, path: str):
         return {"turboquant_vllm.cuda.paged:decode_pages": self.native}.get(path, self.triton)
 
-    def serve(self, args, least, most):
-        q, _, _, num_kv_heads, _, _, starts = args[:7]
-        for first, stop in zip(starts.tolist(), starts.tolist()[1:], strict=False):
-            rows = (stop - first) * q.shape[1] // num_kv_heads
+    def serve(self, q, cache, sequences, out, least, most):
+        for first, stop in itertools.pairwise(sequences.cu_seqlens_q.tolist()):
+            rows = (stop - first) * q.shape[1] // cache.num_kv_heads
             # Bounds that do not hold leave rows unwritten.
-            if least <= rows <= most and stop - first <= args[11]:
-                args[13][first:stop] += 1
+            if least <= rows <= most and stop - first <= sequences.max_query_len:
+                out[first:stop] += 1
 
-    def native(self, *args):
-        self.native_bounds.append(args[11])
-        assert len(args[5]) <= MAX_SEQUENCES
-        self.serve(args, 1, most_rows_over_pages(args[0].shape[2]))
+    def native(self, q, cache, sequences, tables, sm_scale, masks, out, lse):
+        self.native_bounds.append(sequences.max_query_len)
+        assert len(sequences.seq_lens) <= MAX_SEQUENCES
+        self.serve(q, cache, sequences, out, 1, most_rows_over_pages(q.shape[2]))
 
-    def triton(self, *args):
-        least = args[19] if len(args) > 19 else 1  # a default may be left out
+    def triton(self, q, cache, sequences, tables, sm_scale, masks, out, lse, min_rows=1):
         self.triton_calls += 1
-        self.serve(args, least, 10**9)
+        self.serve(q, cache, sequences, out, min_rows, 10**9)
 
 
 @given(
@@ -153,7 +152,7 @@ def test_each_sequence_is_served_once(tokens, group, head_dim, backend, known):
     lengths = [(count, 50) for count in tokens]
     generator = torch.Generator().manual_seed(0)
     batch = random_batch(generator, lengths, dtype=torch.float16, num_kv_heads=1, group=group, head_dim=head_dim)
-    q, cache, *index = arguments(batch)[:5]
+    q, cache, *index = arguments(batch)
     kernels, out = Kernels(), torch.zeros_like(q)
     host = {"seq_lens_cpu": batch.seq_lens, "cu_seqlens_q_cpu": batch.cu_seqlens_q} if known else {}
     with pytest.MonkeyPatch.context() as patch:
@@ -221,7 +220,7 @@ def test_lengths_known_to_a_compiled_function(generator, monkeypatch):
     monkeypatch.setattr(ops, "why_not_triton", lambda device: "")
     lengths = [(1, 37), (70, 90), (20, 30), (200, 200)]
     batch = random_batch(generator, lengths, dtype=torch.float16)
-    q, cache, *index = arguments(batch)[:5]
+    q, cache, *index = arguments(batch)
     codec, calls = TQ4Codec.reader(batch.rotation, batch.centroids, "haar"), []
     lens, starts = [keys for _, keys in lengths], batch.cu_seqlens_q.tolist()
 

@@ -56,7 +56,7 @@ def written(generator, lengths, **sizes):
 
 def test_public_function(generator):
     codec, batch = written(generator, [(1, 37), (20, 30), (3, 50)])
-    q, cache, *index = arguments(batch)[:5]
+    q, cache, *index = arguments(batch)
     out, lse = tq4_paged_attention(q, cache, codec, *index, return_lse=True)
     check_batch(lambda _: (out, lse), batch)
     assert torch.equal(tq4_paged_attention(q, cache, codec, *index), out)
@@ -93,7 +93,7 @@ def test_equals_dense_attention_over_what_was_written(generator):
 
 def test_backends():
     codec, batch = written(torch.Generator().manual_seed(0), [(1, 20)])
-    q, cache, *index = arguments(batch)[:5]
+    q, cache, *index = arguments(batch)
     for name in ("cuda", "triton"):
         with pytest.raises(RuntimeError, match=f"backend='{name}' cannot run: "):
             tq4_paged_attention(q, cache, codec, *index, backend=name)
@@ -138,7 +138,7 @@ WRONG = {
 def test_wrong_arguments(change, error, message):
     codec, batch = written(torch.Generator().manual_seed(0), [(1, 37), (20, 30), (3, 50)])
     names = ("q", "cache", "block_table", "seq_lens", "cu_seqlens_q")
-    good = dict(zip(names, arguments(batch), strict=False)) | {"codec": codec}
+    good = dict(zip(names, arguments(batch), strict=True)) | {"codec": codec}
     with pytest.raises(error, match=message):
         tq4_paged_attention(**(good | change))
 
@@ -161,7 +161,7 @@ def test_wrong_contents_are_found_where_asked_for(monkeypatch, name, at, value, 
     assert batch.cache.num_pages == 12
     wrong = getattr(batch, name).clone()
     wrong[at] = value
-    q, cache, *index = arguments(batch.replace(**{name: wrong}))[:5]
+    q, cache, *index = arguments(batch.replace(**{name: wrong}))
     tq4_paged_attention(q, cache, codec, *index)
     monkeypatch.setenv("TURBOQUANT_DEBUG", "1")
     tq4_paged_attention(*arguments(batch)[:2], codec, *arguments(batch)[2:5])
@@ -179,7 +179,7 @@ def test_wrong_contents_are_found_where_asked_for(monkeypatch, name, at, value, 
 def test_bounds_that_do_not_hold_are_found_where_asked_for(monkeypatch, bounds, message):
     codec, batch = written(torch.Generator().manual_seed(0), [(1, 37), (20, 30), (3, 50)])
     monkeypatch.setenv("TURBOQUANT_DEBUG", "1")
-    q, cache, *index = arguments(batch)[:5]
+    q, cache, *index = arguments(batch)
     with pytest.raises(ValueError, match=message):
         tq4_paged_attention(q, cache, codec, *index, **bounds)
 

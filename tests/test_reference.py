@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import oracle
 from turboquant_vllm import TQ4Codec, merge_attention_states
+from turboquant_vllm.records import Masks, Operand, Tables
 from turboquant_vllm.reference import attention
 
 NAN, INF = float("nan"), float("inf")
@@ -43,7 +44,10 @@ class Call:
     is_causal: bool = False
 
     def run(self, **options: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return attention(*vars(self).values(), **options)
+        block = {name: options.pop(name) for name in ("block",) if name in options}
+        operands = Operand(self.k, self.k_norms), Operand(self.v, self.v_norms)
+        tables, masks = Tables(self.centroids, self.rotation), Masks(self.is_causal, **options)
+        return attention(self.q, *operands, tables, self.sm_scale, masks, **block)
 
     def expected(self) -> tuple[torch.Tensor, torch.Tensor]:
         def dense(x: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:

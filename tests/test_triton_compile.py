@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from attention_cases import random_case
-from paged_cases import host_lengths, operator_arguments, random_batch
+from paged_cases import known_lengths, random_batch
 from store_cases import random_store
 from turboquant_vllm import TQ4Codec
 
@@ -224,7 +224,7 @@ def test_slices_of_pages_fit(generator, target, compiled, monkeypatch, dtype, he
     monkeypatch.setattr(prefill, "MANY_PAIRS", 0)
     batch = random_batch(generator, [(200, 400)], dtype=dtype, head_dim=head_dim, page_size=page_size)
     out, lse = torch.empty_like(batch.q), torch.empty(batch.q.shape[:2])
-    route.attention_over_pages(*operator_arguments(batch, out, lse), 1, *host_lengths(batch))
+    route.attention_over_pages(*known_lengths(batch), out, lse)
     assert {function for function, _ in compiled} == {"unpack_both_kernel", "merge_kernel"}
     check_shared_memory(target, compiled)
     merge = next(kernel for function, kernel in compiled if function == "merge_kernel")
@@ -239,7 +239,7 @@ def test_grids_of_a_million_rows(generator, compiled):
 
     rows = 1 << 20
     case = random_case(generator, dtype=FULL, num_kv_heads=1, group=1, head_dim=16, packed=(False, False))
-    launch.attention(case.q.expand(1, 1, rows, 16), case.k, None, case.v, None, None, None, 1.0, False)
+    launch.attention(case.q.expand(1, 1, rows, 16), *case.arguments[1:])
     part = prefill.Part(torch.zeros(1, 1, 1, 16).expand(1, 1, rows, 16), torch.zeros(1, 1, 1).expand(1, 1, rows), 0)
     prefill.merge([part], 0, rows, part)
     assert {function for function, _ in compiled} == {"query_kernel", "attention_kernel", "merge_kernel"}

@@ -205,4 +205,4 @@ def test_graph_replays_with_other_contents(generator, q_len):
 def test_operator_is_registered_right(generator, packed):
     assert ops.has_triton()
     case = random_case(generator, dtype=HALF, device="cuda", q_len=1, packed=packed)
-    torch.library.opcheck(torch.ops.turboquant.triton_attention.default, case.arguments)
+    torch.library.opcheck(torch.ops.turboquant.triton_attention.default, case.operator_arguments)

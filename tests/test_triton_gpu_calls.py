@@ -73,7 +73,7 @@ def test_new_length_compiles_nothing_in_prefill(generator, compilations):
 def test_hook_sees_compilations(generator, compilations):
     # The two tests above would pass with a hook that Triton never calls.
     case = random_case(generator, dtype=HALF, device="cuda", head_dim=38)
-    torch.ops.turboquant.triton_attention(*case.arguments)
+    torch.ops.turboquant.triton_attention(*case.operator_arguments)
     assert any("attention_kernel" in name for name in compilations)
 
 
@@ -92,7 +92,7 @@ def test_compiled_function(generator):
 
 def test_attention_refuses_gradients(generator):
     case = random_case(generator, dtype=HALF, device="cuda")
-    out, _ = torch.ops.turboquant.triton_attention(*case.replace(q=case.q.requires_grad_()).arguments)
+    out, _ = torch.ops.turboquant.triton_attention(*case.replace(q=case.q.requires_grad_()).operator_arguments)
     with pytest.raises(NotImplementedError, match="inference"):
         out.sum().backward()
 

@@ -120,6 +120,34 @@ def test_batch_changes_no_bits_where_the_scratch_is_short(interpreter, generator
         assert torch.equal(alone, out[i : i + 1])
 
 
+def _apart(x: torch.Tensor) -> torch.Tensor:
+    """The values of ``x``, three elements apart."""
+    wide = torch.full((*x.shape, 3), float("nan"))
+    wide[..., 1] = x
+    return wide[..., 1]
+
+
+@pytest.mark.parametrize("dtype", [HALF, FULL])
+@pytest.mark.parametrize("q_len", [3, 140])
+def test_tables_that_are_views(interpreter, generator, dtype, q_len):
+    case = random_case(generator, dtype=dtype, q_len=q_len, kv_len=150, is_causal=True)
+    tables = {"centroids": _apart(case.centroids), "rotation": case.rotation.T.contiguous().T}
+    path = "triton.flash_attention_tq4_kv:triton_flash_attention_tq4_kv"
+    packed = (case.q, case.k, case.k_norms, case.v, case.v_norms)
+    want, got = (
+        interpreter.call(path, *packed, *levels, None, True) for levels in ((case.centroids, case.rotation), tables.values())
+    )
+    assert torch.equal(got, want)
+    x = torch.randn(2, 3, 20, 64, generator=generator)
+    codec = TQ4Codec(64)
+    rotation, companding, levels = codec.rotation.T.contiguous().T, _apart(codec.companding), _apart(codec.centroids)
+    want = interpreter.call("triton.compress:compress", x, codec.rotation, codec.companding, True, codec.centroids, "unbiased")
+    got = interpreter.call("triton.compress:compress", x, rotation, companding, True, levels, "unbiased")
+    assert all(torch.equal(*pair) for pair in zip(got, want, strict=True))
+    want = interpreter.call("triton.compress:decompress", *want, codec.centroids, codec.rotation, True, torch.float32)
+    assert torch.equal(interpreter.call("triton.compress:decompress", *got, levels, rotation, True, torch.float32), want)
+
+
 @pytest.mark.parametrize("sm_scale", [None, 0.3])
 @pytest.mark.parametrize("packed", [PACKED, PACKED_KEYS, DENSE], ids=["packed", "packed-keys", "dense"])
 def test_public_functions(interpreter, generator, packed, sm_scale):

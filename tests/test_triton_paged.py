@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from paged_cases import check_batch, check_sequence, operator_arguments, random_batch
+from paged_cases import check_batch, check_sequence, random_batch
 from paged_contract import PagedContract
 
 VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
@@ -37,7 +37,7 @@ def run(interpreter):
         out = torch.full_like(batch.q, float("nan"), memory_format=torch.contiguous_format)
         lse = torch.full(batch.q.shape[:2], float("nan"))
         path = "triton.route:attention_over_pages"
-        interpreter.call(path, *operator_arguments(batch, out, lse), *options.values())  # fills out and lse, which it shares
+        interpreter.call(path, *batch.arguments, out, lse, *options.values())  # fills out and lse, which it shares
         return out, lse
 
     return call
@@ -89,7 +89,7 @@ def test_sequences_of_many_rows_and_keys_are_left_alone(interpreter, generator):
     lengths = [(20, 60), (10, 10), (1, 99), (6, 99), (30, 40)]
     batch = random_batch(generator, lengths, dtype=HALF, num_kv_heads=1, group=2)
     out, lse = torch.full_like(batch.q, float("nan")), torch.full(batch.q.shape[:2], float("nan"))
-    interpreter.call("triton.paged_attention:paged_attention", *operator_arguments(batch, out, lse), 1, (12, 1188))
+    interpreter.call("triton.paged_attention:paged_attention", *batch.arguments, out, lse, 1, (12, 1188))
     for index, tokens in enumerate(batch.tokens):
         if index in (0, 3, 4):  # at least 12 rows, and 1188 pairs of a row and a key
             assert out[tokens].isnan().all()

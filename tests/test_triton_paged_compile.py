@@ -7,7 +7,7 @@ import contextlib
 import pytest
 import torch
 
-from paged_cases import operator_arguments, random_batch
+from paged_cases import random_batch
 from test_triton_compile import TARGETS, _Kernel, check_shared_memory, compiled, target, triton  # noqa: F401  (fixtures)
 
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -44,7 +44,7 @@ def call(compiled, target, monkeypatch):  # noqa: F811
 
     def run(batch):
         out, lse = torch.empty_like(batch.q), torch.empty(batch.q.shape[:2])
-        paged_attention.paged_attention(*operator_arguments(batch, out, lse))
+        paged_attention.paged_attention(*batch.arguments, out, lse)
 
     return run
 

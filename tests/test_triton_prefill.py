@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from attention_cases import check, compare, random_case
 from attention_contract import AttentionContract, check_causal_sizes
-from paged_cases import check_batch, host_lengths, operator_arguments, random_batch
+from paged_cases import check_batch, known_lengths, random_batch
 from paged_contract import PagedContract
 from turboquant_vllm import reference
 from turboquant_vllm.prefill import Dense, Part, dense_attention
@@ -88,8 +88,7 @@ def test_sinks(interpreter, generator, is_causal, q_len, kv_len):
     patch = {"triton.prefill:SCRATCH_BYTES": 32 * 2 * 2 * 64 * 2}  # keys; K and V; heads; head_dim; bytes
 
     def run(*args):
-        *plain, _, _, sinks = args
-        return interpreter.call("triton.prefill:attention", *plain, sinks, patch=patch)
+        return interpreter.call("triton.prefill:attention", *args, patch=patch)
 
     check(run, case)
 
@@ -111,7 +110,8 @@ def test_unpack(interpreter, generator, dtype, head_dim, layout):
 
     case = random_case(generator, dtype=dtype, batch=2, kv_len=150, head_dim=head_dim, layout=layout)
     case.k_norms[1, 0, 40], case.v_norms[1, 0, 41], case.v_norms[0, 1, 42] = float("inf"), float("nan"), float("-inf")
-    packed = Packed(case.k, case.k_norms, case.v, case.v_norms, case.centroids, case.rotation)
+    _, k, v, tables, *_ = case.arguments
+    packed = Packed(k, v, tables)
     first, tokens, filled, capacity = 37, 100, 110, 120
     scratch = torch.full((2, 2, 2, capacity, head_dim), 7.0, dtype=dtype)
     # In a child process: what it writes to shared memory is seen here.
@@ -150,8 +150,8 @@ def run_pages(interpreter):
         patch |= {"triton.prefill:MANY_ROWS": 9, "triton.prefill:MANY_PAIRS": pairs}
         if is_coarse:
             patch["triton.prefill:dense_attention"] = coarse
-        args = operator_arguments(batch, out, lse)
-        interpreter.call("triton.route:attention_over_pages", *args, 1, *host_lengths(batch), patch=patch)
+        args = known_lengths(batch)
+        interpreter.call("triton.route:attention_over_pages", *args, out, lse, patch=patch)
         return out, lse
 
     return call

@@ -166,7 +166,7 @@ def test_sinks(run, generator, is_causal, q_len, kv_len):
 def attend_pages(batch, **options):
     """The public function, with the batch's lengths for the host where it takes them."""
     codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar")
-    q, cache, *index = arguments(batch)[:5]
+    q, cache, *index = arguments(batch)
     names = {"sliding_window": batch.sliding_window if batch.windows is None else batch.windows}
     names |= {"softcap": batch.softcap, "sinks": batch.sinks, "sm_scale": batch.sm_scale, "causal": batch.causal}
     lens, starts = host_lengths(batch)
@@ -221,7 +221,7 @@ def test_nothing_waits_for_the_gpu(generator):
     batch = random_batch(generator, [(1, 300), (130, 1029), (128, 128)], dtype=HALF, device="cuda", group=4)
     lens, starts = host_lengths(batch)
     codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar")
-    q, cache, *index = arguments(batch)[:5]
+    q, cache, *index = arguments(batch)
 
     def call():
         return tq4_paged_attention(q, cache, codec, *index, return_lse=True, seq_lens_cpu=lens, cu_seqlens_q_cpu=starts)

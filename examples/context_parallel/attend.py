@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from turboquant_vllm import TQ4Codec, TQ4Tensor, merge_attention_states, reference, tq4_attention
+from turboquant_vllm.records import Masks, Operand
 
 
 def bounds(tokens: int, rank: int, world: int) -> tuple[int, int]:
@@ -78,7 +79,7 @@ def main() -> None:
             inputs = {"q": q, "k": tuple(k), "v": tuple(v), "centroids": codec.centroids, "rotation": codec.rotation}
             torch.save({"out": out, **inputs}, args.save / f"rank{rank}.pt")
         if rank == 0:
-            whole = (k.codes, k.norms, v.codes, v.norms, codec.centroids, codec.rotation, 128**-0.5, True)
+            whole = (Operand(*k), Operand(*v), codec.tables, 128**-0.5, Masks(is_causal=True))
             want, _ = reference.attention(q.double(), *whole)
             error = ((out - want).abs().max() / want.abs().max()).item()
             print(f"{world} processes, {args.tokens} tokens, {args.dtype}: largest error {error:.1e} of the largest magnitude")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 
@@ -17,6 +16,7 @@ from turboquant_vllm.checks import (
 )
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.limits import why_not_decode
+from turboquant_vllm.records import Masks, Operand
 
 __all__ = ["BACKENDS", "choose_backend", "merge_attention_states", "tq4_attention"]
 
@@ -121,8 +121,12 @@ def tq4_attention(
     name, reason = choose_backend(q, shape, backend, (k.codes, values))
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
-    run = _RUN[name]
-    out, lse = run(q, k.codes, k_norms, values, v_norms, codec.centroids, codec.rotation, scale, is_causal, **masks)
+    if name == "reference":
+        operands = Operand(k.codes, k_norms), Operand(values, v_norms)
+        out, lse = reference.attention(q, *operands, codec.tables, scale, Masks(is_causal, **masks))
+    else:
+        run = torch.ops.turboquant.cuda_decode if name == "cuda" else torch.ops.turboquant.triton_attention
+        out, lse = run(q, k.codes, k_norms, values, v_norms, *codec.tables, scale, is_causal, **masks)
     return (out, lse) if return_lse else out
 
 
@@ -184,18 +188,3 @@ def why_not(
     if backend == "triton":
         return ops.why_not_triton(device)
     return ""
-
-
-def _cuda(*args: Any, **masks: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.turboquant.cuda_decode(*args, **masks)
-
-
-def _triton(*args: Any, **masks: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.ops.turboquant.triton_attention(*args, **masks)
-
-
-_RUN: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {
-    "cuda": _cuda,
-    "triton": _triton,
-    "reference": reference.attention,
-}

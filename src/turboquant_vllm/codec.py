@@ -20,6 +20,7 @@ from turboquant_vllm import ops  # noqa: F401  (registers the operators)
 from turboquant_vllm.checks import check_device, check_dtype, check_head_dim, check_packed, check_shape
 from turboquant_vllm.codebook import companding, lloyd_max
 from turboquant_vllm.files import read_tensors, write_tensors
+from turboquant_vllm.records import Tables
 from turboquant_vllm.rotation import RotationKind, haar, randomized_hadamard, rotation_kind
 
 __all__ = ["SCALES", "TQ4Codec", "TQ4Tensor"]
@@ -232,6 +233,11 @@ class TQ4Codec:
         if not torch.equal(tensors["centroids"], self.centroids.cpu()):
             raise ValueError(f"{path}: expected the centroids of this codec, got others")
         return TQ4Tensor(tensors["codes"].to(self.device), tensors["norms"].to(self.device))
+
+    @property
+    def tables(self) -> Tables:
+        """What reads the vectors that this codec wrote."""
+        return Tables(self.centroids, self.rotation)
 
     @property
     def writing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool, torch.Tensor, str]:

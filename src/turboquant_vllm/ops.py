@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch.library import Library
 
 from turboquant_vllm import reference
 from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.records import Masks, Operand, Sequences, Tables
 
 __all__ = ["has_triton", "triton_runs_on", "why_not_cuda", "why_not_triton"]
 
@@ -165,20 +166,69 @@ def _store(
         reference.store(k, v, cache, slot_mapping, rotation, boundaries, centroids, scale)
 
 
-def _triton_attention(*args: Any) -> Any:
-    return _kernel("turboquant_vllm.triton.route:attention")(*args)
+# Below, the one place where the flat arguments of an operator become records.
 
 
-def _triton_paged(*args: Any) -> None:
-    _kernel("turboquant_vllm.triton.route:attention_over_pages")(*args)
+def _dense_call(kernel: str) -> Callable[..., Any]:
+    """An operator over dense caches that calls ``kernel``."""
+
+    def run(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        k_norms: torch.Tensor | None,
+        v: torch.Tensor,
+        v_norms: torch.Tensor | None,
+        centroids: torch.Tensor | None,
+        rotation: torch.Tensor | None,
+        sm_scale: float,
+        is_causal: bool,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        masks = Masks(is_causal, sliding_window, softcap, sinks)
+        operands = Operand(k, k_norms), Operand(v, v_norms)
+        return _kernel(kernel)(q, *operands, Tables(centroids, rotation), sm_scale, masks, **options)
+
+    return run
 
 
-def _cuda_paged(*args: Any) -> None:
-    _kernel("turboquant_vllm.cuda.paged:decode_pages")(*args)
+def _paged_call(kernel: str) -> Callable[..., None]:
+    """An operator over pages that calls ``kernel``."""
 
+    def run(
+        q: torch.Tensor,
+        pages: torch.Tensor,
+        page_size: int,
+        num_kv_heads: int,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        centroids: torch.Tensor,
+        rotation: torch.Tensor,
+        sm_scale: float,
+        causal: bool,
+        max_query_len: int,
+        max_seq_len: int,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        windows: torch.Tensor | None = None,
+        *,
+        seq_lens_cpu: Sequence[int] | None = None,
+        cu_seqlens_q_cpu: Sequence[int] | None = None,
+        **options: Any,
+    ) -> None:
+        cache = PagedTQ4Cache.of_checked(pages, page_size, num_kv_heads, q.shape[2])
+        bounds = (max_query_len, max_seq_len, seq_lens_cpu, cu_seqlens_q_cpu)
+        sequences = Sequences(block_table, seq_lens, cu_seqlens_q, *bounds)
+        masks = Masks(causal, sliding_window, softcap, sinks, windows)
+        _kernel(kernel)(q, cache, sequences, Tables(centroids, rotation), sm_scale, masks, out, lse, **options)
 
-def _cuda_decode(*args: Any, **options: Any) -> Any:
-    return _kernel("turboquant_vllm.cuda.decode:decode")(*args, **options)
+    return run
 
 
 def _attention_fake(q: torch.Tensor, *args: Any, **options: Any) -> Any:
@@ -206,8 +256,12 @@ _define(
     lambda *args: None,
 )
 for _name, _run, _options in (
-    ("triton_attention", _triton_attention, ""),
-    ("cuda_decode", _cuda_decode, ", *, bool pre_rotated=False, bool rotated_output=False"),
+    ("triton_attention", _dense_call("turboquant_vllm.triton.route:attention"), ""),
+    (
+        "cuda_decode",
+        _dense_call("turboquant_vllm.cuda.decode:decode"),
+        ", *, bool pre_rotated=False, bool rotated_output=False",
+    ),
 ):
     _define(
         _name,
@@ -217,20 +271,20 @@ for _name, _run, _options in (
         _run,
         _attention_fake,
     )
-_define(
-    "cuda_paged",
-    "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
-    "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "
-    "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, Tensor? windows=None) -> ()",
-    _cuda_paged,
-    lambda *args: None,
-)
-_define(
-    "triton_paged",
-    "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
-    "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "
-    "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, Tensor? windows=None, "
-    "int min_rows=1, int[]? seq_lens_cpu=None, int[]? cu_seqlens_q_cpu=None) -> ()",
-    _triton_paged,
-    lambda *args: None,
-)
+for _name, _run, _options in (
+    ("cuda_paged", _paged_call("turboquant_vllm.cuda.paged:decode_pages"), ""),
+    (
+        "triton_paged",
+        _paged_call("turboquant_vllm.triton.route:attention_over_pages"),
+        ", *, int min_rows=1, int[]? seq_lens_cpu=None, int[]? cu_seqlens_q_cpu=None",
+    ),
+):
+    _define(
+        _name,
+        "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
+        "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "
+        "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, Tensor? windows=None"
+        f"{_options}) -> ()",
+        _run,
+        lambda *args, **options: None,
+    )

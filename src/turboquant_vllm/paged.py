@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import torch
 
 from turboquant_vllm.checks import check_count, check_dtype, check_shape
+from turboquant_vllm.records import Operand
 
 __all__ = ["PagedTQ4Cache"]
 
@@ -90,6 +91,14 @@ class PagedTQ4Cache:
         buffer = torch.empty((num_pages, width), dtype=torch.uint8, device=device)
         return cls(buffer, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
 
+    @classmethod
+    def of_checked(cls, buffer: torch.Tensor, page_size: int, num_kv_heads: int, head_dim: int) -> PagedTQ4Cache:
+        """As the constructor, for a buffer that a cache was made of before."""
+        cache = object.__new__(cls)
+        for name, value in zip(cls.__dataclass_fields__, (buffer, page_size, num_kv_heads, head_dim), strict=True):
+            object.__setattr__(cache, name, value)
+        return cache
+
     @property
     def num_pages(self) -> int:
         """Pages in the buffer."""
@@ -104,6 +113,16 @@ class PagedTQ4Cache:
     def device(self) -> torch.device:
         """Where the buffer is."""
         return self.buffer.device
+
+    @property
+    def keys(self) -> Operand:
+        """Views of codes and norms of the keys, with pages for sequences and places for tokens."""
+        return Operand(self.k_codes, self.k_norms)
+
+    @property
+    def values(self) -> Operand:
+        """As :attr:`keys`, of the values."""
+        return Operand(self.v_codes, self.v_norms)
 
     @property
     def k_codes(self) -> torch.Tensor:

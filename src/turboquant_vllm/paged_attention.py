@@ -24,6 +24,7 @@ from turboquant_vllm.lengths import HostLengths
 from turboquant_vllm.limits import most_rows_over_pages, why_not_decode_pages
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.pieces import cut_sequences, native_calls, rows_left
+from turboquant_vllm.records import Masks, Sequences
 
 __all__ = ["choose_paged_backend", "tq4_paged_attention", "why_not_paged"]
 
@@ -174,14 +175,15 @@ def tq4_paged_attention(
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
 
-    index = (block_table, seq_lens, cu_seqlens_q, codec.centroids, codec.rotation, scale, causal)
+    host = (None, None) if lengths is None else (lengths.seq_lens, lengths.cu_seqlens_q)
+    sequences = Sequences(block_table, seq_lens, cu_seqlens_q, bounds[0], bounds[1], *host)
     if name == "reference":
-        result, lse = reference.paged_attention(q, cache, *index, **masks)
+        result, lse = reference.paged_attention(q, cache, sequences, codec.tables, scale, Masks(causal, **masks))
         out = result if out is None else out.copy_(result)
     else:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        pages = (cache.buffer, cache.page_size, cache.num_kv_heads)
+        pages, how = (cache.buffer, cache.page_size, cache.num_kv_heads), (*codec.tables, scale, causal)
         least = 1  # rows of a sequence that is Triton's
         if name == "cuda":
             least = rows_left(shape, bounds[0], lengths)
@@ -192,10 +194,10 @@ def tq4_paged_attention(
                 own = masks if windows is None else {**masks, "windows": windows[some].repeat_interleave(call.pieces)}
                 if call.pieces > 1:
                     where = cut_sequences(*where, call.tokens, call.pieces, causal, cache.page_size)
-                torch.ops.turboquant.cuda_paged(q, *pages, *where, *index[3:], call.tokens, bounds[1], out, lse, **own)
+                torch.ops.turboquant.cuda_paged(q, *pages, *where, *how, call.tokens, bounds[1], out, lse, **own)
         if bounds[0] * shape.group >= least:
-            host = {} if lengths is None else {f"{key}_cpu": value for key, value in vars(lengths).items()}
-            torch.ops.turboquant.triton_paged(q, *pages, *index, *bounds, out, lse, **masks, min_rows=least, **host)
+            more = {"min_rows": least, "seq_lens_cpu": host[0], "cu_seqlens_q_cpu": host[1]}
+            torch.ops.turboquant.triton_paged(q, *pages, *sequences[:3], *how, *bounds, out, lse, **masks, **more)
     return (out, lse) if return_lse else out
 
 

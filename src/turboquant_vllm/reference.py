@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 
 from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.records import NO_MASKS, Masks, Operand, Sequences, Tables
 
 __all__ = ["attention", "compress", "decompress", "merge_attention_states", "paged_attention", "store", "unpack_codes"]
 
@@ -118,17 +119,11 @@ def unpack_codes(codes: torch.Tensor) -> torch.Tensor:
 
 def attention(
     q: torch.Tensor,
-    k: torch.Tensor,
-    k_norms: torch.Tensor | None,
-    v: torch.Tensor,
-    v_norms: torch.Tensor | None,
-    centroids: torch.Tensor | None,
-    rotation: torch.Tensor | None,
+    k: Operand,
+    v: Operand,
+    tables: Tables,
     sm_scale: float,
-    is_causal: bool,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    masks: Masks = NO_MASKS,
     *,
     block: int = 512,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,15 +131,14 @@ def attention(
 
     Args:
         q: ``[B, H_q, N_q, D]``; query head h reads key/value head ``h // (H_q // H_kv)``.
-        k, v: codes uint8 ``[B, H_kv, N_kv, D // 2]`` where norms are given, else dense ``[B, H_kv, N_kv, D]``.
-        k_norms, v_norms: float32 ``[B, H_kv, N_kv]``, or None.
-        centroids: float32 ``[16]``; rotation: float32 ``[D, D]``; None where nothing is packed.
+        k, v: keys and values ``[B, H_kv, N_kv, D]``.
+        tables: what reads those of them that are packed.
         sm_scale: factor on the scores.
-        is_causal: query i sees keys ``0 .. N_kv - N_q + i`` (aligned to the bottom right).
-        sliding_window: with is_causal, of those the last ``sliding_window`` alone; None means all.
-        softcap: scores, times sm_scale, become ``softcap * tanh(score / softcap)``; None leaves them.
-        sinks: float32 ``[H_q]``, for each head the logit of one more key whose value is zero, seen by every query; neither
-            scaled nor capped.
+        masks: is_causal: query i sees keys ``0 .. N_kv - N_q + i`` (aligned to the bottom right);
+            sliding_window: with is_causal, of those the last ``sliding_window`` alone; None means all;
+            softcap: scores, times sm_scale, become ``softcap * tanh(score / softcap)``; None leaves them;
+            sinks: float32 ``[H_q]``, for each head the logit of one more key whose value is zero, seen by every query;
+            neither scaled nor capped.
         block: keys per step; the memory used grows with ``N_q * block``.
 
     Returns:
@@ -154,15 +148,16 @@ def attention(
         A NaN in the norm of a key or value that a query sees reaches its row, and so does an Inf in a value's; an Inf in a
         key's is a score of +-Inf (+-softcap, where given): NaN, or a weight of zero.
     """
+    is_causal, sliding_window, softcap, sinks, _ = masks
     compute = _compute_dtype(q)
     batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, kv_len = k.shape[1], k.shape[2]
+    num_kv_heads, kv_len = k.data.shape[1:3]
     group = num_heads // num_kv_heads
 
     query = q.to(compute)
-    if k_norms is not None:
-        assert rotation is not None
-        query = query @ rotation.to(compute).T
+    if k.is_packed:
+        assert tables.rotation is not None
+        query = query @ tables.rotation.to(compute).T
     query = query.reshape(batch, num_kv_heads, group * q_len, head_dim) * sm_scale  # rows: head of the group, position
     last = torch.arange(q_len, device=q.device).repeat(group) + (kv_len - q_len if is_causal else kv_len)
     begin = 0
@@ -179,8 +174,8 @@ def attention(
         total = (top != float("-inf")).to(compute)
     for start in range(begin, kv_len, block):
         stop = min(start + block, kv_len)
-        keys, key_scale = _tile(k, k_norms, centroids, start, stop, compute)
-        values, value_scale = _tile(v, v_norms, centroids, start, stop, compute)
+        keys, key_scale = _tile(k, tables, start, stop, compute)
+        values, value_scale = _tile(v, tables, start, stop, compute)
         key = torch.arange(start, stop, device=q.device)
         visible = key <= last[:, None]
         if sliding_window is not None:
@@ -201,59 +196,44 @@ def attention(
 
     seen = total != 0  # NaN counts as seen
     out = torch.where(seen.unsqueeze(-1), acc / total.unsqueeze(-1), 0.0)
-    if v_norms is not None:
-        assert rotation is not None
-        out = out @ rotation.to(compute)
+    if v.is_packed:
+        assert tables.rotation is not None
+        out = out @ tables.rotation.to(compute)
     lse = torch.where(seen, top + total.log(), float("-inf"))
     return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, num_heads, q_len)
 
 
 def paged_attention(
-    q: torch.Tensor,
-    cache: PagedTQ4Cache,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    centroids: torch.Tensor,
-    rotation: torch.Tensor,
-    sm_scale: float,
-    causal: bool,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    windows: torch.Tensor | None = None,
+    q: torch.Tensor, cache: PagedTQ4Cache, sequences: Sequences, tables: Tables, sm_scale: float, masks: Masks = NO_MASKS
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch of sequences over pages of packed keys and values, one sequence after the other.
 
     Args:
         q: ``[T, H_q, D]``, the query tokens of all sequences one after the other.
         cache: the pages, ``H_kv`` key/value heads.
-        block_table: int32 ``[S, max_pages]``; token t of sequence s is in page ``block_table[s, t // page_size]``. An entry
-            that names no page is taken for the nearest that exists.
-        seq_lens: int32 ``[S]``, keys of each sequence, its query tokens among them; at most those that the table has room for.
-        cu_seqlens_q: int32 ``[S + 1]``; sequence s has the query tokens ``cu_seqlens_q[s] .. cu_seqlens_q[s + 1]``.
-        centroids, rotation, sm_scale, causal, sliding_window, softcap, sinks: as in :func:`attention`.
-        windows: int32 ``[S]``, a sliding window for each sequence, instead of one for all.
+        sequences: where they lie. An entry of the block table that names no page is taken for the nearest that exists, and a
+            length beyond what the table has room for for that.
+        tables, sm_scale, masks: as in :func:`attention`.
 
     Returns:
         out in q's dtype and shape, and lse ``[T, H_q]``; zeros and -inf for tokens of no sequence.
     """
+    block_table = sequences.block_table
     out = torch.zeros_like(q)
     lse = torch.full(q.shape[:2], float("-inf"), dtype=_compute_dtype(q), device=q.device)
     room = block_table.shape[1] * cache.page_size if cache.num_pages else 0
-    starts = cu_seqlens_q.clamp(0, q.shape[0]).tolist()
-    for sequence, length in enumerate(seq_lens.clamp(0, room).tolist()):
+    starts = sequences.cu_seqlens_q.clamp(0, q.shape[0]).tolist()
+    for sequence, length in enumerate(sequences.seq_lens.clamp(0, room).tolist()):
         tokens = slice(starts[sequence], max(starts[sequence], starts[sequence + 1]))
         used = block_table[sequence, : -(-length // cache.page_size)].long().clamp(0, max(cache.num_pages - 1, 0))
 
-        def gather(pages: torch.Tensor, used: torch.Tensor = used, length: int = length) -> torch.Tensor:
+        def gather(pages: Operand, used: torch.Tensor = used, length: int = length) -> Operand:
             """``[num_pages, H_kv, page_size, ...]`` as ``[1, H_kv, length, ...]``."""
-            return pages[used].transpose(0, 1).flatten(1, 2)[None, :, :length]
+            return pages.each(lambda x: x[used].transpose(0, 1).flatten(1, 2)[None]).tokens(0, length)
 
-        k, k_norms, v, v_norms = (gather(x) for x in (cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms))
         query = q[tokens].transpose(0, 1)[None]
-        window = sliding_window if windows is None else int(windows[sequence])
-        some, some_lse = attention(query, k, k_norms, v, v_norms, centroids, rotation, sm_scale, causal, window, softcap, sinks)
+        own = masks if masks.windows is None else masks._replace(sliding_window=int(masks.windows[sequence]))
+        some, some_lse = attention(query, gather(cache.keys), gather(cache.values), tables, sm_scale, own)
         out[tokens], lse[tokens] = some[0].transpose(0, 1), some_lse[0].T
     return out, lse
 
@@ -277,20 +257,13 @@ def merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torc
     return out.to(outs.dtype), lse.to(lses.dtype)
 
 
-def _tile(
-    x: torch.Tensor,
-    norms: torch.Tensor | None,
-    centroids: torch.Tensor | None,
-    start: int,
-    stop: int,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _tile(x: Operand, tables: Tables, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys or values ``start:stop`` as ``[B, H_kv, n, D]``, and the factor ``[B, H_kv, 1, n]`` on their scores or weights."""
-    if norms is None:
-        return x[:, :, start:stop].to(dtype), torch.ones((), dtype=dtype, device=x.device)
-    assert centroids is not None
-    levels = centroids.to(dtype)[unpack_codes(x[:, :, start:stop])]
-    return levels, norms[:, :, None, start:stop].to(dtype)
+    if x.norms is None:
+        return x.data[:, :, start:stop].to(dtype), torch.ones((), dtype=dtype, device=x.data.device)
+    assert tables.centroids is not None
+    levels = tables.centroids.to(dtype)[unpack_codes(x.data[:, :, start:stop])]
+    return levels, x.norms[:, :, None, start:stop].to(dtype)
 
 
 def _compute_dtype(x: torch.Tensor) -> torch.dtype:

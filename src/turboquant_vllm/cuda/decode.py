@@ -26,6 +26,7 @@ from turboquant_vllm.cuda.variants import (
     rows_at_once,
 )
 from turboquant_vllm.limits import why_not_decode
+from turboquant_vllm.records import NO_MASKS, Masks, Operand, Tables
 
 __all__ = ["Call", "decode", "mask_args", "prepare", "source"]
 
@@ -124,17 +125,11 @@ def mask_args(window: int | None, softcap: float | None, windows: torch.Tensor |
 
 def decode(
     q: torch.Tensor,
-    k: torch.Tensor,
-    k_norms: torch.Tensor,
-    v: torch.Tensor,
-    v_norms: torch.Tensor,
-    centroids: torch.Tensor,
-    rotation: torch.Tensor,
+    k: Operand,
+    v: Operand,
+    tables: Tables,
     sm_scale: float,
-    is_causal: bool,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    masks: Masks = NO_MASKS,
     *,
     pre_rotated: bool = False,
     rotated_output: bool = False,
@@ -145,14 +140,11 @@ def decode(
 
     Args:
         q: fp16 or bf16 ``[B, H_q, N_q, D]``, D 64, 128 or 256, ``N_q * H_q / H_kv`` at most 32.
-        k, v: uint8 ``[B, H_kv, N_kv, D // 2]``, rows contiguous and 16-byte multiples apart; copied if they do
-            not begin on a 16-byte boundary.
-        k_norms, v_norms: float32 ``[B, H_kv, N_kv]``, any strides.
-        centroids: float32 ``[16]``.
-        rotation: float32 ``[D, D]``.
+        k, v: packed; codes with rows contiguous and 16-byte multiples apart, copied if they do not begin on a 16-byte
+            boundary; norms of any strides.
+        tables: what reads them.
         sm_scale: factor on the scores.
-        is_causal: query i sees keys ``0 .. N_kv - N_q + i``.
-        sliding_window, softcap, sinks: as in :func:`turboquant_vllm.tq4_attention`.
+        masks: as in :func:`turboquant_vllm.reference.attention`.
         pre_rotated: q is ``q @ rotation.T`` already, as where the rotation is folded into a projection's weights.
         rotated_output: leave out the product with the rotation: the result is ``out @ rotation.T``.
         split_len: keys per split, a multiple of 16; None divides all keys of the batch evenly over the warps of the GPU.
@@ -174,11 +166,12 @@ def decode(
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device)
     if lse.numel() == 0:
         return out, lse
-    if k.shape[2] == 0 or kv_len == 0:
+    if k.data.shape[2] == 0 or kv_len == 0:
+        sinks = masks.sinks
         return out.zero_(), lse.fill_(float("-inf")) if sinks is None else lse.copy_(sinks[:, None].expand_as(lse))
     attend, combine = prepare(
-        q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, out, lse, sliding_window, softcap, sinks,
-        pre_rotated=pre_rotated, rotated_output=rotated_output, split_len=split_len, kv_len=kv_len,
+        q, k, v, tables, sm_scale, masks, out, lse, pre_rotated=pre_rotated, rotated_output=rotated_output,
+        split_len=split_len, kv_len=kv_len,
     )  # fmt: skip
     attend()
     combine()
@@ -187,19 +180,13 @@ def decode(
 
 def prepare(
     q: torch.Tensor,
-    k: torch.Tensor,
-    k_norms: torch.Tensor,
-    v: torch.Tensor,
-    v_norms: torch.Tensor,
-    centroids: torch.Tensor,
-    rotation: torch.Tensor,
+    k: Operand,
+    v: Operand,
+    tables: Tables,
     sm_scale: float,
-    is_causal: bool,
+    masks: Masks,
     out: torch.Tensor,
     lse: torch.Tensor | None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
     *,
     pre_rotated: bool = False,
     rotated_output: bool = False,
@@ -211,38 +198,44 @@ def prepare(
     Arguments as in :func:`decode`; out and lse are contiguous, and lse may be None where it is not wanted. The first launch
     alone is what a benchmark of the kernel times.
     """
-    num_kv_heads, head_dim = k.shape[1], q.shape[3]
-    if reason := why_not_decode(q.dtype, head_dim, q.shape[2] * (q.shape[1] // num_kv_heads), (k, v)):
+    num_kv_heads, head_dim = k.data.shape[1], q.shape[3]
+    if reason := why_not_decode(q.dtype, head_dim, q.shape[2] * (q.shape[1] // num_kv_heads), (k.data, v.data)):
         raise ValueError(reason)
-    count = k.shape[2] if kv_len is None else kv_len
-    if sliding_window is not None:  # what no query sees is not even looked at
-        seen = min(count, sliding_window + q.shape[2] - 1)
-        k, k_norms, v, v_norms = (x.narrow(2, count - seen, seen) for x in (k, k_norms, v, v_norms))
+    count = k.data.shape[2] if kv_len is None else kv_len
+    masked, window, sinks = not masks.only_causal, masks.sliding_window, masks.sinks
+    if window is not None:  # what no query sees is not even looked at
+        seen = min(count, window + q.shape[2] - 1)
+        k, v = k.tokens(count - seen, seen), v.tokens(count - seen, seen)
         count = seen
-        sliding_window = sliding_window if q.shape[2] > 1 else None
-    masked = sliding_window is not None or softcap is not None or sinks is not None
-    k, v = aligned(k), aligned(v)
+        if q.shape[2] == 1:
+            window, masked = None, masks.softcap is not None or sinks is not None
+    assert k.norms is not None
+    assert v.norms is not None
+    assert tables.centroids is not None
+    assert tables.rotation is not None
+    k_codes, k_norms, v_codes, v_norms = aligned(k.data), k.norms, aligned(v.data), v.norms
     call = Call.plan(q.get_device(), q.shape, num_kv_heads, count, split_len, masked)
     # One allocation for the results of parts, and the log-sum-exps of the whole if nobody asked for them.
     unwanted = q.numel() // head_dim if lse is None else 0
     parts = torch.empty((call.part_rows * (head_dim + 4) + unwanted,), dtype=torch.float32, device=q.device)
     parts_at = parts.data_ptr()
     lse_at = parts_at + 4 * call.part_rows * (head_dim + 4) if lse is None else lse.data_ptr()
-    centroids, rotation = centroids.contiguous(), aligned(rotation.contiguous())
+    centroids, rotation = tables.centroids.contiguous(), aligned(tables.rotation.contiguous())
     rotation_at, bf16 = rotation.data_ptr(), int(q.dtype == torch.bfloat16)
     attend_args = (
-        q.data_ptr(), k.data_ptr(), k_norms.data_ptr(), v.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
-        rotation_at, parts_at, *q.stride(), *k.stride()[:3], *k_norms.stride(),
-        *v.stride()[:3], *v_norms.stride(), *call.attend, int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
+        q.data_ptr(), k_codes.data_ptr(), k_norms.data_ptr(), v_codes.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
+        rotation_at, parts_at, *q.stride(), *k_codes.stride()[:3], *k_norms.stride(),
+        *v_codes.stride()[:3], *v_norms.stride(), *call.attend, int(masks.is_causal), bf16, int(pre_rotated),
+        sm_scale * _LOG2_E,
     )  # fmt: skip
     combine_args = (
         parts_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
     )  # fmt: skip
     if masked:
         sinks = None if sinks is None else sinks.contiguous()
-        attend_args = (*attend_args, *mask_args(sliding_window, softcap))
+        attend_args = (*attend_args, *mask_args(window, masks.softcap))
         combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
-    keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, out, lse, sinks)
+    keep = (q, k_codes, k_norms, v_codes, v_norms, centroids, rotation, parts, out, lse, sinks)
     (first, second), grids, blocks = call.kernels, call.grids, call.blocks
 
     def attend() -> None:

@@ -17,6 +17,8 @@ import torch
 from turboquant_vllm.cuda.decode import COMBINE_MASKS, DECODE_MASKS, DIVISOR, HEADS, mask_args, source
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
 from turboquant_vllm.cuda.variants import COMBINE_THREADS, Variant, choose_variant, device_limits, divisor, rows_at_once
+from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.records import Masks, Sequences, Tables
 
 __all__ = ["PAGED_COMBINE_PARAMS", "PAGED_PARAMS", "decode_pages"]
 
@@ -107,24 +109,13 @@ class Call:
 
 def decode_pages(
     q: torch.Tensor,
-    pages: torch.Tensor,
-    page_size: int,
-    num_kv_heads: int,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    centroids: torch.Tensor,
-    rotation: torch.Tensor,
+    cache: PagedTQ4Cache,
+    sequences: Sequences,
+    tables: Tables,
     sm_scale: float,
-    causal: bool,
-    max_query_len: int,
-    max_seq_len: int,
+    masks: Masks,
     out: torch.Tensor,
     lse: torch.Tensor,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    windows: torch.Tensor | None = None,
 ) -> None:
     """Fill the rows of ``out`` and ``lse`` of sequences with at most 32 query rows per key/value head; leave the others alone.
 
@@ -132,21 +123,24 @@ def decode_pages(
     256 (there up to 16 rows), out like q, lse float32 ``[T, H_q]`` contiguous.
     """
     tokens, num_heads, head_dim = q.shape
-    sequences, max_pages = block_table.shape
+    pages, page_size, num_kv_heads = cache.buffer, cache.page_size, cache.num_kv_heads
+    count, max_pages = sequences.block_table.shape
     group = num_heads // num_kv_heads
-    if tokens == 0 or sequences == 0:
+    if tokens == 0 or count == 0:
         return
+    block_table, seq_lens, cu_seqlens_q, max_query_len, max_seq_len, *_ = sequences.contiguous()
+    causal, sliding_window, softcap, sinks, windows = masks
     rows = min(max(min(max_query_len, tokens), 1) * group, 32)
     room = max_pages * page_size if pages.shape[0] else 0
-    masked = any(mask is not None for mask in (sliding_window, softcap, sinks, windows))
+    masked = not masks.only_causal
     longest = min(max_seq_len, room if sliding_window is None else sliding_window + max_query_len + 15, room)
-    call = Call.plan(q.get_device(), sequences, num_heads, num_kv_heads, rows, longest, head_dim, masked)
+    call = Call.plan(q.get_device(), count, num_heads, num_kv_heads, rows, longest, head_dim, masked)
     workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device)
     start = workspace.data_ptr()
     parts, fragments, row_scales, line = (start + place for place in call.places)
-    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
-    centroids, rotation = centroids.contiguous(), aligned(rotation.contiguous())
+    assert tables.centroids is not None
+    assert tables.rotation is not None
+    centroids, rotation = tables.centroids.contiguous(), aligned(tables.rotation.contiguous())
     in_pairs = out.stride(2) == 1 and not (out.stride(0) | out.stride(1) | out.data_ptr() // 2) % 2
     result = out if in_pairs else out.clone(memory_format=torch.contiguous_format)  # rows that are left alone among them
     codes, page_bytes = pages.data_ptr(), pages.stride(0)
@@ -157,12 +151,12 @@ def decode_pages(
         q.data_ptr(), codes, norms, values, norms + 4 * page_size, centroids.data_ptr(), rotation.data_ptr(), parts,
         0, q.stride(1), q.stride(0), q.stride(2), page_bytes, chunk, head_dim // 2, 0, 0, 1, page_bytes, chunk, head_dim // 2,
         0, 0, 1, block_table.data_ptr(), seq_lens.data_ptr(), cu_seqlens_q.data_ptr(), fragments, row_scales, line,
-        block_table.stride(0), sequences, tokens, pages.shape[0], page_size // 16, room, *divisor(page_size // 16),
+        block_table.stride(0), count, tokens, pages.shape[0], page_size // 16, room, *divisor(page_size // 16),
         *call.attend, 0, 0, int(causal), bf16, 0, sm_scale / math.log(2),
     )  # fmt: skip
     combine_args = (
         parts, rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), line, cu_seqlens_q.data_ptr(),
-        result.stride(0), result.stride(1), sequences, tokens, call.workers, *call.combine, bf16, 0,
+        result.stride(0), result.stride(1), count, tokens, call.workers, *call.combine, bf16, 0,
     )  # fmt: skip
     if masked:
         sinks, windows = (None if x is None else x.contiguous() for x in (sinks, windows))

@@ -17,6 +17,7 @@ from turboquant_vllm.hf.dense import dense_attention
 from turboquant_vllm.hf.pages import PagedTensor, attend_pages, written_out
 from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
 from turboquant_vllm.limits import why_not_decode
+from turboquant_vllm.records import Masks, Operand, Tables
 
 __all__ = ["ATTENTION_NAME", "attention_forward", "register"]
 
@@ -135,7 +136,7 @@ def _attend(
     values, _ = unpack(value)
     if query.dtype == torch.float64:  # which no kernel takes
         scale = check_sm_scale(sm_scale, query.shape[-1])
-        return reference.attention(query, *keys, *values, codec.centroids, codec.rotation, scale, **masks)[0]
+        return reference.attention(query, Operand(*keys), Operand(*values), codec.tables, scale, Masks(**masks))[0]
     return tq4_attention(query, keys, values, codec, sm_scale=sm_scale, **masks)
 
 
@@ -164,10 +165,10 @@ def _decode(
         parts = (codes, norms, value_codes, value_norms)
         codes, norms, value_codes, value_norms = (x.narrow(2, key.first, key.count) for x in parts)
     scale = 1 / math.sqrt(query.shape[3]) if sm_scale is None else sm_scale
-    tables = (key.centroids, key.rotation, scale, is_causal)
+    tables, masks = Tables(key.centroids, key.rotation), Masks(is_causal, window, softcap, sinks)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    operands = (query, codes, norms, value_codes, value_norms, *tables, out, None, window, softcap, sinks)
-    for launch in prepare(*operands, kv_len=key.count):
+    operands = Operand(codes, norms), Operand(value_codes, value_norms)
+    for launch in prepare(query, *operands, tables, scale, masks, out, None, kv_len=key.count):
         launch()
     return out
 

@@ -13,6 +13,7 @@ from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.tensors import DeferredTensor
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
+from turboquant_vllm.records import Masks, Sequences, Tables
 from turboquant_vllm.rotation import RotationKind
 
 __all__ = [
@@ -215,11 +216,12 @@ def _attend_pages(
     q = query[:, :, 0]
     if query.dtype == torch.float64:  # which no kernel takes
         scale = check_sm_scale(sm_scale, query.shape[-1])
-        index = (block_table, stops, rows, centroids, rotation, scale, True)
-        return reference.paged_attention(q, cache, *index, softcap=softcap, sinks=sinks, windows=counts)[0].unsqueeze(2)
+        sequences = Sequences(block_table, stops, rows, 1, block_table.shape[1] * cache.page_size)
+        masks = Masks(True, softcap=softcap, sinks=sinks, windows=counts)
+        return reference.paged_attention(q, cache, sequences, Tables(centroids, rotation), scale, masks)[0].unsqueeze(2)
     codec = TQ4Codec.reader(rotation, centroids, "haar")
-    masks: dict[str, Any] = {"sliding_window": counts, "softcap": softcap, "sinks": sinks}
-    out = tq4_paged_attention(q, cache, codec, block_table, stops, rows, sm_scale=sm_scale, max_query_len=1, **masks)
+    options: dict[str, Any] = {"sliding_window": counts, "softcap": softcap, "sinks": sinks}
+    out = tq4_paged_attention(q, cache, codec, block_table, stops, rows, sm_scale=sm_scale, max_query_len=1, **options)
     return out.unsqueeze(2)
 
 

@@ -142,6 +142,8 @@ def compress(
     head_dim = x.shape[-1]
     codes = torch.empty((*x.shape[:-1], head_dim // 2), dtype=torch.uint8, device=x.device)
     norms = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+    rotation, companding = rotation.contiguous(), companding.contiguous()  # which kernels read without strides
+    centroids = None if centroids is None else centroids.contiguous()
     if norms.numel():
         x = _as_4d(x.float() if x.dtype == torch.float64 else x)
         plan = plan_tiles(x.shape, head_dim, x.dtype, hadamard, x.device, writes=True, scale=scale)
@@ -188,6 +190,7 @@ def decompress(
     """As :func:`turboquant_vllm.reference.decompress`; ``hadamard`` as in :func:`compress`."""
     head_dim = 2 * codes.shape[-1]
     out = torch.empty((*codes.shape[:-1], head_dim), dtype=dtype, device=codes.device)
+    centroids, rotation = centroids.contiguous(), rotation.contiguous()
     if norms.numel():
         codes, norms = _as_4d(codes.contiguous()), _as_4d(norms.contiguous().unsqueeze(-1))
         # float16 holds levels better than bfloat16, whatever the result is rounded to.

@@ -10,6 +10,8 @@ import torch
 import triton
 
 from turboquant_vllm.checks import DECODE_MAX_ROWS
+from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.records import Masks, Sequences, Tables
 from turboquant_vllm.triton.config import (
     LOG2_E,
     MIN_SPLIT,
@@ -30,35 +32,28 @@ __all__ = ["paged_attention"]
 
 def paged_attention(
     q: torch.Tensor,
-    pages: torch.Tensor,
-    page_size: int,
-    num_kv_heads: int,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    centroids: torch.Tensor,
-    rotation: torch.Tensor,
+    cache: PagedTQ4Cache,
+    sequences: Sequences,
+    tables: Tables,
     sm_scale: float,
-    causal: bool,
-    max_query_len: int,
-    max_seq_len: int,
+    masks: Masks,
     out: torch.Tensor,
     lse: torch.Tensor,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    windows: torch.Tensor | None = None,
     min_rows: int = 1,
     many: tuple[int, int] | None = None,
 ) -> None:
     """Fill ``out`` and ``lse``; arguments as :func:`turboquant_vllm.reference.paged_attention`, and checked.
 
     Args:
-        max_query_len, max_seq_len: no sequence has more query tokens or keys.
+        sequences, tables: contiguous.
         min_rows: leave the sequences with fewer query rows per key/value head to others; their rows of ``out`` and ``lse`` are
             not touched.
         many: leave those with at least so many rows and so many pairs of a row and a key to others.
     """
+    pages, page_size, num_kv_heads = cache.buffer, cache.page_size, cache.num_kv_heads
+    block_table, seq_lens, cu_seqlens_q, max_query_len, max_seq_len, *_ = sequences
+    centroids, rotation = tables
+    assert rotation is not None
     total_tokens, num_heads, head_dim = q.shape
     num_seqs, max_pages = block_table.shape
     group = num_heads // num_kv_heads
@@ -67,8 +62,7 @@ def paged_attention(
     if out.numel() == 0 or num_seqs == 0 or max_rows == 0:
         return
     max_keys = min(max_seq_len, max_pages * page_size) if pages.shape[0] else 0
-    block_table = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
+    causal, sliding_window, softcap, sinks, windows = masks
     sinks = None if sinks is None else sinks.contiguous()
     one_window = None if sliding_window is None else min(sliding_window, WIDEST)
     window = one_window if windows is None else windows.contiguous()

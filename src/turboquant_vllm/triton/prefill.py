@@ -22,6 +22,7 @@ from turboquant_vllm.prefill import (
     attention_over_slices,
     dense_attention,
 )
+from turboquant_vllm.records import NO_MASKS, Masks, Operand, Tables
 from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.kernels import head_and_tile
 from turboquant_vllm.triton.unpack import Packed, unpack
@@ -97,38 +98,30 @@ def serves(q: torch.Tensor, sm_scale: float) -> bool:
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_norms: torch.Tensor,
-    v: torch.Tensor,
-    v_norms: torch.Tensor,
-    centroids: torch.Tensor,
-    rotation: torch.Tensor,
-    sm_scale: float,
-    is_causal: bool,
-    sinks: torch.Tensor | None = None,
+    q: torch.Tensor, k: Operand, v: Operand, tables: Tables, sm_scale: float, masks: Masks = NO_MASKS
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over packed keys and values; arguments and results as :func:`turboquant_vllm.reference.attention`.
 
     A key or value with a coordinate beyond the range of q's dtype counts as infinite, as in a dense cache of that dtype.
-    ``sm_scale`` must be positive. Which bits come out depends on the sizes of a sequence, not on the batch.
+    ``sm_scale`` must be positive, and no mask
+    but the causal one hide a key. Which bits come out depends on the sizes of a sequence, not on the batch.
     """
     grain = _dense(q).grain
-    q_len, kv_len = q.shape[2], k.shape[2]
+    q_len, (num_kv_heads, kv_len) = q.shape[2], k.data.shape[1:3]
     needed = (kv_len // grain + 2) * grain
-    slice_len = min(_slice_len(q, k.shape[1], grain), needed)
+    slice_len = min(_slice_len(q, num_kv_heads, grain), needed)
     # Short sequences share a scratch. How long a slice is must not depend on the batch.
-    together = max(1, _slice_len(q, k.shape[1], grain) // needed)
+    together = max(1, _slice_len(q, num_kv_heads, grain) // needed)
     q, results = _aligned(q), []
     with device_guard(q.device):
         for start in range(0, max(q.shape[0], 1), together):
             some = slice(start, start + together)
-            queries, packed = q[some], Packed(k[some], k_norms[some], v[some], v_norms[some], centroids, rotation)
+            queries, packed = q[some], Packed(k.sequences(some), v.sequences(some), tables)
 
             def rows(first: int, stop: int, queries: torch.Tensor = queries) -> torch.Tensor:
                 return _rows(queries, first, stop)
 
-            results.append(_attention(rows, q_len, queries, packed, kv_len, slice_len, sm_scale, is_causal, sinks))
+            results.append(_attention(rows, q_len, queries, packed, kv_len, slice_len, sm_scale, masks))
     outs, lses = [part.out for part in results], [part.lse for part in results]
     return (torch.cat(outs), torch.cat(lses)) if len(results) > 1 else (outs[0].contiguous(), lses[0])
 
@@ -140,10 +133,9 @@ def paged_attention(
     pages: Packed,
     kv_len: int,
     sm_scale: float,
-    is_causal: bool,
+    masks: Masks,
     out: torch.Tensor,
     lse: torch.Tensor,
-    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attention of one sequence's query tokens ``first .. stop`` over its pages, into their rows of ``out`` and ``lse``.
 
@@ -152,7 +144,7 @@ def paged_attention(
         first, stop: which of them are the sequence's.
         pages: the sequence's.
         kv_len: keys of the sequence, known on the host: the schedule depends on it.
-        sm_scale, is_causal, sinks: as in :func:`attention`.
+        sm_scale, masks: as in :func:`attention`.
         out: like q, any strides.
         lse: float32 ``[T, H_q]``.
     """
@@ -164,9 +156,9 @@ def paged_attention(
 
     some = slice(first, stop)
     target = Part(out[some].transpose(0, 1)[None], lse[some].T[None], 0)
-    slice_len = _slice_len(q, pages.k.shape[1], _dense(q).grain)
+    slice_len = _slice_len(q, pages.k.data.shape[1], _dense(q).grain)
     with device_guard(q.device):
-        _attention(rows, stop - first, target.out, pages, kv_len, slice_len, sm_scale, is_causal, sinks, target)
+        _attention(rows, stop - first, target.out, pages, kv_len, slice_len, sm_scale, masks, target)
 
 
 def _attention(
@@ -177,12 +169,12 @@ def _attention(
     kv_len: int,
     slice_len: int,
     sm_scale: float,
-    is_causal: bool,
-    sinks: torch.Tensor | None,
+    masks: Masks,
     target: Part | None = None,
 ) -> Part:
     """Attention of some sequences that share a scratch; ``like`` has the batch size, dtype and device of the queries."""
-    shape = (2, like.shape[0], packed.k.shape[1], slice_len, like.shape[3])
+    is_causal, sinks = masks.is_causal, masks.sinks
+    shape = (2, like.shape[0], packed.k.data.shape[1], slice_len, like.shape[3])
     scratch = torch.empty(shape, dtype=like.dtype, device=like.device)
     if sinks is not None:
         sinks = sinks.contiguous()

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 
 import torch
 
 from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.records import NO_MASKS, Masks, Operand, Sequences, Tables
 from turboquant_vllm.triton import launch, paged_attention, prefill
 from turboquant_vllm.triton.unpack import Packed
 
@@ -15,77 +15,46 @@ __all__ = ["attention", "attention_over_pages"]
 
 
 def attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    k_norms: torch.Tensor | None,
-    v: torch.Tensor,
-    v_norms: torch.Tensor | None,
-    centroids: torch.Tensor | None,
-    rotation: torch.Tensor | None,
-    sm_scale: float,
-    is_causal: bool,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
+    q: torch.Tensor, k: Operand, v: Operand, tables: Tables, sm_scale: float, masks: Masks = NO_MASKS
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over packed or dense keys and values; arguments and results as :func:`turboquant_vllm.reference.attention`.
 
     Arguments must have passed :func:`turboquant_vllm.checks.check_attention`.
     """
-    uncut = sliding_window is None and softcap is None and k_norms is not None and v_norms is not None
-    many = q.shape[2] * (q.shape[1] // k.shape[1]) >= prefill.MANY_ROWS
-    if uncut and many and prefill.serves(q, sm_scale):
-        assert k_norms is not None
-        assert v_norms is not None
-        assert centroids is not None
-        assert rotation is not None
-        return prefill.attention(q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, sinks)
-    return launch.attention(q, k, k_norms, v, v_norms, centroids, rotation, sm_scale, is_causal, sliding_window, softcap, sinks)
+    uncut = masks.hides_nothing and k.is_packed and v.is_packed
+    many = q.shape[2] * (q.shape[1] // k.data.shape[1]) >= prefill.MANY_ROWS
+    serve = prefill if uncut and many and prefill.serves(q, sm_scale) else launch
+    return serve.attention(q, k, v, tables.contiguous(), sm_scale, masks)
 
 
 def attention_over_pages(
     q: torch.Tensor,
-    pages: torch.Tensor,
-    page_size: int,
-    num_kv_heads: int,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    centroids: torch.Tensor,
-    rotation: torch.Tensor,
+    cache: PagedTQ4Cache,
+    sequences: Sequences,
+    tables: Tables,
     sm_scale: float,
-    causal: bool,
-    max_query_len: int,
-    max_seq_len: int,
+    masks: Masks,
     out: torch.Tensor,
     lse: torch.Tensor,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    sinks: torch.Tensor | None = None,
-    windows: torch.Tensor | None = None,
     min_rows: int = 1,
-    seq_lens_cpu: Sequence[int] | None = None,
-    cu_seqlens_q_cpu: Sequence[int] | None = None,
 ) -> None:
     """Fill ``out`` and ``lse``; arguments as :func:`turboquant_vllm.reference.paged_attention`, and checked.
 
     Args:
-        max_query_len, max_seq_len: no sequence has more query tokens or keys.
+        sequences: with lengths that the host knows, sequences of many rows go by slices.
         min_rows: leave the sequences with fewer query rows per key/value head to another backend; their rows of ``out`` and
             ``lse`` are not touched.
-        seq_lens_cpu, cu_seqlens_q_cpu: what these tensors hold. With them, sequences of many rows go by slices.
     """
-    tensors = (q, pages, page_size, num_kv_heads, block_table, seq_lens, cu_seqlens_q, centroids, rotation, sm_scale, causal)
-    masks = (sliding_window, softcap, sinks, windows)
-    if seq_lens_cpu is None or cu_seqlens_q_cpu is None:
-        paged_attention.paged_attention(*tensors, max_query_len, max_seq_len, out, lse, *masks, min_rows)
+    tables, sequences = tables.contiguous(), sequences.contiguous()
+    if sequences.seq_lens_cpu is None or sequences.cu_seqlens_q_cpu is None:
+        paged_attention.paged_attention(q, cache, sequences, tables, sm_scale, masks, out, lse, min_rows)
         return
-    group = q.shape[1] // num_kv_heads
-    lens = seq_lens_cpu if pages.shape[0] else [0] * len(seq_lens_cpu)
-    uncut = sliding_window is None and softcap is None and windows is None and prefill.serves(q, sm_scale)
+    group = q.shape[1] // cache.num_kv_heads
+    lens = sequences.seq_lens_cpu if cache.num_pages else [0] * len(sequences.seq_lens_cpu)
+    uncut = masks.hides_nothing and prefill.serves(q, sm_scale)
     sliced: list[tuple[int, int, int, int]] = []
     others: list[int] = []  # rows of the sequences that are left to the fused kernels
-    for index, ((first, stop), keys) in enumerate(zip(itertools.pairwise(cu_seqlens_q_cpu), lens, strict=True)):
+    for index, ((first, stop), keys) in enumerate(zip(itertools.pairwise(sequences.cu_seqlens_q_cpu), lens, strict=True)):
         rows = (stop - first) * group
         if rows < min_rows:
             continue
@@ -96,13 +65,8 @@ def attention_over_pages(
     # A few launches for all others come first: they run while those of the slices are prepared.
     if others:
         many = (prefill.MANY_ROWS, prefill.MANY_PAIRS) if uncut else None
-        longest = max(others) // group
-        paged_attention.paged_attention(*tensors, longest, max_seq_len, out, lse, *masks, min(others), many)
-    if not sliced:
-        return
-    cache = PagedTQ4Cache(pages, page_size, num_kv_heads, q.shape[2])
-    tables = block_table if block_table.stride(1) == 1 else block_table.contiguous()
-    views = (cache.k_codes, cache.k_norms, cache.v_codes, cache.v_norms, centroids, rotation)
+        those = sequences._replace(max_query_len=max(others) // group)
+        paged_attention.paged_attention(q, cache, those, tables, sm_scale, masks, out, lse, min(others), many)
     for index, first, stop, keys in sliced:
-        packed = Packed(*views, tables[index])
-        prefill.paged_attention(q, first, stop, packed, keys, sm_scale, causal, out, lse, sinks)
+        packed = Packed(cache.keys, cache.values, tables, sequences.block_table[index])
+        prefill.paged_attention(q, first, stop, packed, keys, sm_scale, masks, out, lse)

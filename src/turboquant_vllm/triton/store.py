@@ -122,6 +122,7 @@ def store(
     """
     tokens, heads, head_dim = k.shape
     rows = tokens * heads
+    rotation, companding, centroids = rotation.contiguous(), companding.contiguous(), centroids.contiguous()
     plan = plan_tiles(torch.Size((1, 2, rows, head_dim)), head_dim, k.dtype, hadamard, k.device, writes=True, scale=scale)
     place = (buffer.shape[0] * page_size, buffer.stride(0))
     sizes = {"HEADS": heads, "PAGE": page_size, "D": head_dim}

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from turboquant_vllm.records import Operand, Tables
 from turboquant_vllm.triton.config import uses_prmt
 from turboquant_vllm.triton.levels import level_scale, level_table, look_up
 from turboquant_vllm.triton.rotate import LIFT, half_parts
@@ -95,20 +96,15 @@ class Packed:
     """Packed keys and values: of some sequences, or pages and the block table of one.
 
     Attributes:
-        k, v: codes, uint8 ``[B, H, N, D // 2]``, or with ``block_table`` pages ``[num_pages, H, page_size, D // 2]``.
-        k_norms, v_norms: float32 ``[B, H, N]``, or ``[num_pages, H, page_size]``.
-        centroids: float32 ``[16]``.
-        rotation: float32 ``[D, D]``.
+        k, v: of some sequences, or with ``block_table`` pages for sequences and places for tokens.
+        tables: what reads them.
         block_table: int32 ``[pages of the sequence]``, any numbers where no token is wanted. One that is no page's is
             taken for the nearest that is.
     """
 
-    k: torch.Tensor
-    k_norms: torch.Tensor
-    v: torch.Tensor
-    v_norms: torch.Tensor
-    centroids: torch.Tensor
-    rotation: torch.Tensor
+    k: Operand
+    v: Operand
+    tables: Tables
     block_table: torch.Tensor | None = None
 
 
@@ -131,13 +127,15 @@ def unpack(packed: Packed, first: int, tokens: int, keys: torch.Tensor, values: 
     tiles, chunks = batch * heads * -(-filled // _BLOCK), -(-head_dim // chunk)
     if not tiles:
         return
-    k, v, table = packed.k, packed.v, packed.block_table
+    (k, k_norms), (v, v_norms), (centroids, rotation), table = packed.k, packed.v, packed.tables, packed.block_table
+    assert k_norms is not None
+    assert v_norms is not None
     prmt = uses_prmt(keys.device.type) and not exact
     limit = {"maxnreg": _REGISTERS} if prmt and padded <= 128 else {}
     unpack_both_kernel[(min(tiles, max(1, _PROGRAMS * processors(keys.device) // chunks)), chunks)](
-        k, packed.k_norms, v, packed.v_norms, packed.centroids, packed.rotation, table, keys, values, tiles, heads, tokens,
-        filled, keys.stride(1) // head_dim, first, k.shape[0], *k.stride(), *packed.k_norms.stride(), *v.stride(),
-        *packed.v_norms.stride(), PAGE=1 if table is None else k.shape[2], D=head_dim, DP=padded, CHUNK=chunk, BM=_BLOCK,
+        k, k_norms, v, v_norms, centroids, rotation, table, keys, values, tiles, heads, tokens, filled,
+        keys.stride(1) // head_dim, first, k.shape[0], *k.stride(), *k_norms.stride(), *v.stride(), *v_norms.stride(),
+        PAGE=1 if table is None else k.shape[2], D=head_dim, DP=padded, CHUNK=chunk, BM=_BLOCK,
         # float16 holds levels better than bfloat16, whatever the result is rounded to.
         DTYPE=tl.float32 if exact else tl.float16, PRMT=prmt, STAGES=_STAGES, num_warps=_WARPS, **limit,
     )  # fmt: skip

@@ -15,6 +15,7 @@ from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS, most_rows_over_pages
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
 from turboquant_vllm.prefill import SCRATCH_BYTES
+from turboquant_vllm.records import NO_TABLES, Masks, Operand
 from turboquant_vllm.store import tq4_store
 from turboquant_vllm.vllm.batch import Kind, Run
 
@@ -36,13 +37,17 @@ def codec_for(head_dim: int, device: torch.device) -> TQ4Codec:
 
 def exact_attention(layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run, out: torch.Tensor) -> None:
     """:data:`Exact` on any device, one sequence after the other."""
-    attend = torch.ops.turboquant.triton_attention if ops.triton_runs_on(q.device) else reference.attention
     assert run.cu_seqlens_q_cpu is not None
     for first, stop in itertools.pairwise(run.cu_seqlens_q_cpu):
         own = slice(first, stop)
         queries, keys, values = (x[own].transpose(0, 1)[None] for x in (q, k, v))
-        masks = (layer.sliding_window, layer.softcap, layer.sinks_now())
-        result, _ = attend(queries, keys, None, values, None, None, None, layer.sm_scale, True, *masks)
+        masks = Masks(True, layer.sliding_window, layer.softcap, layer.sinks_now())
+        if ops.triton_runs_on(q.device):
+            run_triton = torch.ops.turboquant.triton_attention
+            result, _ = run_triton(queries, keys, None, values, None, None, None, layer.sm_scale, *masks[:4])
+        else:
+            operands = Operand(keys), Operand(values)
+            result, _ = reference.attention(queries, *operands, NO_TABLES, layer.sm_scale, masks)
         out[own] = result[0].transpose(0, 1)
 
 
