@@ -17,7 +17,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turboquant_vllm import lloyd_max, reference
-from turboquant_vllm.records import Masks, Operand, Tables
+from turboquant_vllm.records import GROUP, Masks, Operand, Tables
 from turboquant_vllm.rotation import haar, randomized_hadamard
 
 Run = Callable[..., tuple[torch.Tensor, torch.Tensor]]
@@ -32,6 +32,7 @@ TOLERANCE = {torch.float32: 32 * 2.0**-23, torch.float16: 4 * 2.0**-10, torch.bf
 # PyTorch is not asked for.
 GATE_FLOOR = {torch.float32: 8.0, torch.float16: 1.0, torch.bfloat16: 1.0}
 
+_OPERANDS = ("k", "k_norms", "v", "v_norms", "k_groups", "k_steps")
 LAYOUTS = ("contiguous", "transposed", "sliced", "odd", "strided", "expanded")
 
 
@@ -51,13 +52,23 @@ class Case:
     sliding_window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    k_groups: torch.Tensor | None = None
+    k_steps: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
 
     @property
     def arguments(self) -> tuple[Any, ...]:
         """Those of :func:`turboquant_vllm.reference.attention`."""
         masks = Masks(self.is_causal, self.sliding_window, self.softcap, self.sinks)
-        operands = Operand(self.k, self.k_norms), Operand(self.v, self.v_norms)
-        return self.q, *operands, Tables(self.centroids, self.rotation), self.sm_scale, masks
+        return self.q, self.keys, Operand(self.v, self.v_norms), self.tables, self.sm_scale, masks
+
+    @property
+    def keys(self) -> Operand:
+        return Operand(self.k, self.k_norms, self.k_groups, self.k_steps)
+
+    @property
+    def tables(self) -> Tables:
+        return Tables(self.centroids, self.rotation, self.key_scales)
 
     @property
     def operator_arguments(self) -> tuple[Any, ...]:
@@ -73,7 +84,7 @@ class Case:
 
     def batch_entry(self, index: int) -> Case:
         """One sequence of the batch, alone."""
-        tensors = {name: getattr(self, name) for name in ("q", "k", "k_norms", "v", "v_norms")}
+        tensors = {name: getattr(self, name) for name in ("q", *_OPERANDS)}
         return self.replace(**{name: None if x is None else x[index : index + 1] for name, x in tensors.items()})
 
     def visible(self) -> torch.Tensor:
@@ -102,8 +113,12 @@ def random_case(
     is_causal: bool = False,
     sm_scale: float | None = None,
     layout: str = "contiguous",
+    offsets: bool = False,
 ) -> Case:
-    """A call whose scores are about normal with variance 1 or 2, with every byte value among the codes."""
+    """A call whose scores are about normal with variance 1 or 2, with every byte value among the codes.
+
+    With ``offsets`` keys have these, some groups an outlier, and key scales.
+    """
 
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator)
@@ -123,7 +138,30 @@ def random_case(
     v, v_norms = keys_or_values(packed[1])
     centroids, rotation = levels_and_rotation(head_dim, device)
     scale = 1 / math.sqrt(head_dim) if sm_scale is None else sm_scale
-    return Case(q, k, k_norms, v, v_norms, centroids, rotation, scale, is_causal)
+    case = Case(q, k, k_norms, v, v_norms, centroids, rotation, scale, is_causal)
+    if not offsets:
+        return case
+    assert k_norms is not None
+    shared = [x.to(device) for x in random_groups(generator, (batch, num_kv_heads, kv_len), head_dim)]
+    signs, groups, steps = (lay_out(x, layout) for x in (shared[0], shared[1].flatten(-2), shared[2]))
+    # Marks that overlap in memory would meet.
+    norms = k_norms.copysign(signs) if layout == "expanded" else k_norms.mul_(signs)
+    scales = torch.exp(0.5 * normal(num_kv_heads, head_dim)).to(device)
+    return case.replace(k_norms=norms, k_groups=groups.unflatten(-1, (2, head_dim)), k_steps=steps, key_scales=scales)
+
+
+def random_groups(
+    generator: torch.Generator, rows: tuple[int, ...], head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Signs ``[*rows]``, -1 for the outliers of most groups; groups int8 ``[..., ceil(N / 64), 2, D]``; steps, NaN to spare."""
+    *lead, count = rows
+    groups = -(-count // GROUP)
+    place = torch.randint(GROUP + 8, (*lead, groups, 1), generator=generator)
+    signs = torch.where(torch.arange(GROUP) == place, -1.0, 1.0).flatten(-2)[..., :count]
+    shared = torch.randint(-127, 128, (*lead, groups, 2, head_dim), generator=generator).to(torch.int8)
+    steps = torch.rand((*lead, groups, 4), generator=generator) * 0.02
+    steps[..., 2:] = float("nan")  # no reader's
+    return signs, shared, steps
 
 
 def levels_and_rotation(head_dim: int, device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -160,8 +198,8 @@ def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
 
 
 def _poison(shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-    if like.dtype == torch.uint8:
-        return torch.randint(256, shape, dtype=torch.uint8, device=like.device)
+    if not like.dtype.is_floating_point:
+        return torch.randint(256, shape, dtype=torch.uint8, device=like.device).view(like.dtype)
     return torch.full(shape, float("nan"), dtype=like.dtype, device=like.device)
 
 
@@ -185,13 +223,15 @@ def pytorch_attention(case: Case) -> torch.Tensor:
     """PyTorch's own attention in the queries' dtype, given the decompressed keys and values rounded to that dtype."""
     dtype, head_dim = case.q.dtype, case.q.shape[-1]
 
-    def dense(x: torch.Tensor, norms: torch.Tensor | None) -> torch.Tensor:
-        if norms is not None:
+    def dense(x: torch.Tensor, norms: torch.Tensor | None, groups: torch.Tensor | None = None) -> torch.Tensor:
+        if groups is not None:
+            x = reference.decompress_keys(case.keys, case.tables, torch.float64).to(dtype)
+        elif norms is not None:
             x = reference.decompress(x, norms, case.centroids, case.rotation, torch.float64).to(dtype)
         return x.repeat_interleave(case.group, 1)
 
     # Zeros up to a multiple of eight keep PyTorch on the kernel that it uses for common head dimensions.
-    tensors = [case.q, dense(case.k, case.k_norms), dense(case.v, case.v_norms)]
+    tensors = [case.q, dense(case.k, case.k_norms, case.k_groups), dense(case.v, case.v_norms)]
     q, k, v = (torch.nn.functional.pad(x, (0, -head_dim % 8)) for x in tensors)
     mask = case.visible() if case.is_causal else None
     exact = dtype == torch.float32

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from attention_cases import Case, check, check_gate, expected, levels_and_rotation, pytorch_attention
+from attention_cases import Case, check, check_gate, expected, levels_and_rotation, pytorch_attention, random_groups
 from turboquant_vllm import PagedTQ4Cache, reference
 from turboquant_vllm.checks import PagedShape
 from turboquant_vllm.lengths import HostLengths
-from turboquant_vllm.records import Masks, Sequences, Tables
+from turboquant_vllm.records import GROUP, Masks, Sequences, Tables
 
 Run = Callable[["Batch"], tuple[torch.Tensor, torch.Tensor]]
 HALF, FULL = torch.float16, torch.float32
@@ -42,6 +42,7 @@ class Batch:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     windows: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
 
     def replace(self, **changes: Any) -> Batch:
         return dataclasses.replace(self, **changes)
@@ -56,7 +57,7 @@ class Batch:
         bounds = (self.q.shape[0], self.block_table.shape[1] * self.cache.page_size)
         sequences = Sequences(self.block_table, self.seq_lens, self.cu_seqlens_q, *bounds)
         masks = Masks(self.causal, *self.masks.values())
-        return self.q, self.cache, sequences, Tables(self.centroids, self.rotation), self.sm_scale, masks
+        return self.q, self.cache, sequences, Tables(self.centroids, self.rotation, self.key_scales), self.sm_scale, masks
 
     @property
     def tokens(self) -> list[slice]:
@@ -74,7 +75,8 @@ class Batch:
 
     @property
     def shared(self) -> dict[str, Any]:
-        return {"centroids": self.centroids, "rotation": self.rotation, "sm_scale": self.sm_scale, **self.masks}
+        tables = {"centroids": self.centroids, "rotation": self.rotation, "key_scales": self.key_scales}
+        return {**tables, "sm_scale": self.sm_scale, **self.masks}
 
     def only(self, index: int) -> Batch:
         """A batch of one of the sequences, in the same pages."""
@@ -100,6 +102,7 @@ def random_batch(
     head_dim: int = 64,
     page_size: int = 16,
     spare_tokens: int = 0,
+    offsets: bool = False,
     **options: Any,
 ) -> Batch:
     """Sequences of ``lengths`` (query tokens, keys), scattered over pages whose unused slots and gaps are poison.
@@ -108,10 +111,10 @@ def random_batch(
     """
     used = [-(-keys // page_size) for _, keys in lengths]
     num_pages = sum(used) + 3
-    width = PagedTQ4Cache.page_bytes(page_size, num_kv_heads, head_dim)
+    width = PagedTQ4Cache.page_bytes(page_size, num_kv_heads, head_dim, offsets)
     # All bits set: NaN as a norm, the last level as a code.
     memory = torch.full((num_pages, width + 48), 255, dtype=torch.uint8, device=device)
-    cache = PagedTQ4Cache(memory[:, 16:-32], page_size, num_kv_heads, head_dim)
+    cache = PagedTQ4Cache(memory[:, 16:-32], page_size, num_kv_heads, head_dim, offsets)
     assert cache.k_norms.isnan().all()
     pages = torch.randperm(num_pages, generator=generator).tolist()
     table = torch.randint(-(2**31), 2**31, (len(lengths), max(used, default=0) + 2), generator=generator).int().to(device)
@@ -132,6 +135,8 @@ def random_batch(
                 some = x[:, number * page_size : (number + 1) * page_size]
                 view[page, :, : some.shape[1]] = some
             sequence[name] = x[None]
+        if offsets:
+            _put_groups(generator, cache, own, sequence)
         sequences.append(sequence)
     starts = [0]
     for tokens, _ in lengths:
@@ -148,8 +153,23 @@ def random_batch(
         rotation=rotation,
         sm_scale=1 / math.sqrt(head_dim),
         sequences=sequences,
+        key_scales=torch.exp(0.5 * torch.randn(num_kv_heads, head_dim, generator=generator)).to(device) if offsets else None,
         **options,
     )
+
+
+def _put_groups(generator: torch.Generator, cache: PagedTQ4Cache, own: list[int], sequence: dict[str, torch.Tensor]) -> None:
+    """Give a sequence in pages ``own`` offsets and outliers."""
+    rows, keys = sequence["k_norms"].shape, cache.keys
+    signs, *shared = (x.to(cache.device) for x in random_groups(generator, rows, cache.head_dim))
+    sequence["k_norms"] *= signs
+    sequence["k_groups"], sequence["k_steps"] = shared
+    parts = ((keys.norms, sequence["k_norms"], cache.page_size),)
+    parts += tuple((to, x, cache.page_size // GROUP) for to, x in zip(keys[2:], shared, strict=True))
+    for to, x, size in parts:
+        for number, page in enumerate(own):
+            some = x[0, :, number * size : (number + 1) * size]
+            to[page, :, : some.shape[1]] = some
 
 
 def _views(cache: PagedTQ4Cache) -> tuple[torch.Tensor, ...]:
@@ -200,7 +220,7 @@ def operator_arguments(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> tu
     """Those of ``turboquant::triton_paged``, with the bounds that the shapes give."""
     q, cache, sequences, tables, sm_scale, masks = batch.arguments
     pages = (cache.buffer, cache.page_size, cache.num_kv_heads)
-    return (q, *pages, *sequences[:3], *tables, sm_scale, masks[0], *sequences[3:5], out, lse, *masks[1:])
+    return (q, *pages, *sequences[:3], *tables[:2], sm_scale, masks[0], *sequences[3:5], out, lse, *masks[1:])
 
 
 def known_lengths(batch: Batch) -> tuple[Any, ...]:

@@ -68,7 +68,9 @@ def test_allocate():
     cache = PagedTQ4Cache.allocate(5, **SIZES)
     assert cache.buffer.shape == (5, PAGE_BYTES)
     assert cache.device == torch.device("cpu")
-    assert repr(cache) == "PagedTQ4Cache(num_pages=5, page_size=16, num_kv_heads=2, head_dim=64, device='cpu')"
+    assert (
+        repr(cache) == "PagedTQ4Cache(num_pages=5, page_size=16, num_kv_heads=2, head_dim=64, has_offsets=False, device='cpu')"
+    )
     assert PagedTQ4Cache.allocate(0, **SIZES).k_norms.shape == (0, 2, 16)
     assert PagedTQ4Cache.allocate(5, **SIZES, device="meta").k_norms.shape == (5, 2, 16)
 

@@ -9,7 +9,7 @@ out = tq4_attention(q, k, v, codec, is_causal=True)     # [B, H_q, N_q, 128]
 
 from turboquant_vllm.attention import merge_attention_states, tq4_attention
 from turboquant_vllm.codebook import Codebook, lloyd_max
-from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.codec import TQ4Codec, TQ4Keys, TQ4Tensor
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
 from turboquant_vllm.store import tq4_store
@@ -20,6 +20,7 @@ __all__ = [
     "Codebook",
     "PagedTQ4Cache",
     "TQ4Codec",
+    "TQ4Keys",
     "TQ4Tensor",
     "__version__",
     "lloyd_max",

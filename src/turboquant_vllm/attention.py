@@ -10,11 +10,14 @@ from turboquant_vllm import ops, reference
 from turboquant_vllm.checks import (
     AttentionShape,
     check_attention,
+    check_device,
+    check_groups,
+    check_key_scales,
     check_masks,
     check_sm_scale,
     check_states,
 )
-from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.codec import TQ4Codec, TQ4Keys, TQ4Tensor
 from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.records import Masks, Operand
 
@@ -26,7 +29,7 @@ BACKENDS = ("cuda", "triton", "reference")
 @overload
 def tq4_attention(
     q: torch.Tensor,
-    k: TQ4Tensor,
+    k: TQ4Tensor | TQ4Keys,
     v: TQ4Tensor | torch.Tensor,
     codec: TQ4Codec,
     *,
@@ -43,7 +46,7 @@ def tq4_attention(
 @overload
 def tq4_attention(
     q: torch.Tensor,
-    k: TQ4Tensor,
+    k: TQ4Tensor | TQ4Keys,
     v: TQ4Tensor | torch.Tensor,
     codec: TQ4Codec,
     *,
@@ -59,7 +62,7 @@ def tq4_attention(
 
 def tq4_attention(
     q: torch.Tensor,
-    k: TQ4Tensor,
+    k: TQ4Tensor | TQ4Keys,
     v: TQ4Tensor | torch.Tensor,
     codec: TQ4Codec,
     *,
@@ -75,7 +78,8 @@ def tq4_attention(
 
     Args:
         q: ``[B, H_q, N_q, D]``, fp16, bf16 or fp32; any strides.
-        k: compressed keys of shape ``[B, H_kv, N_kv, D]``, H_q a multiple of H_kv; made by ``codec``.
+        k: compressed keys of shape ``[B, H_kv, N_kv, D]``, H_q a multiple of H_kv; made by ``codec``, with offsets
+            (``codec.compress_keys``, whose key scales ``codec`` must have) or without (``codec.compress``).
         v: compressed values of the same shape, or dense values ``[B, H_kv, N_kv, D]`` in q's dtype.
         codec: gives the rotation and the levels; on q's device.
         sm_scale: factor on the scores; None means ``1 / sqrt(D)``.
@@ -99,8 +103,8 @@ def tq4_attention(
     """
     if not isinstance(codec, TQ4Codec):
         raise TypeError(f"codec must be a TQ4Codec, got {type(codec).__name__}")
-    if not isinstance(k, TQ4Tensor):
-        raise TypeError(f"k must be a TQ4Tensor, got {type(k).__name__}")
+    if not isinstance(k, (TQ4Tensor, TQ4Keys)):
+        raise TypeError(f"k must be a TQ4Tensor or TQ4Keys, got {type(k).__name__}")
     if not isinstance(v, (TQ4Tensor, torch.Tensor)):
         raise TypeError(f"v must be a TQ4Tensor or a torch.Tensor, got {type(v).__name__}")
     values, value_norms = (v.codes, v.norms) if isinstance(v, TQ4Tensor) else (v, None)
@@ -116,17 +120,24 @@ def tq4_attention(
         names=("k.codes", "v.codes" if packed_values else "v"),
         packed=(True, packed_values),
     )
+    keys, tables, offsets = Operand(k.codes, k_norms), codec.tables, {}
+    if isinstance(k, TQ4Keys):
+        keys, tables = keys._replace(groups=k.groups, steps=k.steps), codec.key_tables
+        check_groups("k", k.groups, k.steps, (shape.batch, shape.num_kv_heads, shape.kv_len), shape.head_dim)
+        check_key_scales(tables.key_scales, shape.num_kv_heads, shape.head_dim)
+        for what, x in (("k.groups", k.groups), ("k.steps", k.steps)):
+            check_device(what, x, q.device, "q")
+        offsets = {"k_groups": k.groups, "k_steps": k.steps, "key_scales": tables.key_scales}
     scale = check_sm_scale(sm_scale, shape.head_dim)
     masks = check_masks(is_causal, sliding_window, softcap, sinks, shape.num_heads, q.device)
     name, reason = choose_backend(q, shape, backend, (k.codes, values))
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     if name == "reference":
-        operands = Operand(k.codes, k_norms), Operand(values, v_norms)
-        out, lse = reference.attention(q, *operands, codec.tables, scale, Masks(is_causal, **masks))
+        out, lse = reference.attention(q, keys, Operand(values, v_norms), tables, scale, Masks(is_causal, **masks))
     else:
         run = torch.ops.turboquant.cuda_decode if name == "cuda" else torch.ops.turboquant.triton_attention
-        out, lse = run(q, k.codes, k_norms, values, v_norms, *codec.tables, scale, is_causal, **masks)
+        out, lse = run(q, k.codes, k_norms, values, v_norms, *tables[:2], scale, is_causal, **masks, **offsets)
     return (out, lse) if return_lse else out
 
 

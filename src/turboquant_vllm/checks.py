@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from turboquant_vllm.records import GROUP
+
 __all__ = [
     "MAX_HEAD_DIM",
     "AttentionShape",
@@ -20,7 +22,10 @@ __all__ = [
     "check_attention",
     "check_count",
     "check_dtype",
+    "check_flag",
+    "check_groups",
     "check_head_dim",
+    "check_key_scales",
     "check_levels",
     "check_masks",
     "check_packed",
@@ -82,6 +87,12 @@ def check_head_dim(head_dim: int, *, minimum: int = 2) -> None:
         raise ValueError(f"head_dim must be even and at least {minimum}, got {head_dim}")
 
 
+def check_flag(name: str, value: object) -> None:
+    """``value`` must be a bool."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
 def check_count(name: str, value: object, minimum: int, maximum: int | None = None, *, multiple: int = 1) -> None:
     """``value`` must be an int from ``minimum`` to ``maximum`` (None: any), and a multiple of ``multiple``."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -131,6 +142,23 @@ def check_rotation(rotation: torch.Tensor | None, head_dim: int) -> None:
     check_dtype("rotation", rotation, (torch.float32,))
     assert rotation is not None
     check_shape("rotation", rotation, (head_dim, head_dim))
+
+
+def check_key_scales(key_scales: torch.Tensor | None, num_kv_heads: int, head_dim: int) -> None:
+    """``key_scales`` must be None or float32 ``[num_kv_heads, head_dim]``."""
+    if key_scales is not None:
+        check_dtype("key_scales", key_scales, (torch.float32,))
+        check_shape("key_scales", key_scales, (num_kv_heads, head_dim))
+
+
+def check_groups(name: str, groups: torch.Tensor, steps: torch.Tensor, lead: Sequence[int], head_dim: int) -> None:
+    """What keys ``[*lead, N, head_dim]`` with offsets share: int8 ``[*lead, ceil(N / 64), 2, head_dim]`` and float32
+    ``[*lead, ceil(N / 64), 4]``; ``lead`` ends with N."""
+    *rows, count = lead
+    check_dtype(f"{name}.groups", groups, (torch.int8,))
+    check_shape(f"{name}.groups", groups, (*rows, -(-count // GROUP), 2, head_dim))
+    check_dtype(f"{name}.steps", steps, (torch.float32,))
+    check_shape(f"{name}.steps", steps, (*rows, -(-count // GROUP), 4))
 
 
 def check_packed(

@@ -9,6 +9,7 @@ The work is done by the operators of :mod:`turboquant_vllm.ops`, on whatever dev
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from pathlib import Path
@@ -16,14 +17,22 @@ from typing import NamedTuple
 
 import torch
 
-from turboquant_vllm import ops  # noqa: F401  (registers the operators)
-from turboquant_vllm.checks import check_device, check_dtype, check_head_dim, check_packed, check_shape
+from turboquant_vllm import ops, reference  # noqa: F401  (ops registers the operators)
+from turboquant_vllm.checks import (
+    check_device,
+    check_dtype,
+    check_groups,
+    check_head_dim,
+    check_key_scales,
+    check_packed,
+    check_shape,
+)
 from turboquant_vllm.codebook import companding, lloyd_max
 from turboquant_vllm.files import read_tensors, write_tensors
-from turboquant_vllm.records import Tables
+from turboquant_vllm.records import Operand, Tables
 from turboquant_vllm.rotation import RotationKind, haar, randomized_hadamard, rotation_kind
 
-__all__ = ["SCALES", "TQ4Codec", "TQ4Tensor"]
+__all__ = ["SCALES", "TQ4Codec", "TQ4Keys", "TQ4Tensor"]
 
 SCALES = ("norm", "least_squares", "unbiased")
 
@@ -70,6 +79,47 @@ class TQ4Tensor(NamedTuple):
         return TQ4Tensor(self.codes.to(device), self.norms.to(device))
 
 
+class TQ4Keys(NamedTuple):
+    """Keys in 4 bits per coordinate whose groups of 64 tokens share an offset and an outlying key: the format that models bear
+    (:mod:`turboquant_vllm.reference_keys` defines it).
+
+    Attributes:
+        codes: uint8 ``[..., H_kv, N, head_dim // 2]``, as of :class:`TQ4Tensor`.
+        norms: float32 ``[..., H_kv, N]``, negative for the outlier of a group.
+        groups: int8 ``[..., H_kv, ceil(N / 64), 2, head_dim]``: offset and outlier of each group, counted from token 0.
+        steps: float32 ``[..., H_kv, ceil(N / 64), 4]``: what these are multiples of; the outlier's distance; one to spare.
+    """
+
+    codes: torch.Tensor
+    norms: torch.Tensor
+    groups: torch.Tensor
+    steps: torch.Tensor
+
+    @property
+    def head_dim(self) -> int:
+        """Coordinates per vector."""
+        return 2 * self.codes.shape[-1]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the keys that this stands for, ``[..., H_kv, N, head_dim]``."""
+        return torch.Size((*self.codes.shape[:-1], self.head_dim))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codes are."""
+        return self.codes.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(x.nbytes for x in self)
+
+    def to(self, device: torch.device | str) -> TQ4Keys:
+        """The same keys on another device."""
+        return TQ4Keys(*(x.to(device) for x in self))
+
+
 class TQ4Codec:
     """A rotation and 16 levels: everything needed to compress vectors of one head dimension and to read them back.
 
@@ -91,6 +141,9 @@ class TQ4Codec:
         companding: float32 ``[6]``, the same as a curve, for kernels: :func:`turboquant_vllm.codebook.companding`.
         rotation_kind: "hadamard" or "haar".
         scale: as given.
+        key_scales: float32 ``[H_kv, head_dim]``, or None for ones: what keys with offsets are multiplied by before they are
+            coded, and queries divided by, so that scores do not change but the error falls where queries are large. Of one
+            layer; see :meth:`with_key_scales`.
 
     Raises:
         TypeError, ValueError: an argument out of its range.
@@ -102,6 +155,7 @@ class TQ4Codec:
     companding: torch.Tensor
     rotation_kind: RotationKind
     scale: str
+    key_scales: torch.Tensor | None = None
 
     def __init__(
         self,
@@ -149,6 +203,26 @@ class TQ4Codec:
         other.centroids = self.centroids.to(device)
         other.boundaries = self.boundaries.to(device)
         other.companding = self.companding.to(device)
+        other.key_scales = None if self.key_scales is None else self.key_scales.to(device)
+        return other
+
+    def with_key_scales(self, key_scales: torch.Tensor | None) -> TQ4Codec:
+        """This codec for the keys of a layer with such scales; all else is shared.
+
+        Args:
+            key_scales: ``[H_kv, head_dim]``, floating, positive and finite; None for ones.
+
+        Raises:
+            TypeError, ValueError: it is no such tensor.
+        """
+        if key_scales is not None:
+            check_dtype("key_scales", key_scales, _FLOATS)
+            check_shape("key_scales", key_scales, ("num_kv_heads", self.head_dim))
+            key_scales = key_scales.detach().to(self.device, torch.float32).contiguous()
+            if not (key_scales.isfinite() & (key_scales > 0)).all():
+                raise ValueError("key_scales must be positive and finite, got others")
+        other = copy.copy(self)
+        other.key_scales = key_scales
         return other
 
     @staticmethod
@@ -178,15 +252,40 @@ class TQ4Codec:
         codes, norms = torch.ops.turboquant.compress(x, *self.writing)
         return TQ4Tensor(codes, norms)
 
-    def decompress(self, t: TQ4Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def compress_keys(self, k: torch.Tensor) -> TQ4Keys:
+        """Compress keys around offsets, the first token beginning a group of 64.
+
+        Args:
+            k: ``[..., H_kv, N, head_dim]``, fp16, bf16, fp32 or fp64, any strides, on the codec's device.
+
+        Returns:
+            Codes, norms, and what groups share; contiguous. A key with a NaN or Inf has norm NaN.
+
+        Raises:
+            TypeError, ValueError: ``k`` has another dtype, shape or device.
+        """
+        check_dtype("k", k, _FLOATS)
+        if k.dim() < 3 or k.shape[-1] != self.head_dim:
+            raise ValueError(f"k must have shape [..., num_kv_heads, tokens, {self.head_dim}], got {list(k.shape)}")
+        check_device("k", k, self.device, "the codec")
+        check_key_scales(self.key_scales, k.shape[-3], self.head_dim)
+        codes, norms, groups, steps = reference.compress_keys(k, self.key_tables, self.boundaries, self.scale)
+        assert norms is not None
+        assert groups is not None
+        assert steps is not None
+        return TQ4Keys(codes, norms, groups, steps)
+
+    def decompress(self, t: TQ4Tensor | TQ4Keys, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Reconstruct vectors ``[..., head_dim]`` in ``dtype`` (fp16, bf16, fp32 or fp64).
 
         Raises:
             TypeError, ValueError: ``t`` is no compressed tensor of this head_dim and device, or ``dtype`` is no such dtype.
         """
-        codes, norms = self._check(t)
         if dtype not in _FLOATS:
             raise TypeError(f"dtype must be one of {_FLOATS}, got {dtype}")
+        if isinstance(t, TQ4Keys):
+            return reference.decompress_keys(self._check_keys(t), self.key_tables, dtype)
+        codes, norms = self._check(t)
         run = torch.ops.turboquant.decompress
         return run(codes, norms, self.centroids, self.rotation, self._hadamard, dtype)
 
@@ -240,6 +339,11 @@ class TQ4Codec:
         return Tables(self.centroids, self.rotation)
 
     @property
+    def key_tables(self) -> Tables:
+        """What reads the keys with offsets that this codec wrote."""
+        return Tables(self.centroids, self.rotation, self.key_scales)
+
+    @property
     def writing(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool, torch.Tensor, str]:
         """What operators that compress take after the vectors: rotation, boundaries, companding, whether the rotation is
         a Sylvester-Hadamard matrix times signs, which kernels multiply by exactly in half precision, centroids, and scale."""
@@ -259,6 +363,19 @@ class TQ4Codec:
         check_device("t.codes", t.codes, self.device, "the codec")
         check_device("t.norms", norms, self.device, "the codec")
         return TQ4Tensor(t.codes, norms)
+
+    def _check_keys(self, t: TQ4Keys) -> Operand:
+        """Keys with offsets, as attention takes them; raises as :meth:`_check` does."""
+        codes, norms = self._check(TQ4Tensor(t.codes, t.norms))
+        if codes.dim() < 3:
+            raise ValueError(
+                f"t.codes must have shape [..., num_kv_heads, tokens, {self.head_dim // 2}], got {list(codes.shape)}"
+            )
+        check_groups("t", t.groups, t.steps, norms.shape, self.head_dim)
+        for name, x in (("t.groups", t.groups), ("t.steps", t.steps)):
+            check_device(name, x, self.device, "the codec")
+        check_key_scales(self.key_scales, codes.shape[-3], self.head_dim)
+        return Operand(codes, norms, t.groups, t.steps)
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:

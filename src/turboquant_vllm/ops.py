@@ -152,9 +152,14 @@ def _store(
     scale: str,
     page_size: int,
     backend: str,
+    has_offsets: bool = False,
+    key_scales: torch.Tensor | None = None,
+    previous_slots: torch.Tensor | None = None,
 ) -> None:
     if k.shape[0] == 0:
         return
+    cache = PagedTQ4Cache.of_checked(buffer, page_size, k.shape[1], k.shape[2], has_offsets)
+    tables = Tables(centroids, rotation, key_scales)
     if backend == "cuda":
         run = _kernel("turboquant_vllm.cuda.store:store")
         run(k, v, buffer, slot_mapping, rotation, companding, centroids, scale, page_size)
@@ -162,8 +167,7 @@ def _store(
         run = _kernel("turboquant_vllm.triton.store:store")
         run(k, v, buffer, slot_mapping, rotation, companding, hadamard, centroids, scale, page_size)
     else:
-        cache = PagedTQ4Cache(buffer, page_size=page_size, num_kv_heads=k.shape[1], head_dim=k.shape[2])
-        reference.store(k, v, cache, slot_mapping, rotation, boundaries, centroids, scale)
+        reference.store(k, v, cache, slot_mapping, tables, boundaries, scale, previous_slots)
 
 
 # Below, the one place where the flat arguments of an operator become records.
@@ -185,11 +189,14 @@ def _dense_call(kernel: str) -> Callable[..., Any]:
         sliding_window: int | None = None,
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
+        k_groups: torch.Tensor | None = None,
+        k_steps: torch.Tensor | None = None,
+        key_scales: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
         masks = Masks(is_causal, sliding_window, softcap, sinks)
-        operands = Operand(k, k_norms), Operand(v, v_norms)
-        return _kernel(kernel)(q, *operands, Tables(centroids, rotation), sm_scale, masks, **options)
+        operands = Operand(k, k_norms, k_groups, k_steps), Operand(v, v_norms)
+        return _kernel(kernel)(q, *operands, Tables(centroids, rotation, key_scales), sm_scale, masks, **options)
 
     return run
 
@@ -217,16 +224,19 @@ def _paged_call(kernel: str) -> Callable[..., None]:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
         windows: torch.Tensor | None = None,
+        has_offsets: bool = False,
+        key_scales: torch.Tensor | None = None,
         *,
         seq_lens_cpu: Sequence[int] | None = None,
         cu_seqlens_q_cpu: Sequence[int] | None = None,
         **options: Any,
     ) -> None:
-        cache = PagedTQ4Cache.of_checked(pages, page_size, num_kv_heads, q.shape[2])
+        cache = PagedTQ4Cache.of_checked(pages, page_size, num_kv_heads, q.shape[2], has_offsets)
         bounds = (max_query_len, max_seq_len, seq_lens_cpu, cu_seqlens_q_cpu)
         sequences = Sequences(block_table, seq_lens, cu_seqlens_q, *bounds)
         masks = Masks(causal, sliding_window, softcap, sinks, windows)
-        _kernel(kernel)(q, cache, sequences, Tables(centroids, rotation), sm_scale, masks, out, lse, **options)
+        tables = Tables(centroids, rotation, key_scales)
+        _kernel(kernel)(q, cache, sequences, tables, sm_scale, masks, out, lse, **options)
 
     return run
 
@@ -251,7 +261,8 @@ _define(
 _define(
     "store",
     "(Tensor k, Tensor v, Tensor(a!) buffer, Tensor slot_mapping, Tensor rotation, Tensor boundaries, Tensor companding, "
-    "bool hadamard, Tensor centroids, str scale, int page_size, str backend) -> ()",
+    "bool hadamard, Tensor centroids, str scale, int page_size, str backend, "
+    "bool has_offsets=False, Tensor? key_scales=None, Tensor? previous_slots=None) -> ()",
     _store,
     lambda *args: None,
 )
@@ -266,8 +277,8 @@ for _name, _run, _options in (
     _define(
         _name,
         "(Tensor q, Tensor k, Tensor? k_norms, Tensor v, Tensor? v_norms, Tensor? centroids, Tensor? rotation, "
-        "float sm_scale, bool is_causal, int? sliding_window=None, float? softcap=None, Tensor? sinks=None"
-        f"{_options}) -> (Tensor, Tensor)",
+        "float sm_scale, bool is_causal, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, "
+        f"Tensor? k_groups=None, Tensor? k_steps=None, Tensor? key_scales=None{_options}) -> (Tensor, Tensor)",
         _run,
         _attention_fake,
     )
@@ -283,8 +294,8 @@ for _name, _run, _options in (
         _name,
         "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
         "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "
-        "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, Tensor? windows=None"
-        f"{_options}) -> ()",
+        "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, Tensor? windows=None, "
+        f"bool has_offsets=False, Tensor? key_scales=None{_options}) -> ()",
         _run,
         lambda *args, **options: None,
     )

@@ -7,8 +7,13 @@ A page holds ``page_size`` tokens, and for each key/value head one contiguous ch
 
     K codes [page_size, head_dim / 2] | V codes [page_size, head_dim / 2] | K norms [page_size] | V norms [page_size]
 
-Norms are float32. Nothing is padded: 136 bytes per token and key/value head at head_dim 128. Since page sizes and head
-dimensions are multiples of 16, every row of codes begins on an 8-byte boundary and each of the four parts on a 16-byte one.
+With offsets of keys (:mod:`turboquant_vllm.reference_keys`) a page is a multiple of 64 tokens, and a chunk has behind these
+
+    offset and outlier of each group of 64 tokens, int8 [page_size / 64, 2, head_dim] | steps [page_size / 64, 4]
+
+Norms and steps are float32. Nothing else is padded: 136 bytes per token and key/value head at head_dim 128, with offsets
+140.25. Since page sizes and head dimensions are multiples of 16, every row of codes begins on an 8-byte boundary and each of
+the parts on a 16-byte one.
 
 Token t of a sequence is in page ``block_table[sequence, t // page_size]``, at place ``t % page_size``; its *slot* is
 ``page * page_size + place``.
@@ -20,14 +25,15 @@ from dataclasses import dataclass
 
 import torch
 
-from turboquant_vllm.checks import check_count, check_dtype, check_shape
-from turboquant_vllm.records import Operand
+from turboquant_vllm.checks import check_count, check_dtype, check_flag, check_shape
+from turboquant_vllm.records import GROUP, Operand
 
-__all__ = ["PagedTQ4Cache"]
+__all__ = ["PagedTQ4Cache", "chunk_bytes", "page_views"]
 
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 16, 256
 _ALIGNMENT = 16
 _NORM_BYTES = 4
+_STEP_BYTES = 16  # of a group: two steps, a distance, four bytes to spare
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -40,6 +46,7 @@ class PagedTQ4Cache:
         page_size: tokens in a page, a multiple of 16 from 16 to 256.
         num_kv_heads: key/value heads.
         head_dim: coordinates of a vector, a multiple of 16 from 16 to 256.
+        has_offsets: whether keys have offsets; then page_size is a multiple of 64.
 
     Raises:
         TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
@@ -49,9 +56,10 @@ class PagedTQ4Cache:
     page_size: int
     num_kv_heads: int
     head_dim: int
+    has_offsets: bool = False
 
     def __post_init__(self) -> None:
-        width = self.page_bytes(self.page_size, self.num_kv_heads, self.head_dim)
+        width = self.page_bytes(self.page_size, self.num_kv_heads, self.head_dim, self.has_offsets)
         check_dtype("buffer", self.buffer, (torch.uint8,))
         check_shape("buffer", self.buffer, ("num_pages", width))
         pages, last = self.buffer.stride()
@@ -70,32 +78,44 @@ class PagedTQ4Cache:
     def __repr__(self) -> str:
         return (
             f"PagedTQ4Cache(num_pages={self.num_pages}, page_size={self.page_size}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, device={str(self.device)!r})"
+            f"head_dim={self.head_dim}, has_offsets={self.has_offsets}, device={str(self.device)!r})"
         )
 
     @staticmethod
-    def page_bytes(page_size: int, num_kv_heads: int, head_dim: int) -> int:
-        """Bytes of one page: ``num_kv_heads * page_size * (head_dim + 8)``. Raises as the constructor does."""
-        check_count("page_size", page_size, MIN_PAGE_SIZE, MAX_PAGE_SIZE, multiple=16)
+    def page_bytes(page_size: int, num_kv_heads: int, head_dim: int, has_offsets: bool = False) -> int:
+        """Bytes of one page: ``num_kv_heads * page_size * (head_dim + 8)``, with offsets ``num_kv_heads * page_size *
+        (head_dim + 8 + (2 * head_dim + 16) / 64)``. Raises as the constructor does."""
+        check_flag("has_offsets", has_offsets)
+        check_count("page_size", page_size, MIN_PAGE_SIZE, MAX_PAGE_SIZE, multiple=GROUP if has_offsets else 16)
         check_count("num_kv_heads", num_kv_heads, 1)
         check_count("head_dim", head_dim, 16, 256, multiple=16)
-        return num_kv_heads * page_size * (head_dim + 2 * _NORM_BYTES)
+        return num_kv_heads * chunk_bytes(page_size, head_dim, has_offsets)
 
     @classmethod
     def allocate(
-        cls, num_pages: int, *, page_size: int, num_kv_heads: int, head_dim: int, device: torch.device | str | None = None
+        cls,
+        num_pages: int,
+        *,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        has_offsets: bool = False,
+        device: torch.device | str | None = None,
     ) -> PagedTQ4Cache:
         """A cache in a new buffer of its own, whose contents are arbitrary."""
         check_count("num_pages", num_pages, 0)
-        width = cls.page_bytes(page_size, num_kv_heads, head_dim)
+        width = cls.page_bytes(page_size, num_kv_heads, head_dim, has_offsets)
         buffer = torch.empty((num_pages, width), dtype=torch.uint8, device=device)
-        return cls(buffer, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        return cls(buffer, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim, has_offsets=has_offsets)
 
     @classmethod
-    def of_checked(cls, buffer: torch.Tensor, page_size: int, num_kv_heads: int, head_dim: int) -> PagedTQ4Cache:
+    def of_checked(
+        cls, buffer: torch.Tensor, page_size: int, num_kv_heads: int, head_dim: int, has_offsets: bool = False
+    ) -> PagedTQ4Cache:
         """As the constructor, for a buffer that a cache was made of before."""
         cache = object.__new__(cls)
-        for name, value in zip(cls.__dataclass_fields__, (buffer, page_size, num_kv_heads, head_dim), strict=True):
+        values = (buffer, page_size, num_kv_heads, head_dim, has_offsets)
+        for name, value in zip(cls.__dataclass_fields__, values, strict=True):
             object.__setattr__(cache, name, value)
         return cache
 
@@ -116,42 +136,57 @@ class PagedTQ4Cache:
 
     @property
     def keys(self) -> Operand:
-        """Views of codes and norms of the keys, with pages for sequences and places for tokens."""
-        return Operand(self.k_codes, self.k_norms)
+        """Views of the keys, with pages for sequences and places for tokens."""
+        return page_views(self.buffer, self.page_size, self.num_kv_heads, self.head_dim, self.has_offsets)[0]
 
     @property
     def values(self) -> Operand:
         """As :attr:`keys`, of the values."""
-        return Operand(self.v_codes, self.v_norms)
+        return page_views(self.buffer, self.page_size, self.num_kv_heads, self.head_dim, self.has_offsets)[1]
 
     @property
     def k_codes(self) -> torch.Tensor:
         """Codes of the keys, a uint8 view ``[num_pages, num_kv_heads, page_size, head_dim // 2]``."""
-        return self._codes(0)
+        return self.keys.data
 
     @property
     def v_codes(self) -> torch.Tensor:
         """Codes of the values, a uint8 view ``[num_pages, num_kv_heads, page_size, head_dim // 2]``."""
-        return self._codes(1)
+        return self.values.data
 
     @property
     def k_norms(self) -> torch.Tensor:
         """Norms of the keys, a float32 view ``[num_pages, num_kv_heads, page_size]``."""
-        return self._norms(0)
+        norms = self.keys.norms
+        assert norms is not None
+        return norms
 
     @property
     def v_norms(self) -> torch.Tensor:
         """Norms of the values, a float32 view ``[num_pages, num_kv_heads, page_size]``."""
-        return self._norms(1)
+        norms = self.values.norms
+        assert norms is not None
+        return norms
 
-    def _codes(self, which: int) -> torch.Tensor:
-        length = self.page_size * self.head_dim // 2
-        return self._chunks().narrow(-1, which * length, length).unflatten(-1, (self.page_size, self.head_dim // 2))
 
-    def _norms(self, which: int) -> torch.Tensor:
-        length = self.page_size * _NORM_BYTES
-        return self._chunks().narrow(-1, self.page_size * self.head_dim + which * length, length).view(torch.float32)
+def chunk_bytes(page_size: int, head_dim: int, has_offsets: bool) -> int:
+    """Bytes of one head of a page."""
+    groups = page_size // GROUP if has_offsets else 0
+    return page_size * (head_dim + 2 * _NORM_BYTES) + groups * (2 * head_dim + _STEP_BYTES)
 
-    def _chunks(self) -> torch.Tensor:
-        """``[num_pages, num_kv_heads, chunk bytes]``."""
-        return self.buffer.unflatten(-1, (self.num_kv_heads, -1))
+
+def page_views(
+    buffer: torch.Tensor, page_size: int, num_kv_heads: int, head_dim: int, has_offsets: bool
+) -> tuple[Operand, Operand]:
+    """Keys and values of pages ``[num_pages, page_bytes]`` of any size, as views with places for tokens."""
+    chunks, groups = buffer.unflatten(-1, (num_kv_heads, -1)), page_size // GROUP if has_offsets else 0
+    codes, norms = page_size * head_dim // 2, page_size * _NORM_BYTES
+    sizes = (codes, codes, norms, norms, groups * 2 * head_dim, groups * _STEP_BYTES)
+    k, v, k_norms, v_norms, shared, steps = chunks.split(sizes, -1)
+    keys, values = (
+        Operand(x.unflatten(-1, (page_size, head_dim // 2)), n.view(torch.float32)) for x, n in ((k, k_norms), (v, v_norms))
+    )
+    if has_offsets:
+        shared, steps = shared.view(torch.int8), steps.view(torch.float32)
+        keys = keys._replace(groups=shared.unflatten(-1, (groups, 2, head_dim)), steps=steps.unflatten(-1, (groups, 4)))
+    return keys, values

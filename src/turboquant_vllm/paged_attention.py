@@ -13,6 +13,7 @@ from turboquant_vllm.attention import BACKENDS
 from turboquant_vllm.checks import (
     PagedShape,
     check_count,
+    check_key_scales,
     check_masks,
     check_paged_attention,
     check_paged_contents,
@@ -151,6 +152,10 @@ def tq4_paged_attention(
     )
     if codec.device != q.device:
         raise ValueError(f"codec must be on {q.device} like q, got {codec.device}")
+    tables, offsets = codec.tables, {}
+    if cache.has_offsets:
+        check_key_scales(codec.key_scales, shape.num_kv_heads, shape.head_dim)
+        tables, offsets = codec.key_tables, {"has_offsets": True, "key_scales": codec.key_scales}
     scale = check_sm_scale(sm_scale, shape.head_dim)
     one_window = None if isinstance(sliding_window, torch.Tensor) else sliding_window
     masks = check_masks(causal, one_window, softcap, sinks, shape.num_heads, q.device, causal_name="causal")
@@ -178,12 +183,12 @@ def tq4_paged_attention(
     host = (None, None) if lengths is None else (lengths.seq_lens, lengths.cu_seqlens_q)
     sequences = Sequences(block_table, seq_lens, cu_seqlens_q, bounds[0], bounds[1], *host)
     if name == "reference":
-        result, lse = reference.paged_attention(q, cache, sequences, codec.tables, scale, Masks(causal, **masks))
+        result, lse = reference.paged_attention(q, cache, sequences, tables, scale, Masks(causal, **masks))
         out = result if out is None else out.copy_(result)
     else:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
         lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        pages, how = (cache.buffer, cache.page_size, cache.num_kv_heads), (*codec.tables, scale, causal)
+        pages, how = (cache.buffer, cache.page_size, cache.num_kv_heads), (*tables[:2], scale, causal)
         least = 1  # rows of a sequence that is Triton's
         if name == "cuda":
             least = rows_left(shape, bounds[0], lengths)
@@ -194,10 +199,10 @@ def tq4_paged_attention(
                 own = masks if windows is None else {**masks, "windows": windows[some].repeat_interleave(call.pieces)}
                 if call.pieces > 1:
                     where = cut_sequences(*where, call.tokens, call.pieces, causal, cache.page_size)
-                torch.ops.turboquant.cuda_paged(q, *pages, *where, *how, call.tokens, bounds[1], out, lse, **own)
+                torch.ops.turboquant.cuda_paged(q, *pages, *where, *how, call.tokens, bounds[1], out, lse, **own, **offsets)
         if bounds[0] * shape.group >= least:
             more = {"min_rows": least, "seq_lens_cpu": host[0], "cu_seqlens_q_cpu": host[1]}
-            torch.ops.turboquant.triton_paged(q, *pages, *sequences[:3], *how, *bounds, out, lse, **masks, **more)
+            torch.ops.turboquant.triton_paged(q, *pages, *sequences[:3], *how, *bounds, out, lse, **masks, **offsets, **more)
     return (out, lse) if return_lse else out
 
 

@@ -11,7 +11,10 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["NO_MASKS", "NO_TABLES", "Masks", "Operand", "Sequences", "Tables"]
+__all__ = ["GROUP", "NO_MASKS", "NO_TABLES", "Masks", "Operand", "Sequences", "Tables"]
+
+
+GROUP = 64  # keys that share an offset and an outlier
 
 
 class Tables(NamedTuple):
@@ -20,10 +23,13 @@ class Tables(NamedTuple):
     Attributes:
         centroids: float32 ``[16]``, in any order.
         rotation: float32 ``[D, D]``, orthogonal.
+        key_scales: float32 ``[H_kv, D]``, positive, what keys were multiplied by before they were rotated; None: ones. Only
+            keys with offsets have any.
     """
 
     centroids: torch.Tensor | None = None
     rotation: torch.Tensor | None = None
+    key_scales: torch.Tensor | None = None
 
     def contiguous(self) -> Tables:
         """The same tables without gaps, as kernels read them."""
@@ -36,10 +42,16 @@ class Operand(NamedTuple):
     Attributes:
         data: codes uint8 ``[B, H_kv, N_kv, D // 2]`` where there are norms, else dense vectors ``[B, H_kv, N_kv, D]``.
         norms: float32 ``[B, H_kv, N_kv]``, or None.
+        groups: of keys with offsets, int8 ``[B, H_kv, ceil(N_kv / 64), 2, D]``: offset and outlier of each group of 64, counted
+            from token 0, in the rotated basis. Else None.
+        steps: of keys with offsets, float32 ``[B, H_kv, ceil(N_kv / 64), 4]``: what these are multiples of, the outlier's
+            distance from the offset, which only writers look at, and one number to spare.
     """
 
     data: torch.Tensor
     norms: torch.Tensor | None = None
+    groups: torch.Tensor | None = None
+    steps: torch.Tensor | None = None
 
     @property
     def is_packed(self) -> bool:
@@ -47,8 +59,13 @@ class Operand(NamedTuple):
         return self.norms is not None
 
     def tokens(self, first: int, count: int) -> Operand:
-        """Tokens ``first .. first + count``, as views."""
-        return self.each(lambda x: x.narrow(2, first, count))
+        """Tokens ``first .. first + count``, as views; keys with offsets are cut where a group begins."""
+        data, norms, groups, steps = self
+        data, norms = data.narrow(2, first, count), None if norms is None else norms.narrow(2, first, count)
+        if groups is not None and steps is not None:
+            assert first % GROUP == 0, first
+            groups, steps = (x.narrow(2, first // GROUP, -(-count // GROUP)) for x in (groups, steps))
+        return Operand(data, norms, groups, steps)
 
     def sequences(self, some: slice) -> Operand:
         """Some sequences of the batch, as views."""
@@ -56,7 +73,8 @@ class Operand(NamedTuple):
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Operand:
         """``change`` of each tensor that there is."""
-        return Operand(change(self.data), None if self.norms is None else change(self.norms))
+        data, *others = self
+        return Operand(change(data), *(None if x is None else change(x) for x in others))
 
 
 class Masks(NamedTuple):

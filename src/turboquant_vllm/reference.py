@@ -14,74 +14,21 @@ from __future__ import annotations
 import torch
 
 from turboquant_vllm.paged import PagedTQ4Cache
-from turboquant_vllm.records import NO_MASKS, Masks, Operand, Sequences, Tables
+from turboquant_vllm.records import GROUP, NO_MASKS, Masks, Operand, Sequences, Tables
+from turboquant_vllm.reference_codes import compress, compute_dtype, decompress, unpack_codes
+from turboquant_vllm.reference_keys import compress_keys, decompress_keys, read_rotated, rotate_queries, store_keys
 
-__all__ = ["attention", "compress", "decompress", "merge_attention_states", "paged_attention", "store", "unpack_codes"]
-
-# Vectors outside this range are scaled by a power of two before their squares are summed, so that none over- or underflows.
-_LARGE, _SMALL, _SHIFT = 1e15, 1e-15, 2.0**100
-
-
-def compress(
-    x: torch.Tensor,
-    rotation: torch.Tensor,
-    boundaries: torch.Tensor,
-    centroids: torch.Tensor | None = None,
-    scale: str = "norm",
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Quantise vectors: rotate ``x / |x|``, keep each coordinate's cell and one scale.
-
-    Args:
-        x: ``[..., D]``, any floating dtype.
-        rotation: float32 ``[D, D]``, orthogonal.
-        boundaries: float32 ``[15]``, ascending; code = number of boundaries below the coordinate.
-        centroids: float32 ``[16]``, the levels that will be read back, each in its own cell; needed by every scale but
-            "norm".
-        scale: what is kept in ``norms``, with y = x @ rotation.T and c the levels of its codes: "norm" keeps |x|,
-            "least_squares" <y, c> / <c, c>, which is nearest to x, and "unbiased" |x|^2 / <y, c>, whose inner product
-            with x is |x|^2.
-
-    Returns:
-        codes uint8 ``[..., D // 2]`` and norms float32 ``[...]``. The zero vector has norm 0. A vector with a NaN or Inf,
-        or too long for float32, has norm NaN: attention cannot overlook that, as it could a score of -Inf.
-    """
-    x = x.to(_compute_dtype(x))
-    largest = x.abs().amax(-1, keepdim=True)
-    shift = torch.ones_like(largest)
-    shift = torch.where(largest > _LARGE, 1 / _SHIFT, torch.where(largest < _SMALL, _SHIFT, shift))
-    scaled = x * shift
-    length = scaled.square().sum(-1, keepdim=True).sqrt()
-    y = scaled @ rotation.to(x.dtype).T / torch.where(length > 0, length, 1.0)
-    # The cell of a NaN is arbitrary, but it is the same in every implementation.
-    code = torch.bucketize(y.nan_to_num(nan=-1.0), boundaries.to(x.dtype)).to(torch.uint8)
-    codes = code[..., 0::2] << 4 | code[..., 1::2]
-    if scale != "norm":
-        assert centroids is not None
-        levels = centroids.to(x.dtype)[code.long()]
-        product = (y * levels).sum(-1, keepdim=True)  # positive, but for the zero vector
-        if scale == "least_squares":
-            length = length * product / levels.square().sum(-1, keepdim=True)
-        else:
-            length = length / torch.where(length == 0, 1.0, product)
-    norms = (length / shift).squeeze(-1).float()
-    return codes, torch.where(norms.isfinite(), norms, float("nan"))
-
-
-def decompress(
-    codes: torch.Tensor, norms: torch.Tensor, centroids: torch.Tensor, rotation: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """Reconstruct vectors ``norms * (centroids[codes] @ rotation)`` in ``dtype``, ``[..., D]``.
-
-    Args:
-        codes: uint8 ``[..., D // 2]``.
-        norms: float32 ``[...]``.
-        centroids: float32 ``[16]``, in any order.
-        rotation: float32 ``[D, D]``.
-        dtype: any floating dtype; float64 computes in float64.
-    """
-    compute = torch.float64 if dtype == torch.float64 else torch.float32
-    levels = centroids.to(compute)[unpack_codes(codes)]
-    return (levels @ rotation.to(compute) * norms.to(compute).unsqueeze(-1)).to(dtype)
+__all__ = [
+    "attention",
+    "compress",
+    "compress_keys",
+    "decompress",
+    "decompress_keys",
+    "merge_attention_states",
+    "paged_attention",
+    "store",
+    "unpack_codes",
+]
 
 
 def store(
@@ -89,32 +36,34 @@ def store(
     v: torch.Tensor,
     cache: PagedTQ4Cache,
     slot_mapping: torch.Tensor,
-    rotation: torch.Tensor,
+    tables: Tables,
     boundaries: torch.Tensor,
-    centroids: torch.Tensor | None = None,
     scale: str = "norm",
+    previous_slots: torch.Tensor | None = None,
 ) -> None:
     """Compress keys and values into the slots of pages.
 
     Args:
         k, v: ``[tokens, H_kv, D]``, any floating dtype.
-        cache: pages of ``H_kv`` heads and vectors of D coordinates.
+        cache: pages of ``H_kv`` heads and vectors of D coordinates; with offsets, keys are written as
+            :func:`turboquant_vllm.reference_keys.store_keys` says.
         slot_mapping: ``[tokens]``, int32 or int64, ``page * page_size + place``; a token whose slot is not in the cache, as
             -1, is left out. No two tokens have the same slot.
-        rotation: float32 ``[D, D]``, orthogonal.
+        tables: rotation and levels.
         boundaries: float32 ``[15]``, ascending.
-        centroids, scale: as in :func:`compress`.
+        scale: as in :func:`compress`.
+        previous_slots: of keys with offsets.
     """
+    assert tables.rotation is not None
     kept = (slot_mapping >= 0) & (slot_mapping < cache.num_slots)
     slot = slot_mapping[kept].long()
     page, place = slot // cache.page_size, slot % cache.page_size
-    for x, codes, norms in ((k, cache.k_codes, cache.k_norms), (v, cache.v_codes, cache.v_norms)):
-        codes[page, :, place], norms[page, :, place] = compress(x[kept], rotation, boundaries, centroids, scale)
-
-
-def unpack_codes(codes: torch.Tensor) -> torch.Tensor:
-    """Indices of the levels, int64 ``[..., D]``, from packed codes ``[..., D // 2]``."""
-    return torch.stack([codes >> 4, codes & 15], -1).flatten(-2).long()
+    if cache.has_offsets:
+        store_keys(k, cache, slot_mapping, previous_slots, tables, boundaries, scale)
+    for x, (codes, norms, *_) in ((k, cache.keys), (v, cache.values))[cache.has_offsets :]:
+        assert norms is not None
+        packed = compress(x[kept], tables.rotation, boundaries, tables.centroids, scale)
+        codes[page, :, place], norms[page, :, place] = packed
 
 
 def attention(
@@ -139,7 +88,7 @@ def attention(
             softcap: scores, times sm_scale, become ``softcap * tanh(score / softcap)``; None leaves them;
             sinks: float32 ``[H_q]``, for each head the logit of one more key whose value is zero, seen by every query;
             neither scaled nor capped.
-        block: keys per step; the memory used grows with ``N_q * block``.
+        block: keys per step, a multiple of 64 where keys have offsets; the memory used grows with ``N_q * block``.
 
     Returns:
         out in q's dtype and shape, and lse ``[B, H_q, N_q]``, the natural logarithm of the sum of exponentials, the sink's
@@ -149,21 +98,18 @@ def attention(
         key's is a score of +-Inf (+-softcap, where given): NaN, or a weight of zero.
     """
     is_causal, sliding_window, softcap, sinks, _ = masks
-    compute = _compute_dtype(q)
+    compute = compute_dtype(q)
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, kv_len = k.data.shape[1:3]
     group = num_heads // num_kv_heads
 
-    query = q.to(compute)
-    if k.is_packed:
-        assert tables.rotation is not None
-        query = query @ tables.rotation.to(compute).T
+    query = rotate_queries(q, num_kv_heads, tables) if k.is_packed else q.to(compute)
     query = query.reshape(batch, num_kv_heads, group * q_len, head_dim) * sm_scale  # rows: head of the group, position
     last = torch.arange(q_len, device=q.device).repeat(group) + (kv_len - q_len if is_causal else kv_len)
     begin = 0
     if sliding_window is not None:
         assert is_causal
-        begin = max(0, kv_len - q_len + 1 - sliding_window)
+        begin = max(0, kv_len - q_len + 1 - sliding_window) // GROUP * GROUP  # where a group begins
 
     shape = (batch, num_kv_heads, group * q_len)
     top = torch.full(shape, float("-inf"), dtype=compute, device=q.device)
@@ -220,7 +166,7 @@ def paged_attention(
     """
     block_table = sequences.block_table
     out = torch.zeros_like(q)
-    lse = torch.full(q.shape[:2], float("-inf"), dtype=_compute_dtype(q), device=q.device)
+    lse = torch.full(q.shape[:2], float("-inf"), dtype=compute_dtype(q), device=q.device)
     room = block_table.shape[1] * cache.page_size if cache.num_pages else 0
     starts = sequences.cu_seqlens_q.clamp(0, q.shape[0]).tolist()
     for sequence, length in enumerate(sequences.seq_lens.clamp(0, room).tolist()):
@@ -248,7 +194,7 @@ def merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torc
     Returns:
         out ``[..., D]`` in ``outs``' dtype, and lse ``[...]`` in ``lses``' dtype.
     """
-    compute = _compute_dtype(lses)
+    compute = compute_dtype(lses)
     lse = torch.logsumexp(lses.to(compute), 0)
     weight = torch.exp(lses.to(compute) - torch.where(lse == float("-inf"), 0.0, lse)).unsqueeze(-1)
     # Only a part that saw nothing is left out: a NaN is kept, however small its part's weight.
@@ -259,12 +205,11 @@ def merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torc
 
 def _tile(x: Operand, tables: Tables, start: int, stop: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys or values ``start:stop`` as ``[B, H_kv, n, D]``, and the factor ``[B, H_kv, 1, n]`` on their scores or weights."""
+    one = torch.ones((), dtype=dtype, device=x.data.device)
     if x.norms is None:
-        return x.data[:, :, start:stop].to(dtype), torch.ones((), dtype=dtype, device=x.data.device)
+        return x.data[:, :, start:stop].to(dtype), one
     assert tables.centroids is not None
+    if x.groups is not None:
+        return read_rotated(x.tokens(start, stop - start), tables.centroids, dtype), one
     levels = tables.centroids.to(dtype)[unpack_codes(x.data[:, :, start:stop])]
     return levels, x.norms[:, :, None, start:stop].to(dtype)
-
-
-def _compute_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from turboquant_vllm import ops
-from turboquant_vllm.checks import QUERY_DTYPES, SLOT_DTYPES, check_dtype, check_shape
+from turboquant_vllm.checks import QUERY_DTYPES, SLOT_DTYPES, check_device, check_dtype, check_key_scales, check_shape
 from turboquant_vllm.codec import TQ4Codec
 from turboquant_vllm.limits import why_not_store
 from turboquant_vllm.paged import PagedTQ4Cache
@@ -22,6 +22,7 @@ def tq4_store(
     codec: TQ4Codec,
     slot_mapping: torch.Tensor,
     *,
+    previous_slots: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
     """Compress new keys and values straight into the slots of a paged cache, in one launch.
@@ -36,6 +37,10 @@ def tq4_store(
         codec: of the cache's head_dim, on its device.
         slot_mapping: int32 or int64 ``[tokens]``, ``page * page_size + place``. A token whose slot is not in the cache is left
             out: -1 marks padding. No two tokens may have the same slot: what it holds then may be a part of each.
+        previous_slots: where the cache has offsets, int32 or int64 ``[tokens]``: the slot of the token before each in its
+            sequence, negative where there is none. A key that begins a group is coded around the mean of the group before; None
+            finds that in the same page alone. Tokens of one group of 64 must stand one behind the other, in the order of their
+            slots, and a group's first token be written before its others; tokens that are left out may stand anywhere.
         backend: "cuda" (randomized Hadamard, head_dim 64, 128 or 256, fp16 and bf16), "triton", "reference", or "auto", the
             first of these that can serve the call. "reference" waits for the GPU.
 
@@ -58,6 +63,12 @@ def tq4_store(
     check_shape("v", v, tuple(k.shape))
     check_dtype("slot_mapping", slot_mapping, SLOT_DTYPES)
     check_shape("slot_mapping", slot_mapping, (k.shape[0],))
+    if previous_slots is not None:
+        check_dtype("previous_slots", previous_slots, SLOT_DTYPES)
+        check_shape("previous_slots", previous_slots, (k.shape[0],))
+        check_device("previous_slots", previous_slots, cache.device, "the cache")
+    if cache.has_offsets:
+        check_key_scales(codec.key_scales, cache.num_kv_heads, cache.head_dim)
     for name, device in (("k", k.device), ("v", v.device), ("slot_mapping", slot_mapping.device), ("codec", codec.device)):
         if device != cache.device:
             raise ValueError(f"{name} must be on the cache's device {cache.device}, got {device}")
@@ -67,11 +78,14 @@ def tq4_store(
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
     elif reason := why_not_backend(backend, k, v, cache, codec):
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
-    torch.ops.turboquant.store(k, v, cache.buffer, slot_mapping, *codec.writing, cache.page_size, backend)
+    offsets = (True, codec.key_scales, previous_slots) if cache.has_offsets else ()
+    torch.ops.turboquant.store(k, v, cache.buffer, slot_mapping, *codec.writing, cache.page_size, backend, *offsets)
 
 
 def why_not_backend(backend: str, k: torch.Tensor, v: torch.Tensor, cache: PagedTQ4Cache, codec: TQ4Codec) -> str:
     """Why ``backend`` cannot serve such a call of :func:`tq4_store`; empty where it can."""
+    if cache.has_offsets and backend != "reference":
+        return f"backend {backend!r} does not write keys with offsets"
     if backend == "cuda":
         return ops.why_not_cuda(k.device) or why_not_store(k, v, codec.rotation_kind == "hadamard", cache.num_slots)
     if backend == "triton":

@@ -73,7 +73,7 @@ def _attention(
 ) -> None:
     """Fill ``out`` and ``lse``; with ``slice_len``, unpack that many keys at a time into a scratch."""
     batch, num_heads, q_len, head_dim = q.shape
-    (centroids, rotation), sinks = tables, masks.sinks
+    (centroids, rotation, _), sinks = tables, masks.sinks
     num_kv_heads, kv_len = k.data.shape[1:3]
     group = num_heads // num_kv_heads
     rows, heads = q_len * group, batch * num_kv_heads

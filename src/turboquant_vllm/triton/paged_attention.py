@@ -52,7 +52,7 @@ def paged_attention(
     """
     pages, page_size, num_kv_heads = cache.buffer, cache.page_size, cache.num_kv_heads
     block_table, seq_lens, cu_seqlens_q, max_query_len, max_seq_len, *_ = sequences
-    centroids, rotation = tables
+    centroids, rotation, _ = tables
     assert rotation is not None
     total_tokens, num_heads, head_dim = q.shape
     num_seqs, max_pages = block_table.shape

@@ -127,7 +127,8 @@ def unpack(packed: Packed, first: int, tokens: int, keys: torch.Tensor, values: 
     tiles, chunks = batch * heads * -(-filled // _BLOCK), -(-head_dim // chunk)
     if not tiles:
         return
-    (k, k_norms), (v, v_norms), (centroids, rotation), table = packed.k, packed.v, packed.tables, packed.block_table
+    (k, k_norms, *_), (v, v_norms, *_), (centroids, rotation, _) = packed.k, packed.v, packed.tables
+    table = packed.block_table
     assert k_norms is not None
     assert v_norms is not None
     prmt = uses_prmt(keys.device.type) and not exact
