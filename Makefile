@@ -1,11 +1,14 @@
-# Two commands: `make demo` and `make test`. Each makes .venv first when it is missing or stale.
+# Two commands: `make demo` and `make test`. Each makes .venv first when it is missing or stale, from the releases in
+# constraints.txt. `make lock` renews that file; `make test-newest` runs the tests with the newest releases, in .venv-newest.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := -m pip install --quiet --disable-pip-version-check
 TEST_JOBS ?= 2
+# Not the newest, which may be a build of gigabytes: what the lock has, unless asked for by NEWEST_TORCH=torch.
+NEWEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
 
-.PHONY: demo test check clean
+.PHONY: demo test test-newest lock check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m turboquant_vllm.demo --out demo-out
@@ -18,12 +21,28 @@ check: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# torch first and exact, so that no other package's range picks another build of it.
-$(VENV)/.installed: pyproject.toml
-	$(PYTHON) -m venv $(VENV)
-	$(PIP) "torch==2.13.0"
-	$(PIP) --editable ".[dev]"
+# torch first and exact, so that no other package's range picks another build of it. Without build isolation, since only then
+# are what builds packages and the rest of one lock.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python $(PIP) --constraint constraints.txt torch setuptools
+	$(BIN)/python $(PIP) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
 	touch $@
 
+# New each time: what was newest last week is not what is asked for.
+test-newest:
+	$(PYTHON) -m venv --clear $(VENV)-newest
+	$(VENV)-newest/bin/python $(PIP) "$(NEWEST_TORCH)"
+	$(VENV)-newest/bin/python $(PIP) --editable ".[dev]"
+	$(VENV)-newest/bin/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+
+# torch's own requirements are those of its build for CUDA, which a build for CPUs
+# shares or lacks, so that both take this file.
+lock:
+	$(PYTHON) -m venv --clear $(VENV)-lock
+	$(VENV)-lock/bin/python $(PIP) "uv>=0.8"
+	$(VENV)-lock/bin/uv pip compile pyproject.toml --extra dev --universal --upgrade --quiet --annotation-style line \
+		--custom-compile-command "make lock" --output-file constraints.txt
+
 clean:
-	rm -rf $(VENV) demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lock demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -23,7 +23,7 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache, StoppingCriteria
 
 from common import RESULTS, environment, write_results
-from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache, register
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache, register
 
 DTYPE = torch.bfloat16
 WARMUP = 4  # tokens, compiling among them
@@ -92,7 +92,7 @@ def generate(model: Any, cache: Any, batch: int, length: int, count: int, **opti
     """``count`` greedy tokens behind ``length``, of which the last is not in the cache yet."""
     ids = torch.ones((batch, length), dtype=torch.long, device="cuda")
     how = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": count, **options}
-    return model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **how)
+    return model.generate(ids, attention_mask=torch.ones_like(ids), **{CACHE_ARGUMENT: cache}, **how)
 
 
 class Clock(StoppingCriteria):
@@ -192,12 +192,12 @@ def memory_rows(model: Any, tokens: int) -> Iterator[dict[str, Any]]:
         weights = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         ids = torch.ones((1, tokens), dtype=torch.long, device="cuda")
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
         prefill = torch.cuda.max_memory_allocated() - weights
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         for _ in range(4):
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{CACHE_ARGUMENT: cache})
         decode = torch.cuda.max_memory_allocated() - weights
         row = {
             "id": f"memory-{name}",

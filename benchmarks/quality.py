@@ -33,6 +33,7 @@ from quality_train_recall import sample
 from turboquant_vllm.codec import SCALES
 from turboquant_vllm.demo.compare import held_out_windows
 from turboquant_vllm.demo.run import MODEL as DEMO
+from turboquant_vllm.hf import CACHE_ARGUMENT
 from turboquant_vllm.quality.attention import LayerErrors, Model, cache_format
 from turboquant_vllm.quality.formats import Format, TQ4Format
 from turboquant_vllm.quality.measure import TokenScores, bootstrap_interval, compare_windows, perplexity
@@ -136,7 +137,7 @@ def measure_greedy(model: Model, windows: torch.Tensor, formats: list[Format], n
         ids: torch.Tensor = model.generate(
             prompts,
             attention_mask=torch.ones_like(prompts),
-            past_key_values=FormatCache(cached),
+            **{CACHE_ARGUMENT: FormatCache(cached)},
             do_sample=False,
             min_new_tokens=new,
             max_new_tokens=new,

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from packaging.version import Version
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.masking_utils import eager_mask
 
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.demo.run import MODEL
-from turboquant_vllm.hf import register
+from turboquant_vllm.hf import CACHE_ARGUMENT, register
 
 VOCABULARY, WINDOW = 97, 8
 _COMMON = {
@@ -93,6 +94,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "gemma3n": ("Gemma3nTextConfig", {**_HEADS, **_SHARED}, "sdpa"),  # its last layers use the keys and values of others
     "trained": ("LlamaConfig", {}, "sdpa"),  # the model that comes with the package
 }  # fmt: skip
+
+# Of families that attend in their own way, whatever they are asked for: class of the configuration, its arguments.
+_CODEGEN = {**_GPT2, "n_head": 4, "rotary_dim": 16}
+OUTSIDERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 2, "hidden_size": 64}),
+    "mpt": ("MptConfig", {"n_layers": 2, "n_heads": 2, "d_model": 64, "max_seq_len": 64}),
+}
+# And of those that look "tq4" up among attentions of their own, and do not find it.
+REFUSING: dict[str, tuple[str, dict[str, Any]]] = {
+    "falcon": ("FalconConfig", {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64}),
+    "falcon_alibi": ("FalconConfig", {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 64, "alibi": True}),
+}
+_GPTJ = {**_GPT2, "rotary_dim": 16}
+if Version(transformers.__version__) >= Version("5.24"):
+    _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    FAMILIES["gptj"] = ("GPTJConfig", {**_GPTJ, **_TOKENS}, "sdpa")
+    FAMILIES["codegen"] = ("CodeGenConfig", {**_CODEGEN, **_TOKENS}, "sdpa")
+else:
+    REFUSING["gptj"] = ("GPTJConfig", _GPTJ)
+    OUTSIDERS["codegen"] = ("CodeGenConfig", _CODEGEN)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -217,7 +238,7 @@ def generated(model: Any, cache: Any, ids: torch.Tensor, **options: Any) -> Any:
     """Result of eight greedy tokens, with the logits of each step."""
     options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, **options}
     return model.generate(
-        ids, past_key_values=cache, output_logits=True, return_dict_in_generate=True, eos_token_id=None, **options
+        ids, **{CACHE_ARGUMENT: cache}, output_logits=True, return_dict_in_generate=True, eos_token_id=None, **options
     )
 
 

@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from turboquant_vllm.demo.run import MODEL
 from turboquant_vllm.eval import TurboQuantLM
-from turboquant_vllm.hf import TurboQuantCache
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache
 from turboquant_vllm.quality.attention import cache_format
 from turboquant_vllm.quality.formats import TQ4Format
 
@@ -88,7 +88,7 @@ def test_tasks_run_and_every_call_has_a_cache(model: TurboQuantLM, tasks: Path, 
     forward = LlamaForCausalLM.forward
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        caches.append(kwargs.get("past_key_values"))
+        caches.append(kwargs.get(CACHE_ARGUMENT))
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", watched)

@@ -56,6 +56,7 @@ def test_all_tokens_of_a_likelihood_are_read_in_four_bits(monkeypatch: pytest.Mo
         module = ModuleType(name)
         module.__dict__.update(contents)
         monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.delitem(sys.modules, "turboquant_vllm.eval", raising=False)
     lm_class = runpy.run_module("turboquant_vllm.eval")["TurboQuantLM"]
 
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import masking_utils
+from transformers import DynamicCache, masking_utils
 from transformers.masking_utils import (
     and_masks,
     bidirectional_mask_function,
@@ -24,7 +24,7 @@ from transformers.masking_utils import (
 from hf_models import FAMILIES, make_model, one_thread, oracle_attention, reference_cache  # noqa: F401
 from oracle import assert_close
 from turboquant_vllm import TQ4Codec
-from turboquant_vllm.hf import TurboQuantCache, attention_forward
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, attention_forward
 from turboquant_vllm.hf.masks import attention_mask
 from turboquant_vllm.hf.tensors import CausalMask, PackedTensor, find_parts
 
@@ -227,18 +227,18 @@ def test_decoding_decompresses_nothing(family, no_decompression):
     ids, mask = torch.arange(3, 33).repeat(2, 1), torch.ones(2, 30, dtype=torch.long)
     mask[1, :4] = 0
     cache = TurboQuantCache(model.config)
-    model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+    model(ids[:, :20], attention_mask=mask[:, :20], **{CACHE_ARGUMENT: cache})
     for step in range(20, 23):
-        model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=cache)
+        model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], **{CACHE_ARGUMENT: cache})
 
 
 @torch.no_grad()
 def test_stock_attention_decompresses(no_decompression):
     model = make_model("llama", "sdpa", dtype=torch.float32)
     cache = TurboQuantCache(model.config)
-    model(torch.arange(3, 12)[None], past_key_values=cache)
+    model(torch.arange(3, 12)[None], **{CACHE_ARGUMENT: cache})
     with pytest.raises(AssertionError, match="decompressed"):
-        model(torch.tensor([[5]]), past_key_values=cache)
+        model(torch.tensor([[5]]), **{CACHE_ARGUMENT: cache})
 
 
 @torch.no_grad()
@@ -247,8 +247,8 @@ def test_logits_in_single_precision():
     ids = torch.arange(3, 33).repeat(2, 1)
     logits = []
     for model, cache in ((oracle, reference_cache(oracle)), (ours, TurboQuantCache(ours.config))):
-        model(ids[:, :20], past_key_values=cache)
-        logits.append(model(ids[:, 20:21], past_key_values=cache).logits)
+        model(ids[:, :20], **{CACHE_ARGUMENT: cache})
+        logits.append(model(ids[:, 20:21], **{CACHE_ARGUMENT: cache}).logits)
     want, got = logits
     # fp32 rounding; where it moves a coordinate over the boundary between two codes, that code's share of the result.
     assert (got - want).abs().max() < 2e-3 * want.abs().max()
@@ -263,8 +263,8 @@ def test_layers_left_dense_work_beside_packed_ones(generator):
         caches = reference_cache(oracle, skip_layers=(skipped,)), TurboQuantCache(ours.config, skip_layers=(skipped,))
         for start, stop in ((0, 12), (12, 13), (13, 30)):
             arguments = {"attention_mask": mask[:, :stop]}
-            want = oracle(ids[:, start:stop], past_key_values=caches[0], **arguments).logits
-            got = ours(ids[:, start:stop], past_key_values=caches[1], **arguments).logits
+            want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: caches[0]}, **arguments).logits
+            got = ours(ids[:, start:stop], **{CACHE_ARGUMENT: caches[1]}, **arguments).logits
             real = mask[:, start:stop].bool()
             assert (got - want)[real].abs().max() < 1e-6 * want.abs().max()
 
@@ -281,6 +281,8 @@ def test_layers_left_dense_work_beside_packed_ones(generator):
         ({"cache": object()}, "cache: expected None, got object"),
         ({"sinks": torch.zeros(1)}, "sinks: expected None, got Tensor"),
         ({"indices": torch.zeros(1)}, "indices: expected None, got Tensor"),
+        ({"cache": torch.zeros(1)}, 'cache: expected None, got Tensor; attn_implementation="eager"'),
+        ({"cache": DynamicCache()}, "cache: expected None, got DynamicCache; .* calls it past_key_values"),
         ({"block_indices": torch.zeros(1)}, 'block_indices: expected None, got Tensor; attn_implementation="eager"'),
     ],
 )
@@ -335,9 +337,9 @@ def test_a_model_refuses_bidirectional_blocks_packed_texts_weights_and_training(
     with pytest.raises(ValueError, match="takes causal"):
         model(ids, position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]), use_cache=False)
     with pytest.raises(ValueError, match="output_attentions"):
-        model(ids, past_key_values=TurboQuantCache(model.config), output_attentions=True)
+        model(ids, **{CACHE_ARGUMENT: TurboQuantCache(model.config)}, output_attentions=True)
     model.config.attention_dropout = 0.1
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1
     with pytest.raises(ValueError, match="dropout"):
-        model.train()(ids, past_key_values=TurboQuantCache(model.config))
+        model.train()(ids, **{CACHE_ARGUMENT: TurboQuantCache(model.config)})

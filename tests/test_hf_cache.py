@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidi
 
 from hf_models import make_config, make_model, one_thread  # noqa: F401
 from turboquant_vllm import TQ4Codec
-from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 from turboquant_vllm.hf.storage import PackedStorage, codec_for
 from turboquant_vllm.hf.tensors import PackedTensor
@@ -294,10 +294,25 @@ def test_latent_attention_stays_dense():
 def test_bytes_are_those_of_all_layers():
     model = make_model("llama", dtype=torch.float32)
     cache = TurboQuantCache(model.config, skip_layers=(1,))
-    model(torch.arange(3, 23)[None], past_key_values=cache)
+    model(torch.arange(3, 23)[None], **{CACHE_ARGUMENT: cache})
     packed, dense = cache.layers
     assert packed.nbytes == 2 * HEADS * ((20 + 256) // 16 * 16) * (DIM // 2 + 4)
     assert cache.nbytes == packed.nbytes + 2 * dense.keys.nbytes
+
+
+# Before 5.24 the old name is the only one, and does not warn.
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted({CACHE_ARGUMENT, "past_key_values"}))
+def test_models_and_generate_take_the_cache_by_either_name(name):
+    model, ids = make_model("llama"), torch.arange(3, 12)[None]
+    cache = TurboQuantCache(model.config)
+    for part, seen in ((ids[:, :5], 5), (ids[:, 5:], 9)):
+        model(part, **{name: cache})
+        assert cache.get_seq_length() == seen
+    cache = TurboQuantCache(model.config)
+    model.generate(ids, **{name: cache}, max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert cache.get_seq_length() == 11
 
 
 @torch.no_grad()
@@ -305,10 +320,10 @@ def test_reset_forgets_dense_layers_too():
     model = make_model("llama")
     cache = TurboQuantCache(model.config, skip_layers=(0,))
     ids = torch.arange(3, 12)[None]
-    first = model(ids, past_key_values=cache).logits
+    first = model(ids, **{CACHE_ARGUMENT: cache}).logits
     cache.reset()
     assert [layer.get_seq_length() for layer in cache.layers] == [0, 0]
-    assert torch.equal(model(ids, past_key_values=cache).logits, first)
+    assert torch.equal(model(ids, **{CACHE_ARGUMENT: cache}).logits, first)
 
 
 def test_the_configuration_is_left_as_it_was():
@@ -362,4 +377,4 @@ def test_models_that_cannot_read_the_cache_are_refused():
 def test_gradients_are_refused():
     model = make_model("llama")
     with pytest.raises(RuntimeError, match=r"no gradients through a quantised cache: use torch\.no_grad"):
-        model(torch.arange(3, 8)[None], past_key_values=TurboQuantCache(model.config))
+        model(torch.arange(3, 8)[None], **{CACHE_ARGUMENT: TurboQuantCache(model.config)})

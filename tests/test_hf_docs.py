@@ -12,16 +12,23 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from turboquant_vllm.hf import CACHE_ARGUMENT
+
 ROOT = Path(__file__).parents[1]
 
 
 def examples(path: str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
+    """The examples of a page, with the argument that older releases of transformers call something else."""
+    found = re.findall(r"```python\n(.*?)```", (ROOT / path).read_text(encoding="utf-8"), re.DOTALL)
+    return [re.sub(r"\bcache=", f"{CACHE_ARGUMENT}=", example) for example in found]
 
 
 def run(program: str, folder: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=folder, env=environment)
+    warnings = ("-W", "error::DeprecationWarning:__main__", "-W", "error::FutureWarning:__main__")
+    found = subprocess.run(
+        [sys.executable, *warnings, "-c", program], capture_output=True, text=True, cwd=folder, env=environment
+    )
     assert found.returncode == 0, found.stderr
     return found.stdout
 

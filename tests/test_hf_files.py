@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from hf_models import VOCABULARY, make_config, make_model, one_thread  # noqa: F401
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.files import read_tensors, write_tensors
-from turboquant_vllm.hf import TurboQuantCache
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache
 
 
 def contents(path):
@@ -30,7 +30,7 @@ def saved(tmp_path, generator):
     ids = torch.randint(3, VOCABULARY, (2, 25), generator=generator)
     cache = TurboQuantCache(model.config, seed=3)
     with torch.no_grad():
-        model(ids[:, :15], past_key_values=cache)
+        model(ids[:, :15], **{CACHE_ARGUMENT: cache})
     path = tmp_path / "prompt.safetensors"
     cache.save(path)
     return model, ids, cache, path
@@ -44,14 +44,14 @@ def test_a_loaded_cache_goes_on_where_it_was(family, skipped, tmp_path, generato
     ids = torch.randint(3, VOCABULARY, (2, 25), generator=generator)
     cache = TurboQuantCache(model.config, skip_layers=skipped)
     for start, stop in ((0, 12), (12, 15)):
-        model(ids[:, start:stop], past_key_values=cache)
+        model(ids[:, start:stop], **{CACHE_ARGUMENT: cache})
     cache.save(tmp_path / "prompt.safetensors")
     loaded = TurboQuantCache.load(tmp_path / "prompt.safetensors", model.config)
     assert loaded.packed_layers == cache.packed_layers
     assert loaded.get_seq_length() == 15
     for start, stop in ((15, 16), (16, 25)):
-        want = model(ids[:, start:stop], past_key_values=cache).logits
-        assert torch.equal(model(ids[:, start:stop], past_key_values=loaded).logits, want)
+        want = model(ids[:, start:stop], **{CACHE_ARGUMENT: cache}).logits
+        assert torch.equal(model(ids[:, start:stop], **{CACHE_ARGUMENT: loaded}).logits, want)
 
 
 def test_a_file_is_as_small_as_the_cache(saved):
@@ -82,7 +82,7 @@ def test_other_options_are_the_callers(saved):
     cache = TurboQuantCache.load(path, model.config, exact_prefill=False)
     cache.reset()
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE_ARGUMENT: cache})
     assert all(not layer.exact_prefill for layer in cache.layers)
     assert cache.seed == 3
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 from hf_models import VOCABULARY, generated, make_model, reference_cache, stock_attention
-from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 
 pytestmark = pytest.mark.gpu
@@ -32,7 +32,7 @@ def logits_of(model, cache, ids, mask):
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     found = []
     for start, stop in ((0, 20), *((i, i + 1) for i in range(20, 26)), (26, 40)):
-        arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop], "past_key_values": cache}
+        arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop], CACHE_ARGUMENT: cache}
         found.append(model(ids[:, start:stop], **arguments).logits.double().cpu())
     return torch.cat(found, 1)
 
@@ -66,7 +66,7 @@ def test_generate_runs_in_every_way(family, options, generator):
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=TurboQuantCache(model.config),
+        **{CACHE_ARGUMENT: TurboQuantCache(model.config)},
         max_new_tokens=12,
         do_sample=False,
         eos_token_id=None,
@@ -147,10 +147,10 @@ def test_decoding_needs_little_memory_beside_the_cache():
     for layer in range(2):
         cache.update(k, k, layer)
     token = torch.full((4, 1), 5, device=DEVICE)
-    model(token, past_key_values=cache)
+    model(token, **{CACHE_ARGUMENT: cache})
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    model(token, past_key_values=cache)
+    model(token, **{CACHE_ARGUMENT: cache})
     assert torch.cuda.max_memory_allocated() - before < k.nbytes / 4
 
 
@@ -199,7 +199,7 @@ def test_layers_on_several_devices(generator):
     want = logits_of(model, TurboQuantCache(model.config), ids, mask)
     if second == "cpu":  # where dispatch_model would leave the weights and compute on the GPU nevertheless
         last = model.to(DEVICE).model.layers[1].to(second)
-        hook = accelerate.hooks.AlignDevicesHook(second, io_same_device=True, skip_keys="past_key_values")
+        hook = accelerate.hooks.AlignDevicesHook(second, io_same_device=True, skip_keys=CACHE_ARGUMENT)
         accelerate.hooks.add_hook_to_module(last, hook)
     else:
         first = ("model.embed_tokens", "model.rotary_emb", "model.layers.0")

@@ -14,6 +14,8 @@ import transformers
 
 from hf_models import (
     FAMILIES,
+    OUTSIDERS,
+    REFUSING,
     VOCABULARY,
     assert_same,
     assert_same_generation,
@@ -23,7 +25,7 @@ from hf_models import (
     reference_cache,
     stock_attention,
 )
-from turboquant_vllm.hf import TurboQuantCache, register
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, register
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -48,7 +50,7 @@ def test_transformers_own_attention_reads_the_same_cache(family, generator):
     expected, packed = reference_cache(stock), TurboQuantCache(stock.config)
     for start, stop in ((0, 11), (11, 12), (12, 18), (18, 23)):
         part = ids[:, start:stop]
-        assert torch.equal(stock(part, past_key_values=packed).logits, stock(part, past_key_values=expected).logits)
+        assert torch.equal(stock(part, **{CACHE_ARGUMENT: packed}).logits, stock(part, **{CACHE_ARGUMENT: expected}).logits)
 
 
 @families
@@ -58,8 +60,8 @@ def test_any_cutting_of_a_text_gives_the_same_logits_as_a_dense_cache(family, ge
     ids = tokens(generator, 2, 23)
     expected, packed = reference_cache(oracle), TurboQuantCache(ours.config)
     for start, stop in ((0, 11), (11, 12), (12, 13), (13, 18), (18, 23)):
-        want = oracle(ids[:, start:stop], past_key_values=expected).logits
-        assert_same(ours(ids[:, start:stop], past_key_values=packed).logits, want)
+        want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: expected}).logits
+        assert_same(ours(ids[:, start:stop], **{CACHE_ARGUMENT: packed}).logits, want)
     if family != "deepseek_v3":
         own = ours.config.num_hidden_layers - getattr(ours.config, "num_kv_shared_layers", 0)
         assert packed.packed_layers == list(range(own))
@@ -71,10 +73,10 @@ def test_any_cutting_of_a_text_gives_the_same_logits_as_a_dense_cache(family, ge
 def test_without_exact_prefill_chunks_change_nothing(family, generator):
     oracle, ours = both(family)
     ids = tokens(generator, 2, 19)
-    want = oracle(ids, past_key_values=reference_cache(oracle, exact_prefill=False)).logits
+    want = oracle(ids, **{CACHE_ARGUMENT: reference_cache(oracle, exact_prefill=False)}).logits
     for chunk in (19, 7):
         packed = TurboQuantCache(ours.config, exact_prefill=False)
-        got = [ours(part, past_key_values=packed).logits for part in ids.split(chunk, 1)]
+        got = [ours(part, **{CACHE_ARGUMENT: packed}).logits for part in ids.split(chunk, 1)]
         assert_same(torch.cat(got, 1), want)
 
 
@@ -94,9 +96,9 @@ def test_padding_changes_nothing(family, padding, generator):
     expected, packed = reference_cache(oracle), TurboQuantCache(ours.config)
     for start, stop in ((0, 9), (9, longest), (longest, longest + 1), (longest + 1, longest + 8)):
         arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        want = oracle(ids[:, start:stop], past_key_values=expected, **arguments).logits
+        want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: expected}, **arguments).logits
         real = mask[:, start:stop].bool()
-        assert_same(ours(ids[:, start:stop], past_key_values=packed, **arguments).logits[real], want[real])
+        assert_same(ours(ids[:, start:stop], **{CACHE_ARGUMENT: packed}, **arguments).logits[real], want[real])
 
 
 @families
@@ -156,23 +158,12 @@ def test_a_conversation_goes_on_with_the_same_cache_and_starts_again_after_reset
         assert_same_generation(actual, expected)
 
 
-# Those that do not go through the attention interface: class of the configuration, its arguments, whether it refuses "tq4".
-OUTSIDERS = {
-    "falcon": ("FalconConfig", {"num_hidden_layers": 2, "num_attention_heads": 2}, True),
-    "falcon_alibi": ("FalconConfig", {"num_hidden_layers": 2, "num_attention_heads": 2, "alibi": True}, True),
-    "gptj": ("GPTJConfig", {"n_layer": 2, "n_head": 2, "rotary_dim": 16, "n_positions": 64}, True),
-    # These attend in their own way, whatever they are asked for.
-    "bloom": ("BloomConfig", {"n_layer": 2, "n_head": 2}, False),
-    "codegen": ("CodeGenConfig", {"n_layer": 2, "n_head": 4, "n_embd": 64, "rotary_dim": 16, "n_positions": 64}, False),
-    "mpt": ("MptConfig", {"n_layers": 2, "n_heads": 2, "d_model": 64, "max_seq_len": 64}, False),
-}
-
-
-@pytest.mark.parametrize("name", OUTSIDERS)
+@pytest.mark.parametrize("name", [*OUTSIDERS, *REFUSING])
 @torch.no_grad()
 def test_models_with_attention_of_their_own_get_it_decompressed_or_refuse(name, generator):
-    kind, arguments, refuses = OUTSIDERS[name]
-    config = getattr(transformers, kind)(vocab_size=VOCABULARY, hidden_size=64, bos_token_id=1, eos_token_id=2, **arguments)
+    refuses = name in REFUSING
+    kind, arguments = {**OUTSIDERS, **REFUSING}[name]
+    config = getattr(transformers, kind)(**{"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, **arguments})
     register()
     make = transformers.AutoModelForCausalLM.from_config
     if refuses:
@@ -182,10 +173,10 @@ def test_models_with_attention_of_their_own_get_it_decompressed_or_refuse(name, 
     ids = tokens(generator, 2, 14)
     parts = [ids[:, start:stop] for start, stop in ((0, 9), (9, 10), (10, 14))]
     expected = reference_cache(model)
-    want = [model(part, past_key_values=expected).logits for part in parts]
+    want = [model(part, **{CACHE_ARGUMENT: expected}).logits for part in parts]
     for attention in ("eager",) if refuses else ("eager", "tq4"):
         model.config._attn_implementation = attention  # which set_attn_implementation refuses for some of these
         packed = TurboQuantCache(model.config)
         for part, logits in zip(parts, want, strict=True):
-            assert torch.equal(model(part, past_key_values=packed).logits, logits)
+            assert torch.equal(model(part, **{CACHE_ARGUMENT: packed}).logits, logits)
         assert packed.packed_layers == [0, 1]

@@ -27,7 +27,7 @@ from hf_models import (
 )
 from oracle import assert_close
 from turboquant_vllm import TQ4Codec
-from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache, attention_forward
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache, attention_forward
 from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, find_spans, written_out
 from turboquant_vllm.hf.static import MAX_CHUNK, DenseStaticLayer, PagedLayer
 
@@ -71,8 +71,8 @@ def test_any_cutting_of_a_padded_text_gives_the_same_logits_as_a_dense_cache(fam
     static = TurboQuantStaticCache(ours.config, max_cache_len=30, skip_layers=skipped)
     for start, stop in ((0, 11), (11, 12), (12, 13), (13, 18), (18, 23)):
         arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        want = oracle(ids[:, start:stop], past_key_values=expected, **arguments).logits
-        got = ours(ids[:, start:stop], past_key_values=static, **arguments).logits
+        want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: expected}, **arguments).logits
+        got = ours(ids[:, start:stop], **{CACHE_ARGUMENT: static}, **arguments).logits
         real = mask[:, start:stop].bool()
         assert_same(got[real], want[real])
 
@@ -126,8 +126,8 @@ def test_long_windows_turn_over_their_pages(generator):
     ids = tokens(generator, 1, 700)
     expected, static = reference_cache(oracle), TurboQuantStaticCache(ours.config, max_cache_len=700)
     for start, stop in ((0, 300), *((i, i + 1) for i in range(300, 304)), (304, 480), (480, 690), (690, 691)):
-        want = oracle(ids[:, start:stop], past_key_values=expected).logits
-        assert_same(ours(ids[:, start:stop], past_key_values=static).logits, want)
+        want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: expected}).logits
+        assert_same(ours(ids[:, start:stop], **{CACHE_ARGUMENT: static}).logits, want)
     sliding, full = static.layers
     assert sliding.nbytes < full.nbytes / 2
 
@@ -298,14 +298,14 @@ def test_files_fit_both_kinds_of_cache(skipped, tmp_path, generator):
     loaded = []
     for name, cache in (("growing", growing), ("static", static)):
         for start, stop in ((0, 12), (12, 15)):
-            model(ids[:, start:stop], past_key_values=cache)
+            model(ids[:, start:stop], **{CACHE_ARGUMENT: cache})
         cache.save(tmp_path / name)
         loaded.append(TurboQuantStaticCache.load(tmp_path / name, model.config, max_cache_len=40))
         loaded.append(TurboQuantCache.load(tmp_path / name, model.config))
     for start, stop in ((15, 16), (16, 25)):
-        want = model(ids[:, start:stop], past_key_values=growing).logits
+        want = model(ids[:, start:stop], **{CACHE_ARGUMENT: growing}).logits
         for cache in (static, *loaded):
-            assert_same(model(ids[:, start:stop], past_key_values=cache).logits, want)
+            assert_same(model(ids[:, start:stop], **{CACHE_ARGUMENT: cache}).logits, want)
 
 
 def test_a_file_that_is_too_long_is_refused(tmp_path, states):
@@ -332,9 +332,9 @@ def test_decoding_decompresses_nothing(family, monkeypatch):
     ids, mask = torch.arange(3, 33).repeat(2, 1), torch.ones(2, 30, dtype=torch.long)
     mask[1, :4] = 0
     cache = TurboQuantStaticCache(model.config, max_cache_len=40)
-    model(ids[:, :20], attention_mask=mask[:, :20], past_key_values=cache)
+    model(ids[:, :20], attention_mask=mask[:, :20], **{CACHE_ARGUMENT: cache})
     for step in range(20, 23):
-        model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], past_key_values=cache)
+        model(ids[:, step : step + 1], attention_mask=mask[:, : step + 1], **{CACHE_ARGUMENT: cache})
 
 
 @torch.no_grad()
@@ -346,8 +346,8 @@ def test_padding_between_visible_keys_changes_nothing(generator):
     expected, static = reference_cache(oracle), TurboQuantStaticCache(ours.config, max_cache_len=40)
     for start, stop in ((0, 12), (12, 13), (13, 14), (14, 16)):
         arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
-        want = oracle(ids[:, start:stop], past_key_values=expected, **arguments).logits
-        got = ours(ids[:, start:stop], past_key_values=static, **arguments).logits
+        want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: expected}, **arguments).logits
+        got = ours(ids[:, start:stop], **{CACHE_ARGUMENT: static}, **arguments).logits
         real = mask[:, start:stop].bool()
         assert_same(got[real], want[real])
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import turboquant_vllm
 
@@ -114,6 +116,29 @@ def test_version_is_that_of_pyproject() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert turboquant_vllm.__version__ == project["version"]
     assert metadata.version("turboquant-vllm") == project["version"]
+
+
+def test_the_lock_has_all_that_is_asked_for_within_its_bounds_and_names_no_source() -> None:
+    lock = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    assert "://" not in lock
+    lines = [line.split("#")[0].strip() for line in lock.splitlines() if "==" in line]
+    assert len(lines) > 50
+    pinned: dict[str, list[Requirement]] = {}
+    for found in map(Requirement, lines):
+        pinned.setdefault(canonicalize_name(found.name), []).append(found)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    asked = [*map(Requirement, project["dependencies"]), *map(Requirement, extras["dev"])]
+    for wanted in asked:  # grows on the way
+        if wanted.name == project["name"]:
+            asked += [Requirement(text) for extra in wanted.extras for text in extras[extra]]
+            continue
+        for python in ("3.11", "3.12"):
+            where = {"python_version": python, "python_full_version": f"{python}.0", "sys_platform": "linux"}
+            fits = [x for x in pinned[canonicalize_name(wanted.name)] if x.marker is None or x.marker.evaluate(where)]
+            assert len(fits) == 1, (wanted.name, python)
+            version = next(iter(fits[0].specifier)).version
+            assert wanted.specifier.contains(version), f"{wanted} is not {version}"
 
 
 def test_types_are_shipped() -> None:

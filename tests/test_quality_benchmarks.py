@@ -20,6 +20,7 @@ from quality_formats import FormatCache, Halves, Outliers, exact, fp8, int4
 from quality_train_recall import VALUES, load, make_model, sample
 from quality_training import train
 from turboquant_vllm import TQ4Codec
+from turboquant_vllm.hf import CACHE_ARGUMENT
 from turboquant_vllm.quality.attention import cache_format
 from turboquant_vllm.quality.formats import TQ4Format
 
@@ -84,7 +85,7 @@ def test_a_format_cache_holds_what_the_format_returns(generator: torch.Generator
         with cache_format(model, TQ4Format()):
             expected = model(ids).logits
         cache = FormatCache(TQ4Format())
-        parts = [model(part, past_key_values=cache).logits for part in ids.split((13, 1, 6), 1)]
+        parts = [model(part, **{CACHE_ARGUMENT: cache}).logits for part in ids.split((13, 1, 6), 1)]
     torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=1e-3, atol=1e-3)
 
 

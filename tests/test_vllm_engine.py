@@ -28,7 +28,7 @@ import turboquant_vllm.vllm as plugin
 from hf_models import VOCABULARY, make_config
 from turboquant_vllm.demo.compare import held_out_windows
 from turboquant_vllm.demo.run import MODEL
-from turboquant_vllm.hf import TurboQuantCache, register
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, register
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -124,8 +124,8 @@ def check(model, prompts, answers, *, exact_prefill, cuts=lambda length: ()):
         cache = TurboQuantCache(model.config, exact_prefill=exact_prefill)
         ends = [0, *cuts(len(prompt)), len(prompt)]
         for first, stop in itertools.pairwise(ends):
-            logits = model(torch.tensor([prompt[first:stop]], device=DEVICE), past_key_values=cache).logits[0, -1:]
-        rest = model(torch.tensor([answer[:-1]], device=DEVICE), past_key_values=cache).logits[0]
+            logits = model(torch.tensor([prompt[first:stop]], device=DEVICE), **{CACHE_ARGUMENT: cache}).logits[0, -1:]
+        rest = model(torch.tensor([answer[:-1]], device=DEVICE), **{CACHE_ARGUMENT: cache}).logits[0]
         logits = torch.cat([logits, rest]).float()
         best, chosen = logits.amax(-1), logits.gather(-1, torch.tensor(answer, device=DEVICE)[:, None])[:, 0]
         behind = best - chosen

@@ -24,7 +24,7 @@ except ModuleNotFoundError as error:
         sys.exit(message)
     raise ModuleNotFoundError(message) from error
 
-from turboquant_vllm.hf import TurboQuantCache
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache
 
 __all__ = ["TurboQuantLM", "main"]
 
@@ -59,11 +59,12 @@ class TurboQuantLM(HFLM):
         """Logits ``[batch, length, vocabulary]`` of token ids ``[batch, length]``, padded on the right."""
         device, dtype = self.device.type, self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(device_type=device, dtype=dtype, enabled=dtype is not None):
-            logits: torch.Tensor = self.model(inps, past_key_values=self._cache(), use_cache=True).logits
+            logits: torch.Tensor = self.model(inps, **{CACHE_ARGUMENT: self._cache()}, use_cache=True).logits
         return logits
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
-        written: torch.Tensor = super()._model_generate(context, max_length, stop, past_key_values=self._cache(), **options)
+        options[CACHE_ARGUMENT] = self._cache()
+        written: torch.Tensor = super()._model_generate(context, max_length, stop, **options)
         return written
 
 

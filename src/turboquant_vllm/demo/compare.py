@@ -118,7 +118,7 @@ def continue_prompt(
             cache = hf.TurboQuantCache(model.config, exact_prefill=False)
         output = model.generate(
             inputs,
-            past_key_values=cache,
+            **{hf.CACHE_ARGUMENT: cache},
             attention_mask=torch.ones_like(inputs),
             do_sample=False,
             max_new_tokens=new,

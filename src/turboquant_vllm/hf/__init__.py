@@ -4,7 +4,9 @@ from turboquant_vllm.hf import TurboQuantCache, register
 
 register()
 model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="tq4")
-model.generate(**inputs, past_key_values=TurboQuantCache(model.config))
+model.generate(**inputs, cache=TurboQuantCache(model.config))
+
+Releases of transformers before 5.24 call the argument ``past_key_values``; CACHE_ARGUMENT is what the installed one calls it.
 """
 
 from importlib.util import find_spec
@@ -23,7 +25,10 @@ from packaging.version import Version  # noqa: E402
 if Version(transformers.__version__) < Version("5.14"):
     raise ImportError(f"{_NEEDS}; got {transformers.__version__}")
 
+# What models and their `generate` call a cache. The old name warns from 5.24 on and ends with 5.40.
+CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
+
 from turboquant_vllm.hf.attention import ATTENTION_NAME, attention_forward, register  # noqa: E402
 from turboquant_vllm.hf.cache import TurboQuantCache, TurboQuantStaticCache  # noqa: E402
 
-__all__ = ["ATTENTION_NAME", "TurboQuantCache", "TurboQuantStaticCache", "attention_forward", "register"]
+__all__ = ["ATTENTION_NAME", "CACHE_ARGUMENT", "TurboQuantCache", "TurboQuantStaticCache", "attention_forward", "register"]

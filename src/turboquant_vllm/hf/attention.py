@@ -82,7 +82,9 @@ def attention_forward(
         raise ValueError("output_attentions: expected False (the weights are never formed), got True")
     for name in _NOT_HANDLED:
         if kwargs.get(name) is not None:
-            raise ValueError(f"{name}: expected None, got {type(kwargs[name]).__name__}; {_TAKES_ANY}")
+            misnamed = name == "cache" and hasattr(kwargs[name], "layers")  # a model that does not know the name passes it on
+            advice = "this release of transformers calls it past_key_values" if misnamed else _TAKES_ANY
+            raise ValueError(f"{name}: expected None, got {type(kwargs[name]).__name__}; {advice}")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     sinks = None if s_aux is None else s_aux.float()

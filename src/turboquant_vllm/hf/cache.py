@@ -72,7 +72,7 @@ class _SavedCache:
 
 
 class TurboQuantCache(_SavedCache, DynamicCache):
-    """A growing cache in 4 bits: ``model.generate(..., past_key_values=TurboQuantCache(model.config))``.
+    """A growing cache in 4 bits: ``model.generate(..., cache=TurboQuantCache(model.config))``.
 
     It serves every attention implementation of transformers. With ``attn_implementation="tq4"`` (see
     :func:`turboquant_vllm.hf.register`) attention reads the codes; others get the vectors decompressed, layer by layer.

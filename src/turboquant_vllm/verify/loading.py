@@ -56,6 +56,7 @@ def check_cache(model: Model, name: str, dense: Collection[int] = ()) -> dict[in
         ValueError: the model keeps no such cache, or one that `TurboQuantCache` would not keep in 4 bits, in a layer that is
             not among the ``dense`` ones.
     """
+    from turboquant_vllm.hf import CACHE_ARGUMENT
     from turboquant_vllm.hf.cache import stays_dense
     from turboquant_vllm.hf.layers import expected_shapes
 
@@ -77,7 +78,7 @@ def check_cache(model: Model, name: str, dense: Collection[int] = ()) -> dict[in
     ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
     with cache_format(model, look):
         output = model(ids, use_cache=True)
-    if not found or getattr(output, "past_key_values", None) is None:
+    if not found or getattr(output, CACHE_ARGUMENT, None) is None:
         raise ValueError(f"model: expected one with a cache of keys and values, {named} keeps none")
     return found
 
