@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from saved_codec import Metadata, Tensors, checksum, header, read, rewrite, rewrite_header
 from turboquant_vllm import TQ4Codec, TQ4Tensor
-
-Tensors = dict[str, torch.Tensor]
-Metadata = dict[str, str]
 
 
 @pytest.fixture
@@ -32,27 +29,6 @@ def saved(codec: TQ4Codec, tmp_path: Path, generator: torch.Generator) -> tuple[
     path = tmp_path / "keys.safetensors"
     codec.save(path, t)
     return path, t
-
-
-def read(path: Path) -> tuple[Tensors, Metadata]:
-    with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
-
-
-def checksum(tensors: Tensors) -> str:
-    """The file format's checksum, as its version 1 defines it."""
-    digest = hashlib.sha256()
-    for name, x in sorted(tensors.items()):
-        digest.update(f"{name} {x.dtype} {list(x.shape)}\n".encode() + x.contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def rewrite(path: Path, change: Callable[[Tensors, Metadata], object]) -> None:
-    """Change a saved file's contents and give it the checksum that fits them."""
-    tensors, metadata = read(path)
-    change(tensors, metadata)
-    metadata["sha256"] = checksum(tensors)
-    save_file(tensors, path, metadata)
 
 
 # Round trips
@@ -97,9 +73,23 @@ def test_file_is_described_by_its_header(saved: tuple[Path, TQ4Tensor]) -> None:
         "centroids": (torch.float32, (16,)),
         "rotation": (torch.float32, (64, 64)),
     }
-    assert (metadata["format"], metadata["version"]) == ("turboquant-tq4", "1")
+    assert (metadata["format"], metadata["version"]) == ("turboquant-tq4", "2")
     assert json.loads(metadata["codec"]) == {"head_dim": 64, "seed": 3, "rotation_kind": "hadamard"}
-    assert metadata["sha256"] == checksum(tensors)
+    assert metadata["sha256"] == checksum(tensors, metadata)
+
+
+def test_files_of_version_1_are_read(codec: TQ4Codec, saved: tuple[Path, TQ4Tensor]) -> None:
+    path, t = saved
+    tensors, metadata = read(path)
+    metadata.update(version="1", sha256=checksum(tensors))
+    save_file(tensors, path, metadata)
+    again = codec.load(path)
+    assert torch.equal(again.codes, t.codes)
+    assert torch.equal(again.norms, t.norms)
+    tensors["codes"][0, 0, 0] ^= 1
+    save_file(tensors, path, metadata)
+    with pytest.raises(ValueError, match="expected checksum"):
+        codec.load(path)
 
 
 def test_haar_rotation_may_differ_in_its_last_bits(tmp_path: Path) -> None:
@@ -150,6 +140,59 @@ def test_flipped_bit(codec: TQ4Codec, saved: tuple[Path, TQ4Tensor], generator: 
         codec.load(path)
 
 
+def test_every_flipped_bit_of_the_header_is_noticed(tmp_path: Path) -> None:
+    codec = TQ4Codec(16)
+    codec.save(tmp_path / "t", codec.compress(torch.ones(2, 16)))
+    raw = (tmp_path / "t").read_bytes()
+    for place in range(8 + int.from_bytes(raw[:8], "little")):
+        for bit in range(8):
+            changed = bytearray(raw)
+            changed[place] ^= 1 << bit
+            (tmp_path / "t").write_bytes(changed)
+            with pytest.raises(ValueError, match="expected"):
+                codec.load(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda h: h["codes"].update(dtype="F99"), "got tensor 'codes' of dtype 'F99'"),
+        (lambda h: h["codes"].update(dtype=["U8"]), r"got tensor 'codes' of dtype \['U8'\]"),
+        (lambda h: h["codes"].update(dtype="F32"), r"got tensor 'codes', torch.float32 \[2, 5, 32\], in bytes"),
+        (lambda h: h["codes"].update(shape=[2, 5, -32]), r"got tensor 'codes' with shape \[2, 5, -32\]"),
+        (lambda h: h["codes"].update(shape=[2, 5, 32.0]), r"got tensor 'codes' with shape \[2, 5, 32.0\]"),
+        (lambda h: h["codes"].update(shape=[2**62, 2**62]), "got tensor 'codes', torch.uint8"),
+        (lambda h: h["codes"].update(shape=320), "got tensor 'codes' with shape 320"),
+        (lambda h: h["codes"].update(data_offsets=[0]), "got tensor 'codes' with data_offsets"),
+        (lambda h: h["codes"].update(data_offsets=h["rotation"]["data_offsets"]), "got tensor '(codes|rotation)', torch"),
+        (lambda h: h["codes"].update(more=1), "got tensor 'codes' described by"),
+        (lambda h: h.update(codes=7), "got tensor 'codes' described by 7"),
+        (lambda h: h.update(__metadata__=[]), r"got metadata \[\]"),
+        (lambda h: h["__metadata__"].update(version=2), "got metadata .*'version': 2"),
+        (lambda h: [h.pop(name) for name in list(h)], "got .* bytes of tensors where 0 were announced"),
+    ],
+)
+def test_header_that_is_none(
+    codec: TQ4Codec, saved: tuple[Path, TQ4Tensor], change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    path, _ = saved
+    rewrite_header(path, change)
+    with pytest.raises(ValueError, match=f"expected a safetensors file, {message}"):
+        codec.load(path)
+
+
+def test_bytes_behind_the_last_tensor(codec: TQ4Codec, saved: tuple[Path, TQ4Tensor]) -> None:
+    path, _ = saved
+    path.write_bytes(path.read_bytes() + b"more")
+    with pytest.raises(ValueError, match=r"expected a safetensors file, got .* bytes of tensors"):
+        codec.load(path)
+
+
+def test_folders_are_no_files(codec: TQ4Codec, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        codec.load(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("reader", "message"),
     [
@@ -168,11 +211,20 @@ def test_file_of_another_codec(saved: tuple[Path, TQ4Tensor], reader: Callable[[
     [
         (lambda t, m: m.update(format="other"), "expected format 'turboquant-tq4', got 'other'"),
         (lambda t, m: m.pop("format"), "expected format 'turboquant-tq4', got None"),
-        (lambda t, m: m.update(version="2"), "expected format version 1, got 2"),
+        (lambda t, m: m.update(version="3"), "expected format version 1 or 2, got 3"),
+        (lambda t, m: m.pop("version"), "expected format version 1 or 2, got None"),
         (lambda t, m: m.pop("codec"), "expected head_dim, seed and rotation_kind, got None"),
         (lambda t, m: m.update(codec="{"), "expected head_dim, seed and rotation_kind, got '{'"),
         (lambda t, m: m.update(codec="[64]"), "expected head_dim, seed and rotation_kind"),
         (lambda t, m: m.update(codec='{"head_dim": 64, "seed": 3}'), "expected head_dim, seed and rotation_kind"),
+        (lambda t, m: m.update(codec="[" * 100_000), "expected head_dim, seed and rotation_kind"),
+        (lambda t, m: header(m, head_dim=64.0), "expected head_dim to be a whole number that is not negative, got 64.0"),
+        (lambda t, m: header(m, seed=-1), "expected seed to be a whole number that is not negative, got -1"),
+        (lambda t, m: header(m, seed="3"), "expected seed to be a whole number that is not negative, got '3'"),
+        (lambda t, m: header(m, seed=True), "expected seed to be a whole number that is not negative, got True"),
+        (lambda t, m: header(m, rotation_kind="other"), "expected rotation_kind hadamard or haar, got 'other'"),
+        (lambda t, m: header(m, rotation_kind=["haar"]), r"expected rotation_kind hadamard or haar, got \['haar'\]"),
+        (lambda t, m: header(m, more=1), "expected head_dim, seed and rotation_kind, got .*more"),
         (lambda t, m: t.pop("norms"), r"expected codes, norms, centroids and rotation, got \['centroids', 'codes', 'rot"),
         (lambda t, m: t.update(more=torch.zeros(1)), "expected codes, norms, centroids and rotation, got"),
         (lambda t, m: t.update(codes=t["codes"][..., :31].clone()), r"codes torch.uint8 \[2, 5, 32\], got .* \[2, 5, 31\]"),
@@ -251,6 +303,16 @@ def test_folder_that_is_missing(codec: TQ4Codec, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="cannot be written"):
         codec.save(tmp_path / "missing" / "t", codec.compress(torch.ones(64)))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("where", ["file/t", "folder", ""])
+def test_places_where_no_file_can_be(codec: TQ4Codec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="cannot be written"):
+        codec.save(where, codec.compress(torch.ones(64)))
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
 
 
 def test_only_compressed_tensors_of_this_codec_are_saved(codec: TQ4Codec, tmp_path: Path) -> None:

@@ -288,36 +288,6 @@ def test_head_dimensions_that_pages_cannot_hold_are_refused(randn):
         cache.update(k, k, 1)
 
 
-@torch.no_grad()
-@pytest.mark.parametrize("skipped", [(), (1,)])
-def test_files_fit_both_kinds_of_cache(skipped, tmp_path, generator):
-    model = model_of("gemma3", "tq4")
-    ids = tokens(generator, 2, 25)
-    growing = TurboQuantCache(model.config, skip_layers=skipped)
-    static = TurboQuantStaticCache(model.config, max_cache_len=30, skip_layers=skipped)
-    loaded = []
-    for name, cache in (("growing", growing), ("static", static)):
-        for start, stop in ((0, 12), (12, 15)):
-            model(ids[:, start:stop], **{CACHE_ARGUMENT: cache})
-        cache.save(tmp_path / name)
-        loaded.append(TurboQuantStaticCache.load(tmp_path / name, model.config, max_cache_len=40))
-        loaded.append(TurboQuantCache.load(tmp_path / name, model.config))
-    for start, stop in ((15, 16), (16, 25)):
-        want = model(ids[:, start:stop], **{CACHE_ARGUMENT: growing}).logits
-        for cache in (static, *loaded):
-            assert_same(model(ids[:, start:stop], **{CACHE_ARGUMENT: cache}).logits, want)
-
-
-def test_a_file_that_is_too_long_is_refused(tmp_path, states):
-    config = make_config("llama")
-    cache = TurboQuantCache(config)
-    for layer in range(2):
-        cache.update(*states(1, 70), layer)
-    cache.save(tmp_path / "long")
-    with pytest.raises(ValueError, match="layer 0: expected at most 64 tokens, got 70"):
-        TurboQuantStaticCache.load(tmp_path / "long", config, max_cache_len=19)
-
-
 # Attention over pages
 
 

@@ -13,7 +13,7 @@ import copy
 import json
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 
@@ -28,16 +28,15 @@ from turboquant_vllm.checks import (
     check_shape,
 )
 from turboquant_vllm.codebook import companding, lloyd_max
-from turboquant_vllm.files import read_tensors, write_tensors
+from turboquant_vllm.files import header_number, read_header, read_tensors, write_tensors
 from turboquant_vllm.records import Operand, Tables
 from turboquant_vllm.rotation import RotationKind, haar, randomized_hadamard, rotation_kind
 
-__all__ = ["SCALES", "TQ4Codec", "TQ4Keys", "TQ4Tensor"]
+__all__ = ["SCALES", "TQ4Codec", "TQ4Keys", "TQ4Tensor", "other_table"]
 
 SCALES = ("norm", "least_squares", "unbiased")
 
 _FORMAT = "turboquant-tq4"
-_VERSION = "1"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Linear-algebra libraries differ in a Haar matrix's last bits; anything beyond that is another rotation.
 _SAME_ROTATION = 1e-5
@@ -301,7 +300,7 @@ class TQ4Codec:
         codes, norms = self._check(t)
         tensors = {"codes": codes, "norms": norms, "centroids": self.centroids, "rotation": self.rotation}
         header = {"head_dim": self.head_dim, "seed": self.seed, "rotation_kind": self.rotation_kind}
-        write_tensors(path, tensors, {"format": _FORMAT, "version": _VERSION, "codec": json.dumps(header)})
+        write_tensors(path, tensors, {"format": _FORMAT, "codec": json.dumps(header)})
 
     def load(self, path: str | os.PathLike[str]) -> TQ4Tensor:
         """Read a file of :meth:`save` to the codec's device.
@@ -325,12 +324,12 @@ class TQ4Codec:
             got = tensors[name]
             if got.dtype != dtype or got.shape != shape:
                 raise ValueError(f"{path}: expected {name} {dtype} {list(shape)}, got {got.dtype} {list(got.shape)}")
-        if not torch.allclose(tensors["rotation"], self.rotation.cpu(), rtol=0, atol=_SAME_ROTATION):
+        if (name := other_table(tensors["rotation"], tensors["centroids"], self)) == "rotation":
             mine = f"seed {self.seed}, {self.rotation_kind}"
             theirs = f"seed {header['seed']}, {header['rotation_kind']}"
             raise ValueError(f"{path}: expected the rotation of this codec ({mine}), got another ({theirs})")
-        if not torch.equal(tensors["centroids"], self.centroids.cpu()):
-            raise ValueError(f"{path}: expected the centroids of this codec, got others")
+        if name:
+            raise ValueError(f"{path}: expected the {name} of this codec, got others")
         return TQ4Tensor(tensors["codes"].to(self.device), tensors["norms"].to(self.device))
 
     @property
@@ -378,12 +377,25 @@ class TQ4Codec:
         return Operand(codes, norms, t.groups, t.steps)
 
 
-def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, object]]:
+def other_table(rotation: torch.Tensor | None, centroids: torch.Tensor | None, codec: TQ4Codec) -> str:
+    """Which of a file's tables is another than the codec's, "rotation" or "centroids"; empty where both are its own."""
+    for name, found, own, tolerance in (
+        ("rotation", rotation, codec.rotation, _SAME_ROTATION),
+        ("centroids", centroids, codec.centroids, 0.0),
+    ):
+        if found is None or (found.dtype, found.shape) != (own.dtype, own.shape):
+            return name
+        if not bool((found - own.to(found.device)).abs().max() <= tolerance):  # which a NaN is not
+            return name
+    return ""
+
+
+def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Tensors and header of a file that :meth:`TQ4Codec.save` wrote; ValueError for anything else."""
-    tensors, metadata = read_tensors(path, _FORMAT, _VERSION, ("codes", "norms", "centroids", "rotation"))
-    try:
-        header = json.loads(metadata["codec"])
-        header = {name: header[name] for name in ("head_dim", "seed", "rotation_kind")}
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected head_dim, seed and rotation_kind, got {metadata.get('codec')!r}") from error
+    tensors, metadata = read_tensors(path, _FORMAT, ("codes", "norms", "centroids", "rotation"))
+    header = read_header(path, metadata, "codec", ("head_dim", "seed", "rotation_kind"))
+    for name in ("head_dim", "seed"):
+        header_number(path, name, header[name])
+    if header["rotation_kind"] not in get_args(RotationKind):
+        raise ValueError(f"{path}: expected rotation_kind hadamard or haar, got {header['rotation_kind']!r}")
     return tensors, header

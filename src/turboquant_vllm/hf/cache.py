@@ -171,7 +171,7 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
             if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
                 continue
             if index in skipped:
-                self.layers[index] = DenseStaticLayer(max_cache_len)
+                self.layers[index] = DenseStaticLayer(max_cache_len, windows[index])
                 continue
             self.layers[index] = PagedLayer(index, max_cache_len, window=windows[index], seed=seed, exact_prefill=exact_prefill)
 

@@ -11,19 +11,22 @@ import os
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
-from turboquant_vllm.codec import TQ4Tensor
-from turboquant_vllm.files import read_tensors, write_tensors
-from turboquant_vllm.hf.layers import PackedLayer
+from turboquant_vllm.checks import MAX_HEAD_DIM
+from turboquant_vllm.codec import TQ4Tensor, other_table
+from turboquant_vllm.files import header_number, read_header, read_tensors, write_tensors
+from turboquant_vllm.hf.layers import MIN_HEAD_DIM, PackedLayer
 from turboquant_vllm.hf.static import DenseStaticLayer, PagedLayer
 from turboquant_vllm.hf.storage import codec_for
 
 __all__ = ["fill_layers", "read_cache", "write_cache"]
 
-_FORMAT, _VERSION = "turboquant-hf-cache", "1"
-# Linear-algebra libraries differ in a Haar matrix's last bits; anything beyond that is another rotation.
-_SAME_ROTATION = 1e-5
+_FORMAT = "turboquant-hf-cache"
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_LONGEST = 2**63 - 1  # what a length on a device can be
+_PARTS: dict[str, tuple[str, ...]] = {"packed": ("codes", "norms"), "dense": ("keys", "values"), "none": ()}
+_TABLES = ("rotation", "centroids")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -50,24 +53,28 @@ def write_cache(path: str | os.PathLike[str], layers: list[Any], seed: int) -> N
             tensors[f"rotation.{codec.head_dim}"], tensors[f"centroids.{codec.head_dim}"] = codec.rotation, codec.centroids
             description["dtype"] = str(layer.dtype).removeprefix("torch.")
         else:
-            length = description["length"] if layer.is_compileable else None
-            tensors[f"{index}.keys"], tensors[f"{index}.values"] = (x[:, :, :length] for x in (layer.keys, layer.values))
+            length = description["length"]
+            own = slice(length - _kept(description["window"], length), length) if layer.is_compileable else slice(None)
+            tensors[f"{index}.keys"], tensors[f"{index}.values"] = (x[:, :, own] for x in (layer.keys, layer.values))
     header = {"seed": seed, "layers": descriptions}
-    write_tensors(path, tensors, {"format": _FORMAT, "version": _VERSION, "cache": json.dumps(header)})
+    write_tensors(path, tensors, {"format": _FORMAT, "cache": json.dumps(header)})
 
 
 def read_cache(path: str | os.PathLike[str]) -> tuple[int, list[dict[str, Any]], Tensors]:
-    """Seed, descriptions of the layers and tensors of a file of :func:`write_cache`.
+    """Seed, descriptions of the layers and tensors of a file of :func:`write_cache`, each checked as far as it stands alone.
 
     Raises:
         FileNotFoundError, ValueError: no such file, or another one.
     """
-    tensors, metadata = read_tensors(path, _FORMAT, _VERSION)
-    try:
-        header = json.loads(metadata["cache"])
-        return int(header["seed"]), list(header["layers"]), tensors
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: expected a seed and layers, got {metadata.get('cache')!r}") from error
+    tensors, metadata = read_tensors(path, _FORMAT)
+    header = read_header(path, metadata, "cache", ("seed", "layers"))
+    seed, layers = header_number(path, "seed", header["seed"]), header["layers"]
+    if not isinstance(layers, list):
+        raise ValueError(f"{path}: expected layers to be a list, got {layers!r}")
+    expected = {name for index, layer in enumerate(layers) for name in _check_layer(path, index, layer, tensors)}
+    if others := sorted(tensors.keys() - expected):
+        raise ValueError(f"{path}: expected tensors of {len(layers)} layers, got {others} beside them")
+    return seed, layers, tensors
 
 
 def fill_layers(
@@ -80,18 +87,29 @@ def fill_layers(
         ValueError: the file does not fit the layers, or its rotations or levels are not ours.
     """
     for index, (layer, found) in enumerate(zip(layers, descriptions, strict=True)):
-        expected = _describe(index, layer)
-        for name in ("kind", "window"):
-            if found.get(name) != expected.get(name):
-                raise ValueError(f"{path}: layer {index}: expected {name} {expected.get(name)}, got {found.get(name)}")
+        expected, kind, length = _describe(index, layer), found["kind"], found["length"]
+        if kind != expected["kind"]:
+            raise ValueError(f"{path}: layer {index}: expected kind {expected['kind']}, got {kind}")
+        window = expected.get("window")
+        # A dense layer without a window has all tokens, whatever the window of the layer that reads it.
+        if found.get("window") != window and not (kind == "dense" and found["window"] is None):
+            raise ValueError(f"{path}: layer {index}: expected window {window}, got {found.get('window')}")
+        if kind != "none" and layer.is_compileable and length > layer.max_cache_len:
+            raise ValueError(f"{path}: layer {index}: expected at most {layer.max_cache_len} tokens, got {length}")
         if f"{index}.codes" in tensors:
-            packed = _packed(path, index, tensors)
+            packed = TQ4Tensor(tensors[f"{index}.codes"], tensors[f"{index}.norms"])
             _check_tables(path, packed.head_dim, seed, tensors)
-            layer.restore(packed, getattr(torch, found["dtype"]), found["length"])
+            layer.restore(packed, _DTYPES[found["dtype"]], length)
         elif f"{index}.keys" in tensors:
-            layer.update(*(tensors[f"{index}.{name}"].to(device) for name in ("keys", "values")))
+            keys, values = (tensors[f"{index}.{name}"] for name in _PARTS["dense"])
+            own = slice(keys.shape[2] - _kept(window, length), None)
+            keys, values = keys[:, :, own].to(device), values[:, :, own].to(device)
+            if isinstance(layer, DenseStaticLayer):
+                layer.restore(keys, values, length)
+            else:
+                layer.update(keys, values)
             if type(layer) is DynamicSlidingWindowLayer:
-                layer.cumulative_length = found["length"]
+                layer.cumulative_length = length
 
 
 def _describe(index: int, layer: Any) -> dict[str, Any]:
@@ -100,24 +118,57 @@ def _describe(index: int, layer: Any) -> dict[str, Any]:
         return {"kind": "none", "length": 0}
     if isinstance(layer, (PackedLayer, PagedLayer)):
         kind, window = "packed", layer.window
-    elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, DenseStaticLayer):
+    elif isinstance(layer, DenseStaticLayer):
+        kind, window = "dense", layer.window
+    elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
         kind, window = "dense", getattr(layer, "sliding_window", None)
     else:
         raise ValueError(f"layer {index}: expected keys and values to be saved, got a {type(layer).__name__}")
     return {"kind": kind, "window": window, "length": int(layer.get_seq_length())}
 
 
-def _packed(path: Any, index: int, tensors: Tensors) -> TQ4Tensor:
-    codes, norms = tensors[f"{index}.codes"], tensors[f"{index}.norms"]
-    if codes.dtype != torch.uint8 or norms.dtype != torch.float32 or codes.dim() != 5 or codes.shape[:-1] != norms.shape:
-        got = f"{codes.dtype} {list(codes.shape)} and {norms.dtype} {list(norms.shape)}"
-        raise ValueError(f"{path}: layer {index}: expected uint8 codes and float32 norms of 5 and 4 dimensions, got {got}")
-    return TQ4Tensor(codes, norms)
+def _kept(window: int | None, length: int) -> int:
+    """How many of ``length`` tokens later calls can see."""
+    return length if window is None else min(length, window - 1)
+
+
+def _check_layer(path: Any, index: int, layer: object, tensors: Tensors) -> list[str]:
+    """Check the description of a layer and its tensors; names of these, and of the tables that read them."""
+    where = f"{path}: layer {index}"
+    kind = layer.get("kind") if isinstance(layer, dict) else layer
+    if not isinstance(layer, dict) or kind not in tuple(_PARTS):
+        raise ValueError(f"{where}: expected kind packed, dense or none, got {kind!r}")
+    length = header_number(where, "length", layer.get("length"), _LONGEST)
+    window = layer.get("window")
+    if window is not None and header_number(where, "window", window) == 0:
+        raise ValueError(f"{where}: expected window to be positive, got 0")
+    names = [f"{index}.{part}" for part in _PARTS[kind] if f"{index}.{part}" in tensors]
+    if not names and not length:
+        return names
+    if len(names) < 2:
+        raise ValueError(f"{where}: expected {' and '.join(_PARTS[kind])} of {length} tokens, got {names}")
+    first, second = (tensors[name] for name in names)
+    got = f"{first.dtype} {list(first.shape)} and {second.dtype} {list(second.shape)}"
+    if kind == "dense":
+        together = first.shape[::2] == second.shape[::2] and first.dtype == second.dtype
+        if first.dim() != 4 or second.dim() != 4 or not together or not first.is_floating_point():
+            raise ValueError(f"{where}: expected floating keys and values of 4 dimensions, got {got}")
+        least, count = _kept(window, length), first.shape[2]
+    else:
+        if (first.dtype, second.dtype) != (torch.uint8, torch.float32) or first.dim() != 5 or first.shape[:-1] != second.shape:
+            raise ValueError(f"{where}: expected uint8 codes and float32 norms of 5 and 4 dimensions, got {got}")
+        if first.shape[0] != 2 or not MIN_HEAD_DIM <= 2 * first.shape[4] <= MAX_HEAD_DIM:
+            raise ValueError(f"{where}: expected codes of keys and values of head dimension 16 to 256, got {got}")
+        if layer.get("dtype") not in tuple(_DTYPES):
+            raise ValueError(f"{where}: expected dtype {', '.join(_DTYPES)}, got {layer.get('dtype')!r}")
+        least, count = _kept(window, length), first.shape[3]
+        names += [name for x in _TABLES if (name := f"{x}.{2 * first.shape[4]}") in tensors]
+    if not least <= count <= (length if kind == "dense" else least):
+        raise ValueError(f"{where}: expected {least} of {length} tokens, got {count}")
+    return names
 
 
 def _check_tables(path: Any, head_dim: int, seed: int, tensors: Tensors) -> None:
-    codec = codec_for(head_dim, seed, torch.device("cpu"))
-    for name, own, tolerance in (("rotation", codec.rotation, _SAME_ROTATION), ("centroids", codec.centroids, 0.0)):
-        found = tensors.get(f"{name}.{head_dim}")
-        if found is None or found.shape != own.shape or not torch.allclose(found, own, rtol=0, atol=tolerance):
-            raise ValueError(f"{path}: expected the {name} of seed {seed} for head dimension {head_dim}, got others")
+    rotation, centroids = (tensors.get(f"{name}.{head_dim}") for name in _TABLES)
+    if name := other_table(rotation, centroids, codec_for(head_dim, seed, torch.device("cpu"))):
+        raise ValueError(f"{path}: expected the {name} of seed {seed} for head dimension {head_dim}, got others")

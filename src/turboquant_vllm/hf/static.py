@@ -29,6 +29,11 @@ def whole_pages(tokens: int) -> int:
     return -(-tokens // PAGE_SIZE) * PAGE_SIZE
 
 
+def _is_there(first: int, length: int, window: int) -> bool:
+    """Whether the window of ``length`` tokens ends before the tokens that come before ``first``, which are gone."""
+    return length == 0 or first <= max(0, length - window + 1)
+
+
 class PagedLayer(CacheLayerMixin):
     """A layer with room for ``max_cache_len`` tokens in 4 bits.
 
@@ -50,6 +55,7 @@ class PagedLayer(CacheLayerMixin):
         self.index, self.max_cache_len, self.window = index, whole_pages(max_cache_len), window
         self.seed, self.exact_prefill = seed, exact_prefill
         self.empty = True
+        self.first = 0  # tokens before this one were never here: they had left the window of the cache that was restored
         self.codec: TQ4Codec | None = None
         self.buffer: torch.Tensor | None = None
         self.dtype: torch.dtype = torch.float32
@@ -219,18 +225,18 @@ class PagedLayer(CacheLayerMixin):
 
     def restore(self, packed: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
         """Take over keys and values ``[2, B, H_kv, n, D]`` that are what is left of ``length`` tokens."""
-        if length > self.max_cache_len and self.window is None:
+        if length > self.max_cache_len:
             raise ValueError(f"layer {self.index}: expected at most {self.max_cache_len} tokens, got {length}")
         _, batch, num_heads, count, head_dim = packed.shape
         self._allocate(batch, num_heads, head_dim, dtype, packed.device)
         assert self.buffer is not None
         put_places(self.buffer, self.block_table, torch.arange(length - count, length), packed)
         self.cumulative_length.fill_(length)
-        self.empty = length == 0
+        self.empty, self.first = length == 0, length - count
 
     def reset(self) -> None:
         """Forget all tokens; the pages stay where they are."""
-        self.empty = True
+        self.empty, self.first = True, 0
         if self.buffer is not None:
             self.cumulative_length.zero_()
 
@@ -238,14 +244,17 @@ class PagedLayer(CacheLayerMixin):
         """Remove the last ``-tokens_to_remove`` tokens, or all beyond the first ``tokens_to_remove`` if that is positive.
 
         Raises:
-            RuntimeError: the pages of tokens that a window would show again have been used for others.
+            RuntimeError: tokens that a window would show again are gone.
         """
         if self.empty:
             return
         length = int(self.cumulative_length)
         count = to_remove(tokens_to_remove, length)
-        if self.window is not None and self.window - 1 + count > self._places < length:
-            raise RuntimeError(f"layer {self.index}: cannot remove {count} tokens behind a window of {self.window}")
+        if self.window is not None:
+            reused = self.window - 1 + count > self._places < length  # their pages hold others
+            if reused or not _is_there(self.first, length - count, self.window):
+                raise RuntimeError(f"layer {self.index}: cannot remove {count} tokens behind a window of {self.window}")
+        self.first = min(self.first, length - count)
         self.cumulative_length.sub_(count)
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
@@ -280,11 +289,18 @@ class PagedLayer(CacheLayerMixin):
 
 
 class DenseStaticLayer(StaticLayer):
-    """A dense layer beside packed ones, whose first call returns its own states, as theirs does."""
+    """A dense layer beside packed ones, whose first call returns its own states, as theirs does.
 
-    def __init__(self, max_cache_len: int) -> None:
+    Args:
+        max_cache_len: tokens that fit, rounded up to whole pages.
+        window: how many tokens a query sees, itself included; None for all. The layer has room for all in any case.
+    """
+
+    def __init__(self, max_cache_len: int, window: int | None = None) -> None:
         super().__init__(max_cache_len=whole_pages(max_cache_len))
+        self.window = window
         self.empty = True
+        self.first = 0  # as of a PagedLayer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -299,6 +315,29 @@ class DenseStaticLayer(StaticLayer):
     def get_seq_length(self) -> Any:
         return 0 if self.empty else super().get_seq_length()
 
+    def restore(self, keys: torch.Tensor, values: torch.Tensor, length: int) -> None:
+        """Take over keys and values ``[B, H_kv, n, D]`` that are what is left of ``length`` tokens."""
+        self.lazy_initialization(keys, values)
+        self.first = length - keys.shape[2]
+        self.keys[:, :, self.first : length] = keys
+        self.values[:, :, self.first : length] = values
+        self.cumulative_length.fill_(length)
+        self.empty = length == 0
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """As for the layers of transformers.
+
+        Raises:
+            RuntimeError: tokens that a window would show again are gone.
+        """
+        if self.window is not None and self.first > 0:
+            length = int(self.cumulative_length)
+            count = to_remove(tokens_to_remove, length)
+            if not _is_there(self.first, length - count, self.window):
+                raise RuntimeError(f"cannot remove {count} tokens behind a window of {self.window}")
+            self.first = min(self.first, length - count)
+        super().crop(tokens_to_remove)
+
     def reset(self) -> None:
         super().reset()
-        self.empty = True
+        self.empty, self.first = True, 0
