@@ -27,7 +27,7 @@ from turboquant_vllm.cuda.variants import (
 )
 from turboquant_vllm.limits import why_not_decode
 
-__all__ = ["Call", "decode", "mask_args", "prepare", "source"]
+__all__ = ["Call", "Operands", "decode", "mask_args", "prepare", "source"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "join.cuh", "decode.cu", "combine.cu"))
 DIVISOR = "Ii"
@@ -211,46 +211,93 @@ def prepare(
     Arguments as in :func:`decode`; out and lse are contiguous, and lse may be None where it is not wanted. The first launch
     alone is what a benchmark of the kernel times.
     """
-    num_kv_heads, head_dim = k.shape[1], q.shape[3]
-    if reason := why_not_decode(q.dtype, head_dim, q.shape[2] * (q.shape[1] // num_kv_heads), (k, v)):
+    if reason := why_not_decode(q.dtype, q.shape[3], q.shape[2] * (q.shape[1] // k.shape[1]), (k, v)):
         raise ValueError(reason)
-    count = k.shape[2] if kv_len is None else kv_len
-    if sliding_window is not None:  # what no query sees is not even looked at
-        seen = min(count, sliding_window + q.shape[2] - 1)
-        k, k_norms, v, v_norms = (x.narrow(2, count - seen, seen) for x in (k, k_norms, v, v_norms))
-        count = seen
-        sliding_window = sliding_window if q.shape[2] > 1 else None
-    masked = sliding_window is not None or softcap is not None or sinks is not None
-    k, v = aligned(k), aligned(v)
-    call = Call.plan(q.get_device(), q.shape, num_kv_heads, count, split_len, masked)
-    # One allocation for the results of parts, and the log-sum-exps of the whole if nobody asked for them.
-    unwanted = q.numel() // head_dim if lse is None else 0
-    parts = torch.empty((call.part_rows * (head_dim + 4) + unwanted,), dtype=torch.float32, device=q.device)
-    parts_at = parts.data_ptr()
-    lse_at = parts_at + 4 * call.part_rows * (head_dim + 4) if lse is None else lse.data_ptr()
-    centroids, rotation = centroids.contiguous(), aligned(rotation.contiguous())
-    rotation_at, bf16 = rotation.data_ptr(), int(q.dtype == torch.bfloat16)
-    attend_args = (
-        q.data_ptr(), k.data_ptr(), k_norms.data_ptr(), v.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
-        rotation_at, parts_at, *q.stride(), *k.stride()[:3], *k_norms.stride(),
-        *v.stride()[:3], *v_norms.stride(), *call.attend, int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
+    return Operands(k, k_norms, v, v_norms, centroids, rotation).prepare(
+        q, k.shape[2] if kv_len is None else kv_len, sm_scale, is_causal, out, lse, sliding_window, softcap, sinks,
+        pre_rotated=pre_rotated, rotated_output=rotated_output, split_len=split_len,
     )  # fmt: skip
-    combine_args = (
-        parts_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
-    )  # fmt: skip
-    if masked:
-        sinks = None if sinks is None else sinks.contiguous()
-        attend_args = (*attend_args, *mask_args(sliding_window, softcap))
-        combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
-    keep = (q, k, k_norms, v, v_norms, centroids, rotation, parts, out, lse, sinks)
-    (first, second), grids, blocks = call.kernels, call.grids, call.blocks
 
-    def attend() -> None:
-        _ = keep
-        launch(first, (grids[0], 1, 1), (blocks[0], 1, 1), call.shared_bytes, None, attend_args)
 
-    def combine() -> None:
-        _ = keep
-        launch(second, (grids[1], 1, 1), (blocks[1], 1, 1), 0, None, combine_args, pdl=True)
+class Operands:
+    """Packed keys and values where they lie, and what reads them: the arguments that all calls over one buffer share.
 
-    return attend, combine
+    Tensors as in :func:`decode`, which :func:`turboquant_vllm.limits.why_not_decode` has nothing against.
+    """
+
+    def __init__(
+        self,
+        k: torch.Tensor,
+        k_norms: torch.Tensor,
+        v: torch.Tensor,
+        v_norms: torch.Tensor,
+        centroids: torch.Tensor,
+        rotation: torch.Tensor,
+    ) -> None:
+        parts = (aligned(k), k_norms, aligned(v), v_norms)
+        tables = (centroids.contiguous(), aligned(rotation.contiguous()))
+        self.k, self.v, self.num_kv_heads = k, v, k.shape[1]
+        self._addresses = tuple(x.data_ptr() for x in parts)
+        self._token_bytes = tuple(x.stride(2) * x.element_size() for x in parts)
+        self._strides = tuple(stride for x in parts for stride in x.stride()[:3])
+        self._tables = (tables[0].data_ptr(), tables[1].data_ptr())
+        self._keep = (parts, tables)
+
+    def prepare(
+        self,
+        q: torch.Tensor,
+        kv_len: int,
+        sm_scale: float,
+        is_causal: bool,
+        out: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        *,
+        first: int = 0,
+        pre_rotated: bool = False,
+        rotated_output: bool = False,
+        split_len: int | None = None,
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        """As :func:`prepare`, over ``kv_len`` tokens from ``first`` on."""
+        shape = q.shape
+        head_dim = shape[3]
+        if sliding_window is not None:  # what no query sees is not even looked at
+            seen = min(kv_len, sliding_window + shape[2] - 1)
+            first, kv_len = first + kv_len - seen, seen
+            sliding_window = sliding_window if shape[2] > 1 else None
+        masked = sliding_window is not None or softcap is not None or sinks is not None
+        call = Call.plan(q.get_device(), shape, self.num_kv_heads, kv_len, split_len, masked)
+        # One allocation for the results of parts, and the log-sum-exps of the whole if nobody asked for them.
+        unwanted = q.numel() // head_dim if lse is None else 0
+        parts = torch.empty((call.part_rows * (head_dim + 4) + unwanted,), dtype=torch.float32, device=q.device)
+        parts_at = parts.data_ptr()
+        lse_at = parts_at + 4 * call.part_rows * (head_dim + 4) if lse is None else lse.data_ptr()
+        operands = self._addresses
+        if first:
+            operands = tuple(at + first * size for at, size in zip(operands, self._token_bytes, strict=True))
+        (centroids_at, rotation_at), bf16 = self._tables, int(q.dtype == torch.bfloat16)
+        attend_args = (
+            q.data_ptr(), *operands, centroids_at, rotation_at, parts_at, *q.stride(), *self._strides, *call.attend,
+            int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
+        )  # fmt: skip
+        combine_args = (
+            parts_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
+        )  # fmt: skip
+        if masked:
+            sinks = None if sinks is None else sinks.contiguous()
+            attend_args = (*attend_args, *mask_args(sliding_window, softcap))
+            combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
+        keep = (self, q, parts, out, lse, sinks)
+        (attend_kernel, combine_kernel), grids, blocks = call.kernels, call.grids, call.blocks
+
+        def attend() -> None:
+            _ = keep
+            launch(attend_kernel, (grids[0], 1, 1), (blocks[0], 1, 1), call.shared_bytes, None, attend_args)
+
+        def combine() -> None:
+            _ = keep
+            launch(combine_kernel, (grids[1], 1, 1), (blocks[1], 1, 1), 0, None, combine_args, pdl=True)
+
+        return attend, combine

@@ -12,7 +12,7 @@ from turboquant_vllm import ops, reference
 from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.checks import check_masks, check_sm_scale
 from turboquant_vllm.codec import TQ4Tensor
-from turboquant_vllm.cuda.decode import prepare
+from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.hf.dense import dense_attention
 from turboquant_vllm.hf.pages import PagedTensor, attend_pages, written_out
 from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
@@ -159,15 +159,12 @@ def _decode(
     """As :func:`_attend` of few queries on a GPU, where the host's time counts: nothing is viewed or checked needlessly."""
     if softcap is not None or sinks is not None:  # these come from the model, all else from the cache
         check_masks(is_causal, window, softcap, sinks, query.shape[1], query.device)
-    codes, norms, value_codes, value_norms = key.codes, key.norms, value.codes, value.norms
-    if key.first:
-        parts = (codes, norms, value_codes, value_norms)
-        codes, norms, value_codes, value_norms = (x.narrow(2, key.first, key.count) for x in parts)
+    operands = key.operands
+    if operands is None or operands.k is not key.codes or operands.v is not value.codes:
+        operands = Operands(key.codes, key.norms, value.codes, value.norms, key.centroids, key.rotation)
     scale = 1 / math.sqrt(query.shape[3]) if sm_scale is None else sm_scale
-    tables = (key.centroids, key.rotation, scale, is_causal)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    operands = (query, codes, norms, value_codes, value_norms, *tables, out, None, window, softcap, sinks)
-    for launch in prepare(*operands, kv_len=key.count):
+    for launch in operands.prepare(query, key.count, scale, is_causal, out, None, window, softcap, sinks, first=key.first):
         launch()
     return out
 
