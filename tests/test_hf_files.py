@@ -86,7 +86,7 @@ def test_either_kind_of_cache_reads_what_the_other_wrote(writer, family, skipped
     loaded[0].save(tmp_path / "again")
     loaded.append(TurboQuantCache.load(tmp_path / "again", model.config))
     for start, stop in ((15, 16), (16, 25)):
-        want = model(ids[:, start:stop], past_key_values=expected).logits
+        want = model(ids[:, start:stop], **{CACHE_ARGUMENT: expected}).logits
         for cache in loaded:
             assert_same(model(ids[:, start:stop], **{CACHE_ARGUMENT: cache}).logits, want)
 
@@ -137,7 +137,7 @@ def test_files_of_version_1_are_read(reader, skipped, tmp_path, generator):
         as_version_1(path)
         options = {} if reader is TurboQuantCache else {"max_cache_len": 40}
         loaded = reader.load(path, model.config, **options)
-        want = model(ids[:, 15:], past_key_values=expected).logits
+        want = model(ids[:, 15:], **{CACHE_ARGUMENT: expected}).logits
         assert_same(model(ids[:, 15:], **{CACHE_ARGUMENT: loaded}).logits, want)
         expected = filled("growing", model, ids, skipped)
 

@@ -28,7 +28,7 @@ from turboquant_vllm.cuda.variants import (
 from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.records import NO_MASKS, Masks, Operand, Tables
 
-__all__ = ["Call", "decode", "mask_args", "prepare", "source"]
+__all__ = ["Call", "Operands", "decode", "mask_args", "prepare", "source"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "join.cuh", "decode.cu", "combine.cu"))
 DIVISOR = "Ii"
@@ -198,52 +198,88 @@ def prepare(
     Arguments as in :func:`decode`; out and lse are contiguous, and lse may be None where it is not wanted. The first launch
     alone is what a benchmark of the kernel times.
     """
-    num_kv_heads, head_dim = k.data.shape[1], q.shape[3]
-    if reason := why_not_decode(q.dtype, head_dim, q.shape[2] * (q.shape[1] // num_kv_heads), (k.data, v.data)):
+    if reason := why_not_decode(q.dtype, q.shape[3], q.shape[2] * (q.shape[1] // k.data.shape[1]), (k.data, v.data)):
         raise ValueError(reason)
-    count = k.data.shape[2] if kv_len is None else kv_len
-    masked, window, sinks = not masks.only_causal, masks.sliding_window, masks.sinks
-    if window is not None:  # what no query sees is not even looked at
-        seen = min(count, window + q.shape[2] - 1)
-        k, v = k.tokens(count - seen, seen), v.tokens(count - seen, seen)
-        count = seen
-        if q.shape[2] == 1:
-            window, masked = None, masks.softcap is not None or sinks is not None
-    assert k.norms is not None
-    assert v.norms is not None
-    assert tables.centroids is not None
-    assert tables.rotation is not None
-    k_codes, k_norms, v_codes, v_norms = aligned(k.data), k.norms, aligned(v.data), v.norms
-    call = Call.plan(q.get_device(), q.shape, num_kv_heads, count, split_len, masked)
-    # One allocation for the results of parts, and the log-sum-exps of the whole if nobody asked for them.
-    unwanted = q.numel() // head_dim if lse is None else 0
-    parts = torch.empty((call.part_rows * (head_dim + 4) + unwanted,), dtype=torch.float32, device=q.device)
-    parts_at = parts.data_ptr()
-    lse_at = parts_at + 4 * call.part_rows * (head_dim + 4) if lse is None else lse.data_ptr()
-    centroids, rotation = tables.centroids.contiguous(), aligned(tables.rotation.contiguous())
-    rotation_at, bf16 = rotation.data_ptr(), int(q.dtype == torch.bfloat16)
-    attend_args = (
-        q.data_ptr(), k_codes.data_ptr(), k_norms.data_ptr(), v_codes.data_ptr(), v_norms.data_ptr(), centroids.data_ptr(),
-        rotation_at, parts_at, *q.stride(), *k_codes.stride()[:3], *k_norms.stride(),
-        *v_codes.stride()[:3], *v_norms.stride(), *call.attend, int(masks.is_causal), bf16, int(pre_rotated),
-        sm_scale * _LOG2_E,
+    return Operands(k, v, tables).prepare(
+        q, k.data.shape[2] if kv_len is None else kv_len, sm_scale, masks, out, lse, pre_rotated=pre_rotated,
+        rotated_output=rotated_output, split_len=split_len,
     )  # fmt: skip
-    combine_args = (
-        parts_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
-    )  # fmt: skip
-    if masked:
-        sinks = None if sinks is None else sinks.contiguous()
-        attend_args = (*attend_args, *mask_args(window, masks.softcap))
-        combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
-    keep = (q, k_codes, k_norms, v_codes, v_norms, centroids, rotation, parts, out, lse, sinks)
-    (first, second), grids, blocks = call.kernels, call.grids, call.blocks
 
-    def attend() -> None:
-        _ = keep
-        launch(first, (grids[0], 1, 1), (blocks[0], 1, 1), call.shared_bytes, None, attend_args)
 
-    def combine() -> None:
-        _ = keep
-        launch(second, (grids[1], 1, 1), (blocks[1], 1, 1), 0, None, combine_args, pdl=True)
+class Operands:
+    """Packed keys and values where they lie, and what reads them: the arguments that all calls over one buffer share.
 
-    return attend, combine
+    Args:
+        k, v, tables: as in :func:`decode`; :func:`turboquant_vllm.limits.why_not_decode` has nothing against them.
+    """
+
+    def __init__(self, k: Operand, v: Operand, tables: Tables) -> None:
+        assert k.norms is not None
+        assert v.norms is not None
+        assert tables.centroids is not None
+        assert tables.rotation is not None
+        parts = (aligned(k.data), k.norms, aligned(v.data), v.norms)
+        shared = (tables.centroids.contiguous(), aligned(tables.rotation.contiguous()))
+        self.k, self.v, self.num_kv_heads = k.data, v.data, k.data.shape[1]
+        self._addresses = tuple(x.data_ptr() for x in parts)
+        self._token_bytes = tuple(x.stride(2) * x.element_size() for x in parts)
+        self._strides = tuple(stride for x in parts for stride in x.stride()[:3])
+        self._tables = (shared[0].data_ptr(), shared[1].data_ptr())
+        self._keep = (parts, shared)
+
+    def prepare(
+        self,
+        q: torch.Tensor,
+        kv_len: int,
+        sm_scale: float,
+        masks: Masks,
+        out: torch.Tensor,
+        lse: torch.Tensor | None = None,
+        *,
+        first: int = 0,
+        pre_rotated: bool = False,
+        rotated_output: bool = False,
+        split_len: int | None = None,
+    ) -> tuple[Callable[[], None], Callable[[], None]]:
+        """As :func:`prepare`, over ``kv_len`` tokens from ``first`` on."""
+        shape = q.shape
+        head_dim = shape[3]
+        is_causal, window, softcap, sinks, _ = masks
+        if window is not None:  # what no query sees is not even looked at
+            seen = min(kv_len, window + shape[2] - 1)
+            first, kv_len = first + kv_len - seen, seen
+            window = window if shape[2] > 1 else None
+        masked = window is not None or softcap is not None or sinks is not None
+        call = Call.plan(q.get_device(), shape, self.num_kv_heads, kv_len, split_len, masked)
+        # One allocation for the results of parts, and the log-sum-exps of the whole if nobody asked for them.
+        unwanted = q.numel() // head_dim if lse is None else 0
+        parts = torch.empty((call.part_rows * (head_dim + 4) + unwanted,), dtype=torch.float32, device=q.device)
+        parts_at = parts.data_ptr()
+        lse_at = parts_at + 4 * call.part_rows * (head_dim + 4) if lse is None else lse.data_ptr()
+        operands = self._addresses
+        if first:
+            operands = tuple(at + first * size for at, size in zip(operands, self._token_bytes, strict=True))
+        (centroids_at, rotation_at), bf16 = self._tables, int(q.dtype == torch.bfloat16)
+        attend_args = (
+            q.data_ptr(), *operands, centroids_at, rotation_at, parts_at, *q.stride(), *self._strides, *call.attend,
+            int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
+        )  # fmt: skip
+        combine_args = (
+            parts_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
+        )  # fmt: skip
+        if masked:
+            sinks = None if sinks is None else sinks.contiguous()
+            attend_args = (*attend_args, *mask_args(window, softcap))
+            combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
+        keep = (self, q, parts, out, lse, sinks)
+        (attend_kernel, combine_kernel), grids, blocks = call.kernels, call.grids, call.blocks
+
+        def attend() -> None:
+            _ = keep
+            launch(attend_kernel, (grids[0], 1, 1), (blocks[0], 1, 1), call.shared_bytes, None, attend_args)
+
+        def combine() -> None:
+            _ = keep
+            launch(combine_kernel, (grids[1], 1, 1), (blocks[1], 1, 1), 0, None, combine_args, pdl=True)
+
+        return attend, combine

@@ -12,7 +12,7 @@ from turboquant_vllm import ops, reference
 from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.checks import check_masks, check_sm_scale
 from turboquant_vllm.codec import TQ4Tensor
-from turboquant_vllm.cuda.decode import prepare
+from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.hf.dense import dense_attention
 from turboquant_vllm.hf.pages import PagedTensor, attend_pages, written_out
 from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
@@ -162,15 +162,14 @@ def _decode(
     """As :func:`_attend` of few queries on a GPU, where the host's time counts: nothing is viewed or checked needlessly."""
     if softcap is not None or sinks is not None:  # these come from the model, all else from the cache
         check_masks(is_causal, window, softcap, sinks, query.shape[1], query.device)
-    codes, norms, value_codes, value_norms = key.codes, key.norms, value.codes, value.norms
-    if key.first:
-        parts = (codes, norms, value_codes, value_norms)
-        codes, norms, value_codes, value_norms = (x.narrow(2, key.first, key.count) for x in parts)
+    operands = key.operands
+    if operands is None or operands.k is not key.codes or operands.v is not value.codes:
+        tables = Tables(key.centroids, key.rotation)
+        operands = Operands(Operand(key.codes, key.norms), Operand(value.codes, value.norms), tables)
     scale = 1 / math.sqrt(query.shape[3]) if sm_scale is None else sm_scale
-    tables, masks = Tables(key.centroids, key.rotation), Masks(is_causal, window, softcap, sinks)
+    masks = Masks(is_causal, window, softcap, sinks)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    operands = Operand(codes, norms), Operand(value_codes, value_norms)
-    for launch in prepare(query, *operands, tables, scale, masks, out, None, kv_len=key.count):
+    for launch in operands.prepare(query, key.count, scale, masks, out, None, first=key.first):
         launch()
     return out
 

@@ -89,7 +89,8 @@ class PackedLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         assert self.storage is not None
         check_states(self.index, key_states, value_states)
-        value_states = value_states.to(key_states.dtype)
+        if value_states.dtype != key_states.dtype:
+            value_states = value_states.to(key_states.dtype)
         self._come_home(key_states)
         first = self.get_seq_length() == 0
         self._append(key_states, value_states)
@@ -115,7 +116,9 @@ class PackedLayer(CacheLayerMixin):
         keys, key_norms, values, value_norms = self.storage.parts
         codec, first = self.storage.codec, self.storage.stop - count
         how = (codec.rotation, codec.centroids, codec.rotation_kind, self.dtype, first, count)
-        return PackedTensor(keys, key_norms, *how), PackedTensor(values, value_norms, *how)
+        packed = PackedTensor(keys, key_norms, *how), PackedTensor(values, value_norms, *how)
+        packed[0].operands = self.storage.operands
+        return packed
 
     def _come_home(self, states: torch.Tensor) -> None:
         """Bring storage that was loaded or offloaded to the device where the layer computes."""

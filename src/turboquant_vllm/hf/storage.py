@@ -14,8 +14,10 @@ import torch
 
 from turboquant_vllm import ops
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.cuda.store import TokenWriter, store
 from turboquant_vllm.limits import DECODE_HEAD_DIMS, why_not_store
+from turboquant_vllm.records import Operand
 
 __all__ = ["HALVES", "PackedStorage", "check_sizes", "codec_for", "natively_stored", "page_views", "store_tokens"]
 
@@ -102,6 +104,7 @@ class PackedStorage:
         buffer: uint8 ``[B, H_kv * capacity * (D + 8)]``.
         capacity: tokens of each sequence that the buffer has room for.
         parts: views of it: :func:`page_views`.
+        operands: of attention over it, where the native kernels run; else None.
         start, stop: the tokens in use.
     """
 
@@ -242,4 +245,6 @@ class PackedStorage:
         # The native kernel counts the bytes of a page, and all slots, in 32 bits.
         small = buffer.shape[0] * self.capacity < 2**31 and buffer.shape[1] < 2**32
         self._native = small and natively_stored(self.codec)
+        keys, values = Operand(*self.parts[:2]), Operand(*self.parts[2:])
+        self.operands = Operands(keys, values, self.codec.tables) if self._native else None
         self._layout = self._writer = None

@@ -15,6 +15,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.rotation import RotationKind
 
 __all__ = ["CausalMask", "DeferredTensor", "PackedTensor", "additive", "find_parts", "unpack"]
@@ -76,8 +77,10 @@ class PackedTensor(DeferredTensor):
     Attributes:
         codes: uint8 ``[B, H_kv, capacity, D // 2]``.
         norms: float32 ``[B, H_kv, capacity]``.
+        operands: of keys: what the native kernel takes of them and of the values beside them, if their storage keeps that.
     """
 
+    operands: Operands | None = None  # torch.compile does without
     codes: torch.Tensor
     norms: torch.Tensor
     rotation: torch.Tensor

@@ -1,0 +1,91 @@
+"""What the logits of `benchmarks/hf.py` must be: those of attention in float32 over vectors after compress and decompress.
+
+A dense cache and ours hold the same keys and values there, and the rest of the model is the same in bf16. So both differ from
+this by rounding alone, which layers of random weights amplify for both alike.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from turboquant_vllm import TQ4Codec
+
+__all__ = ["LARGEST_RATIO", "exact_logits", "relative_error", "round_trip"]
+
+# How many times the dense cache's error ours may be. Both are norms over 10^5 and more logits of differences that the same
+# layers have amplified, so if attention rounded alike, they would be equal within percents. Ours rounds what sdpa does
+# (weights, results) and rotated queries and levels besides: twice PyTorch's error is what the kernels' own tests allow.
+LARGEST_RATIO = 2.0
+_NAME = "float32"
+
+
+def round_trip(x: torch.Tensor, codec: TQ4Codec) -> torch.Tensor:
+    """Vectors ``[..., D]`` after compress and decompress, in float32."""
+    return codec.decompress(codec.compress(x), torch.float32)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Norm of the difference of logits ``[..., vocabulary]``, relative to how far ``want`` spreads around its means."""
+    return float((got - want).norm() / (want - want.mean(-1, keepdim=True)).norm())
+
+
+def exact_logits(
+    model: Any, keys: torch.Tensor, values: torch.Tensor, ids: torch.Tensor, codec: TQ4Codec | None
+) -> torch.Tensor:
+    """Logits float32 ``[B, S, vocabulary]`` of tokens ``ids [B, S]``, one by one behind ``keys, values [B, H_kv, N, D]``.
+
+    All layers have these keys and values. What ``ids`` add goes through ``codec``, as in our caches, or is left as it is.
+    """
+    AttentionInterface.register(_NAME, _attention)
+    AttentionMaskInterface.register(_NAME, lambda *_, **__: None)
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_NAME)
+    room = torch.nn.functional.pad
+    k, v = (room(x.float(), (0, 0, 0, ids.shape[1])) for x in (keys, values))
+    cache = DynamicCache(config=model.config)
+    cache.layers = [_SharedLayer(k, v, keys.shape[2], codec) for _ in cache.layers]
+    found = [model(one, past_key_values=cache).logits[:, -1].float() for one in ids.split(1, 1)]
+    model.set_attn_implementation(before)
+    return torch.stack(found, 1)
+
+
+class _SharedLayer(DynamicLayer):
+    """Tokens that all layers share, and behind them those of this layer, written there again by every call."""
+
+    def __init__(self, keys: torch.Tensor, values: torch.Tensor, count: int, codec: TQ4Codec | None) -> None:
+        super().__init__()
+        self.lazy_initialization(keys, values)
+        self.keys, self.values, self.count, self.codec = keys, values, count, codec
+        self.own = keys.new_empty((2, *keys.shape[:2], 0, keys.shape[3]))
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        states = torch.stack((key_states, value_states))
+        states = states.float() if self.codec is None else round_trip(states, self.codec)
+        self.own = torch.cat((self.own, states), 3)
+        stop = self.count + self.own.shape[3]
+        for shared, own in zip((self.keys, self.values), self.own, strict=True):
+            shared[:, :, self.count : stop] = own
+        return self.keys[:, :, :stop], self.values[:, :, :stop]
+
+    def get_seq_length(self) -> int:
+        return self.count + self.own.shape[3]
+
+
+def _attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of one query a sequence, ``[B, H_q, 1, D]``, to all keys, float32 ``[B, H_kv, N, D]``: ``[B, 1, H_q, D]``."""
+    grouped = query.float().unflatten(1, (key.shape[1], -1)).squeeze(3)  # [B, H_kv, G, D]
+    weights = (grouped @ key.mT * scaling).softmax(-1)
+    return (weights @ value).flatten(1, 2).unsqueeze(1).to(query.dtype), None
