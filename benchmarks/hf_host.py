@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from turboquant_vllm.hf import CACHE_ARGUMENT
+
 __all__ = ["host_row"]
 
 _TIMED = "timed"
@@ -42,7 +44,7 @@ def host_row(model: Any, cache: Any, attention: str, batch: int, tokens: int, st
     mask = torch.ones((batch, tokens + 5 * steps), dtype=torch.long, device="cuda")
 
     def step() -> None:
-        model(ids, attention_mask=mask[:, : cache.get_seq_length() + 1], past_key_values=cache)
+        model(ids, attention_mask=mask[:, : cache.get_seq_length() + 1], **{CACHE_ARGUMENT: cache})
 
     def timed(count: int) -> tuple[float, float]:
         torch.cuda.synchronize()

@@ -13,6 +13,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, DynamicCach
 from transformers.cache_utils import DynamicLayer
 
 from turboquant_vllm import TQ4Codec
+from turboquant_vllm.hf import CACHE_ARGUMENT
 
 __all__ = ["LARGEST_RATIO", "exact_logits", "relative_error", "round_trip"]
 
@@ -48,7 +49,7 @@ def exact_logits(
     k, v = (room(x.float(), (0, 0, 0, ids.shape[1])) for x in (keys, values))
     cache = DynamicCache(config=model.config)
     cache.layers = [_SharedLayer(k, v, keys.shape[2], codec) for _ in cache.layers]
-    found = [model(one, past_key_values=cache).logits[:, -1].float() for one in ids.split(1, 1)]
+    found = [model(one, **{CACHE_ARGUMENT: cache}).logits[:, -1].float() for one in ids.split(1, 1)]
     model.set_attn_implementation(before)
     return torch.stack(found, 1)
 

@@ -216,9 +216,9 @@ def emulate_store(monkeypatch: pytest.MonkeyPatch) -> None:
 def emulated_decode(monkeypatch: pytest.MonkeyPatch, few_objects: None) -> None:
     """Native decoding, over dense caches and pages, launches its kernels in the emulator. Two warps, three blocks."""
 
-    def variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False) -> variants.Variant:
+    def variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False, offsets: bool = False) -> variants.Variant:
         row_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= rows)
-        return variants.Variant(head_dim, row_tiles, 2, 2, 3, head_dim < 256 and row_tiles <= 2, masked)
+        return variants.Variant(head_dim, row_tiles, 2, 2, 3, head_dim < 256 and row_tiles <= 2, masked, offsets)
 
     emulate_decode(monkeypatch)
     for module in (decode, paged):
@@ -233,18 +233,13 @@ def emulate_decode(monkeypatch: pytest.MonkeyPatch, shared_limit: int = SHARED_L
         library.launch(name, params, grid, block[0], shared, pdl, args)
 
     def kernels_of(params: dict[str, str], variant: variants.Variant, pages: int) -> Any:
-        def codes(name: str) -> str:
-            masks = decode.COMBINE_MASKS if name == "tq4_combine" else decode.DECODE_MASKS
-            return params[name] + (masks if variant.masked else "")
-
-        return tuple((name, codes(name), build_decode(variant, pages)) for name in params)
+        return tuple((name, codes, build_decode(variant, pages)) for name, codes in params.items())
 
     def two(index: int, variant: variants.Variant) -> Any:
-        return kernels_of({"tq4_decode": decode.DECODE_PARAMS, "tq4_combine": decode.COMBINE_PARAMS}, variant, 0)
+        return kernels_of(decode.params_of(variant), variant, 0)
 
     def three(index: int, variant: variants.Variant) -> Any:
-        first = dict.fromkeys(("tq4_rotate", "tq4_decode"), paged.PAGED_PARAMS)
-        return kernels_of({**first, "tq4_combine": paged.PAGED_COMBINE_PARAMS}, variant, 1)
+        return kernels_of(paged.params_of(variant), variant, 1)
 
     for module, kernels in ((decode, two), (paged, three)):
         module.Call.plan.cache_clear()

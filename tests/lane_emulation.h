@@ -76,6 +76,14 @@ INLINE unsigned lds(unsigned at) { unsigned d; load_shared(&d, at, 4); return d;
 INLINE unsigned lds_table(unsigned at) { return lds(at); }
 INLINE void lds2(unsigned* d, unsigned at) { load_shared(d, at, 8); }
 INLINE void lds4(unsigned* d, unsigned at) { load_shared(d, at, 16); }
+INLINE void sts2(unsigned at, float x, float y) { const float pair[2] = {x, y}; store_shared(at, pair, 8); }
+static unsigned sub_half2(unsigned x, unsigned y) {
+  _Float16 a[2], b[2];
+  memcpy(a, &x, 4), memcpy(b, &y, 4);
+  for (int i = 0; i < 2; i++) a[i] -= b[i];
+  memcpy(&x, a, 4);
+  return x;
+}
 INLINE void copy16(unsigned to, const void* from) { copy_later(to, from, 16); }
 INLINE void copy4(unsigned to, const void* from) { copy_later(to, from, 4); }
 template <int PENDING> INLINE void wait_copies() { land_copies(PENDING); }

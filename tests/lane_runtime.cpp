@@ -235,6 +235,11 @@ void load_shared(void* to, unsigned at, int bytes) {
   access(CALLER, from, bytes, false, true);
   memcpy(to, from, bytes);
 }
+void store_shared(unsigned at, const void* from, int bytes) {
+  char* to = shared_memory + (int)(at - SHARED_BEGIN);
+  access(CALLER, to, bytes, true, true);
+  memcpy(to, from, bytes);
+}
 void copy_later(unsigned to, const void* from, int bytes) {
   char* target = shared_memory + (int)(to - SHARED_BEGIN);
   access(CALLER, from, bytes, false, true);

@@ -22,6 +22,7 @@ Four multiply(Four c, Operands operands);
 char* dynamic_shared();
 unsigned shared_address(const void* at);
 void load_shared(void* to, unsigned at, int bytes);
+void store_shared(unsigned at, const void* from, int bytes);
 void copy_later(unsigned to, const void* from, int bytes);
 void commit_copies();
 void land_copies(int pending);

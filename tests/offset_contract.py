@@ -84,6 +84,7 @@ class OffsetContract:
 
 class PagedOffsetContract:
     LENGTHS = ((1, 37), (40, 40), (24, 170), (4, 90), (0, 0), (0, 20), (1, 1), (1, 64), (5, 3), (1, 129), (3, 400))
+    LONG = ((1, 4300), (2, 600), (1, 256), (17, 300))
 
     @pytest.mark.parametrize("page_size", [64, 128, 256])
     def test_offsets_in_pages(self, run, device, dtype, generator, page_size):
@@ -102,4 +103,4 @@ class PagedOffsetContract:
 
     def test_long_sequences_with_offsets_are_split(self, run, device, dtype, generator):
         sizes = {"dtype": dtype, "device": device, "num_kv_heads": 1, "page_size": 64, "offsets": True}
-        check_batch(run, random_batch(generator, [(1, 4300), (2, 600), (1, 256), (17, 300)], **sizes))
+        check_batch(run, random_batch(generator, self.LONG, **sizes))

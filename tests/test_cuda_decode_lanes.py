@@ -9,8 +9,10 @@ import torch
 
 from attention_cases import check, compare, expected, random_case
 from kernel_lanes import emulated_decode, few_objects, needs_compiler, run_pages  # noqa: F401
+from offset_contract import OffsetContract, PagedOffsetContract
 from paged_cases import check_batch, random_batch
 from turboquant_vllm.cuda import decode, paged
+from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.pieces import cut_sequences
 from turboquant_vllm.records import Sequences
 
@@ -189,3 +191,54 @@ def test_entries_out_of_range_are_taken_for_the_nearest(generator):
     q, cache, _, *how = batch.arguments
     paged.decode_pages(q, cache, Sequences(table, lens, starts, 2, 1 << 20), *how, out, lse)
     torch.testing.assert_close(out[:1], want[:1], rtol=0.01, atol=0.01)
+
+
+def decode_where_it_can(*args):
+    q, k, v = args[0], args[1].data, args[2].data
+    if why_not_decode(q.dtype, q.shape[-1], q.shape[2] * q.shape[1] // k.shape[1], (k, v)):
+        pytest.skip("the native kernels refuse this call")
+    return decode.decode(*args)
+
+
+class TestOffsets(OffsetContract):
+    @pytest.fixture
+    def dtype(self):
+        return HALF
+
+    @pytest.fixture
+    def device(self):
+        return "cpu"
+
+    @pytest.fixture
+    def run(self):
+        return decode_where_it_can
+
+
+class TestOffsetsInPages(PagedOffsetContract):
+    LENGTHS = ((1, 37), (3, 170), (4, 90), (0, 0), (1, 1), (1, 64), (5, 3), (1, 129), (2, 700))
+    LONG = ((1, 2300), (2, 600), (1, 256))
+
+    @pytest.fixture
+    def dtype(self):
+        return HALF
+
+    @pytest.fixture
+    def device(self):
+        return "cpu"
+
+    @pytest.fixture
+    def run(self):
+        return run_pages
+
+
+@pytest.mark.parametrize(("head_dim", "group"), [(64, 8), (128, 1), (128, 4), (128, 16), (128, 32), (256, 4), (256, 16)])
+def test_offsets_of_all_variants(generator, head_dim, group):
+    sizes = {"dtype": HALF, "head_dim": head_dim, "group": group, "offsets": True}
+    check(decode.decode, random_case(generator, batch=2, kv_len=1100, num_kv_heads=1, **sizes))
+    if group * head_dim <= 4096:
+        check_batch(run_pages, random_batch(generator, [(1, 600), (1, 70)], page_size=64, **sizes))
+
+
+def test_ranges_of_fixed_length_with_offsets(generator):
+    case = random_case(generator, dtype=HALF, batch=2, q_len=2, kv_len=300, offsets=True)
+    check(lambda *args: decode.decode(*args, split_len=48), case)

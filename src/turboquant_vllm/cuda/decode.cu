@@ -5,6 +5,7 @@
 //                                   ring    per warp, STAGES tiles of 16 tokens: K codes, V codes, norms
 //                                   query   per pass, fragments of the rotated rows in fp16, then one scale per row;
 //                                           a block touches PASSES consecutive passes at most
+//                                   scores  of keys with offsets, per warp, between ring and query: see groups.cuh
 //                                   in the end, over all of these: per warp, its last segment's results (join.cuh)
 //
 //   a stage of the ring   | K codes, 16 rows of D / 2 bytes | V codes, likewise | 16 K norms | 16 V norms |
@@ -230,6 +231,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 
     // Sums of P V, C fragment of tile j: lane (r, c) holds dimensions r * D / 8 + 4 * j + 0..3 of row c
     float o[NT][MTILES][4], m[NT], l[NT], v_ref = 0;
+#if OFFSETS
+    const u32 group_scores = base + GROUP_SCORES + warp * SCORE_BYTES;
+    auto fragment = [&](int n, int i, u32* q) {
+      if (Q_IN_REGISTERS) q[0] = qf[n][i][0], q[1] = qf[n][i][1];
+      else load_query(q, n * KSTEPS + i);
+    };
+#endif
 #pragma unroll
     for (int t = 0; t < NT; t++) {
       m[t] = LOWEST, l[t] = 0;
@@ -238,6 +246,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     }
 #pragma unroll 1
     for (int n0 = tile0 * 16; n0 < tile1 * 16; n0 += 16) {
+#if OFFSETS
+      if (n0 == tile0 * 16 || n0 % (GROUPS_AT_ONCE * KEYS_OF_GROUP) == 0) {
+        const int first = n0 / (GROUPS_AT_ONCE * KEYS_OF_GROUP) * GROUPS_AT_ONCE;
+        score_groups(p, group_scores, pass, first, row_scales, inverse_power(level_scale), fragment);
+      }
+#endif
       wait_copies<STAGES - 2>();
       __syncwarp();
       copy_next(stage == 0 ? STAGES - 1 : stage - 1);
@@ -290,6 +304,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       for (int t = 0; t < NT; t++) {
         x0[t] = s[t / 2][t & 1] * (kn0 * row_scales[t]);
         x1[t] = s[t / 2][2 + (t & 1)] * (kn1 * row_scales[t]);
+#if OFFSETS
+        u32 shared[2];  // of a negative norm's key the score is another
+        lds2(shared, group_scores + ((n0 / KEYS_OF_GROUP % GROUPS_AT_ONCE * NT + t) * 4 + c) * 8);
+        x0[t] = kn0 < 0 ? __uint_as_float(shared[1]) : x0[t] + __uint_as_float(shared[0]);
+        x1[t] = kn1 < 0 ? __uint_as_float(shared[1]) : x1[t] + __uint_as_float(shared[0]);
+#endif
       }
 #if MASKED
       if (p.cap > 0) {

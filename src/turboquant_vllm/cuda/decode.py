@@ -26,11 +26,12 @@ from turboquant_vllm.cuda.variants import (
     rows_at_once,
 )
 from turboquant_vllm.limits import why_not_decode
-from turboquant_vllm.records import NO_MASKS, Masks, Operand, Tables
+from turboquant_vllm.records import GROUP, NO_MASKS, Masks, Operand, Tables
 
 __all__ = ["Call", "Operands", "decode", "mask_args", "prepare", "source"]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("device.cuh", "query.cuh", "join.cuh", "decode.cu", "combine.cu"))
+_FILES = ("device.cuh", "query.cuh", "join.cuh", "groups.cuh", "decode.cu", "combine.cu")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
 DIVISOR = "Ii"
 WORK = "i" * 6 + DIVISOR * 6
 HEADS = "i" * 5 + DIVISOR * 3
@@ -38,6 +39,8 @@ DECODE_PARAMS = "P" * 8 + "q" * 16 + WORK + HEADS + "i" * 6 + "f"
 COMBINE_PARAMS = "P" * 4 + WORK + HEADS + DIVISOR + "i" * 5
 # What the kernels of masked calls take behind these.
 DECODE_MASKS, COMBINE_MASKS = "Piff", "P"
+# What the first kernel takes last where keys have offsets: over whole tensors with strides.
+OFFSETS, OFFSET_STRIDES = "PPP", "q" * 6
 NO_WINDOW = 1 << 30  # as in the source
 _LOG2_E = 1 / math.log(2)
 
@@ -48,10 +51,16 @@ def source() -> str:
     return "".join(f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in SOURCES)
 
 
+def params_of(variant: Variant) -> dict[str, str]:
+    """Parameters of both kernels, by name."""
+    masks = (DECODE_MASKS, COMBINE_MASKS) if variant.masked else ("", "")
+    offsets = OFFSETS + OFFSET_STRIDES if variant.offsets else ""
+    return {"tq4_decode": DECODE_PARAMS + masks[0] + offsets, "tq4_combine": COMBINE_PARAMS + masks[1]}
+
+
 @cache
 def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel]:
-    masks = (DECODE_MASKS, COMBINE_MASKS) if variant.masked else ("", "")
-    params = {"tq4_decode": DECODE_PARAMS + masks[0], "tq4_combine": COMBINE_PARAMS + masks[1]}
+    params = params_of(variant)
     first, second = (
         load_kernel(source(), name, device=index, params=codes, defines=variant.defines) for name, codes in params.items()
     )
@@ -82,14 +91,21 @@ class Call:
     @classmethod
     @lru_cache(maxsize=1024)
     def plan(
-        cls, index: int, shape: tuple[int, ...], num_kv_heads: int, kv_len: int, split_len: int | None, masked: bool = False
+        cls,
+        index: int,
+        shape: tuple[int, ...],
+        num_kv_heads: int,
+        kv_len: int,
+        split_len: int | None,
+        masked: bool = False,
+        offsets: bool = False,
     ) -> Call:
         """For queries of ``shape [B, H_q, N_q, D]`` on device ``index``."""
         batch, num_heads, q_len, head_dim = shape
         group = num_heads // num_kv_heads
         rows, heads = q_len * group, batch * num_kv_heads
         multiprocessors, shared_limit = device_limits(index)
-        variant = choose_variant(head_dim, rows, shared_limit, masked)
+        variant = choose_variant(head_dim, rows, shared_limit, masked, offsets)
         if split_len is not None and (split_len < 16 or split_len % 16):
             raise ValueError(f"split_len must be a positive multiple of 16, got {split_len}")
         chunks = -(-rows // (4 * variant.row_tiles))
@@ -206,6 +222,33 @@ def prepare(
     )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Offsets:
+    """What the first kernel takes of keys with offsets."""
+
+    groups: torch.Tensor
+    steps: torch.Tensor
+    key_scales: torch.Tensor | None
+
+    @classmethod
+    def of(cls, groups: torch.Tensor, steps: torch.Tensor, key_scales: torch.Tensor | None) -> _Offsets:
+        """Copies where rows have gaps or are not aligned."""
+        whole = (
+            groups.stride(-1) == 1 and groups.stride(-2) == groups.shape[-1] and not any(x % 16 for x in groups.stride()[:3])
+        )
+        groups = aligned(groups if whole else groups.contiguous())
+        steps = steps if steps.stride(-1) == 1 else steps.contiguous()
+        return cls(groups, steps, None if key_scales is None else key_scales.contiguous())
+
+    def arguments(self, first: int) -> tuple[int, ...]:
+        """For keys from token ``first`` on, which begins a group."""
+        assert first % GROUP == 0, first
+        group, step = self.groups.stride()[:3], self.steps.stride()[:3]
+        begin = first // GROUP
+        at = (self.groups.data_ptr() + begin * group[2], self.steps.data_ptr() + 4 * begin * step[2])
+        return *at, 0 if self.key_scales is None else self.key_scales.data_ptr(), *group, *step
+
+
 class Operands:
     """Packed keys and values where they lie, and what reads them: the arguments that all calls over one buffer share.
 
@@ -219,6 +262,9 @@ class Operands:
         assert tables.centroids is not None
         assert tables.rotation is not None
         parts = (aligned(k.data), k.norms, aligned(v.data), v.norms)
+        self._offsets: _Offsets | None = None
+        if k.groups is not None and k.steps is not None:
+            self._offsets = _Offsets.of(k.groups, k.steps, tables.key_scales)
         shared = (tables.centroids.contiguous(), aligned(tables.rotation.contiguous()))
         self.k, self.v, self.num_kv_heads = k.data, v.data, k.data.shape[1]
         self._addresses = tuple(x.data_ptr() for x in parts)
@@ -247,10 +293,12 @@ class Operands:
         is_causal, window, softcap, sinks, _ = masks
         if window is not None:  # what no query sees is not even looked at
             seen = min(kv_len, window + shape[2] - 1)
+            if self._offsets is not None:  # from where a group begins
+                seen = min(kv_len, seen + (kv_len - seen) % GROUP)
             first, kv_len = first + kv_len - seen, seen
-            window = window if shape[2] > 1 else None
+            window = window if shape[2] > 1 or seen > window else None
         masked = window is not None or softcap is not None or sinks is not None
-        call = Call.plan(q.get_device(), shape, self.num_kv_heads, kv_len, split_len, masked)
+        call = Call.plan(q.get_device(), shape, self.num_kv_heads, kv_len, split_len, masked, self._offsets is not None)
         # One allocation for the results of parts, and the log-sum-exps of the whole if nobody asked for them.
         unwanted = q.numel() // head_dim if lse is None else 0
         parts = torch.empty((call.part_rows * (head_dim + 4) + unwanted,), dtype=torch.float32, device=q.device)
@@ -271,6 +319,8 @@ class Operands:
             sinks = None if sinks is None else sinks.contiguous()
             attend_args = (*attend_args, *mask_args(window, softcap))
             combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
+        if self._offsets is not None:
+            attend_args = (*attend_args, *self._offsets.arguments(first))
         keep = (self, q, parts, out, lse, sinks)
         (attend_kernel, combine_kernel), grids, blocks = call.kernels, call.grids, call.blocks
 

@@ -1,6 +1,7 @@
 // What both kernels share: single instructions, sums over lanes, the rotation of 16 rows, and how work is divided.
 //
-// The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES, PASSES and PAGED (0, 1).
+// The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES, PASSES, and as 0 or 1 PAGED, MASKED
+// and OFFSETS.
 typedef unsigned u32;
 typedef long long i64;
 
@@ -20,6 +21,12 @@ __device__ __forceinline__ void lds2(u32* d, u32 a) {
 }
 __device__ __forceinline__ void lds4(u32* d, u32 a) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a));
+}
+__device__ __forceinline__ void sts2(u32 a, float x, float y) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(a), "f"(x), "f"(y) : "memory");
+}
+__device__ __forceinline__ u32 sub_half2(u32 x, u32 y) {
+  u32 d; asm("sub.f16x2 %0, %1, %2;" : "=r"(d) : "r"(x), "r"(y)); return d;
 }
 __device__ __forceinline__ float ex2(float x) { float y; asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }
 __device__ __forceinline__ float reciprocal(float x) { float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y; }

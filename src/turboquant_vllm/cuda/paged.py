@@ -14,11 +14,11 @@ from functools import cache, lru_cache
 
 import torch
 
-from turboquant_vllm.cuda.decode import COMBINE_MASKS, DECODE_MASKS, DIVISOR, HEADS, mask_args, source
+from turboquant_vllm.cuda.decode import COMBINE_MASKS, DECODE_MASKS, DIVISOR, HEADS, OFFSETS, mask_args, source
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
 from turboquant_vllm.cuda.variants import COMBINE_THREADS, Variant, choose_variant, device_limits, divisor, rows_at_once
-from turboquant_vllm.paged import PagedTQ4Cache
-from turboquant_vllm.records import Masks, Sequences, Tables
+from turboquant_vllm.paged import PagedTQ4Cache, chunk_bytes
+from turboquant_vllm.records import GROUP, Masks, Sequences, Tables
 
 __all__ = ["PAGED_COMBINE_PARAMS", "PAGED_PARAMS", "decode_pages"]
 
@@ -26,13 +26,19 @@ PAGED_PARAMS = "P" * 8 + "q" * 16 + "P" * 6 + "q" + "i" * 5 + DIVISOR + HEADS + 
 PAGED_COMBINE_PARAMS = "P" * 6 + "q" * 2 + "i" * 3 + DIVISOR + HEADS + DIVISOR + "i" * 5
 
 
-@cache
-def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel, Kernel]:
-    defines = {**variant.defines, "PAGED": 1}
+def params_of(variant: Variant) -> dict[str, str]:
+    """Parameters of the three kernels, by name."""
     attend, combine = PAGED_PARAMS, PAGED_COMBINE_PARAMS
     if variant.masked:
         attend, combine = attend + DECODE_MASKS, combine + COMBINE_MASKS
-    params = {"tq4_rotate": attend, "tq4_decode": attend, "tq4_combine": combine}
+    if variant.offsets:
+        attend += OFFSETS
+    return {"tq4_rotate": attend, "tq4_decode": attend, "tq4_combine": combine}
+
+
+@cache
+def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel, Kernel]:
+    defines, params = {**variant.defines, "PAGED": 1}, params_of(variant)
     first, second, third = (
         load_kernel(source(), name, device=index, params=codes, defines=defines) for name, codes in params.items()
     )
@@ -76,11 +82,12 @@ class Call:
         kv_len: int,
         head_dim: int,
         masked: bool = False,
+        offsets: bool = False,
     ) -> Call:
         """For ``rows`` query rows and ``kv_len`` keys at most per sequence and key/value head, on device ``index``."""
         group, heads = num_heads // num_kv_heads, sequences * num_kv_heads
         multiprocessors, shared_limit = device_limits(index)
-        variant = choose_variant(head_dim, rows, shared_limit, masked)
+        variant = choose_variant(head_dim, rows, shared_limit, masked, offsets)
         line = 12 * sequences
         shared = variant.shared_bytes_without_query + line
         if shared > shared_limit:
@@ -134,7 +141,7 @@ def decode_pages(
     room = max_pages * page_size if pages.shape[0] else 0
     masked = not masks.only_causal
     longest = min(max_seq_len, room if sliding_window is None else sliding_window + max_query_len + 15, room)
-    call = Call.plan(q.get_device(), count, num_heads, num_kv_heads, rows, longest, head_dim, masked)
+    call = Call.plan(q.get_device(), count, num_heads, num_kv_heads, rows, longest, head_dim, masked, cache.has_offsets)
     workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device)
     start = workspace.data_ptr()
     parts, fragments, row_scales, line = (start + place for place in call.places)
@@ -145,7 +152,7 @@ def decode_pages(
     result = out if in_pairs else out.clone(memory_format=torch.contiguous_format)  # rows that are left alone among them
     codes, page_bytes = pages.data_ptr(), pages.stride(0)
     values, norms = codes + page_size * head_dim // 2, codes + page_size * head_dim
-    chunk = page_size * (head_dim + 8)
+    chunk = chunk_bytes(page_size, head_dim, cache.has_offsets)
     bf16 = int(q.dtype == torch.bfloat16)
     args = (
         q.data_ptr(), codes, norms, values, norms + 4 * page_size, centroids.data_ptr(), rotation.data_ptr(), parts,
@@ -162,6 +169,10 @@ def decode_pages(
         sinks, windows = (None if x is None else x.contiguous() for x in (sinks, windows))
         args = (*args, *mask_args(sliding_window, softcap, windows))
         combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
+    if cache.has_offsets:
+        groups, scales = codes + page_size * (head_dim + 8), tables.key_scales
+        scales = None if scales is None else scales.contiguous()
+        args = (*args, groups, groups + page_size // GROUP * 2 * head_dim, 0 if scales is None else scales.data_ptr())
     for i, (kernel, arguments) in enumerate(zip(call.kernels, (args, args, combine_args), strict=True)):
         launch(kernel, (call.grids[i], 1, 1), (call.blocks[i], 1, 1), call.shared_bytes[i], None, arguments, pdl=i > 0)
     if result is not out:

@@ -12,7 +12,8 @@
 #define NORM_PART (16 * D)
 #define TILE_BYTES (16 * D + 128)
 #define RING 65536
-#define QUERY (RING + WARPS * STAGES * TILE_BYTES)
+#define GROUP_SCORES (RING + WARPS * STAGES * TILE_BYTES)
+#define QUERY (GROUP_SCORES + OFFSETS * WARPS * 256 * NT)
 #define QUERY_BYTES (NQ * 16 * D)
 #define ROW_SCALE (QUERY + PASSES * QUERY_BYTES)
 #define PART (4 * NT * PART_PITCH)  // floats of the results of one segment, or of several joined
@@ -40,6 +41,12 @@ struct DecodeParams {
   const int* windows;  // of single sequences, or null
   int window;          // NO_WINDOW: none
   float cap, rate;     // scores, in units of log2, become cap * tanh(rate * score / (2 log2(e))); cap 0: they do not
+#endif
+#if OFFSETS
+  const signed char* groups; const float* steps; const float* key_scales;  // the last may be null
+#if !PAGED
+  i64 g_b, g_h, g_g, s_b, s_h, s_g;  // over pages groups and steps lie in these, one behind the other
+#endif
 #endif
 };
 #define NO_WINDOW (1 << 30)
@@ -124,9 +131,17 @@ __device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, 
       if (done + warp + i * WARPS >= all) break;
       float* row = raw + (warp + i * WARPS) * ROW_PITCH;
       float largest = 0;
+#if OFFSETS
+      const int head = p.heads.head_of(first + (done + warp + i * WARPS) / (4 * NT));
+      const int kv_head = head - p.heads.batch(head) * p.heads.kv_heads;
+      const float* scales = p.key_scales && !p.pre_rotated ? p.key_scales + kv_head * D : nullptr;
+#endif
 #pragma unroll
       for (int j = 0; j < D / 32; j++) {
-        const float x = from_half(rows.at[i][j / 2] >> j % 2 * 16, p.is_bf16);
+        float x = from_half(rows.at[i][j / 2] >> j % 2 * 16, p.is_bf16);
+#if OFFSETS
+        if (scales) x /= scales[lane + 32 * j];
+#endif
         row[lane + 32 * j] = x, largest = fmaxf(largest, fabsf(x));
       }
       // sqrt(D) times the largest magnitude bounds every rotated coordinate
@@ -143,7 +158,7 @@ __device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, 
 #pragma unroll 1
         for (int k0 = 0; k0 < D; k0 += TURN) {
           if (TURNS > TURNS_HELD) load_turn(columns, p.rotation, n0, k0, false, p.pre_rotated);
-          rotate_rows<true>(y, raw + tile * 16 * ROW_PITCH + k0, columns);
+          rotate_rows<!OFFSETS>(y, raw + tile * 16 * ROW_PITCH + k0, columns);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {

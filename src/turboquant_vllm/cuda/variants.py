@@ -28,6 +28,7 @@ class Variant:
         passes: that one block's range may touch.
         query_in_registers: or read from shared memory again for each tile.
         masked: whether calls have a sliding window, a soft cap or sinks.
+        offsets: whether keys have offsets.
     """
 
     head_dim: int
@@ -37,6 +38,7 @@ class Variant:
     passes: int
     query_in_registers: bool
     masked: bool = False
+    offsets: bool = False
 
     @property
     def defines(self) -> dict[str, int]:
@@ -50,6 +52,7 @@ class Variant:
             "Q_IN_REGISTERS": int(self.query_in_registers),
             "PAGED": 0,
             "MASKED": int(self.masked),
+            "OFFSETS": int(self.offsets),
         }
 
     @property
@@ -59,8 +62,9 @@ class Variant:
 
     @property
     def shared_bytes_without_query(self) -> int:
-        """Of that, table and rings."""
-        return _TABLE_BYTES + self.warps * self.stages * (16 * self.head_dim + 128)
+        """Of that, table, rings and the scores of offsets."""
+        scores = 256 * self.row_tiles if self.offsets else 0
+        return _TABLE_BYTES + self.warps * (self.stages * (16 * self.head_dim + 128) + scores)
 
     @property
     def part_bytes(self) -> int:
@@ -89,7 +93,7 @@ class Variant:
 
 
 @cache
-def choose_variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False) -> Variant:
+def choose_variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False, offsets: bool = False) -> Variant:
     """The variant for ``rows`` rows per key/value head, within ``shared_limit`` bytes of shared memory per block."""
     most = 4 if head_dim == 256 else 8  # the sums of more rows do not fit the registers
     row_tiles = next(n for n in (1, 2, 4, 8) if n == most or 4 * n >= rows)
@@ -97,7 +101,7 @@ def choose_variant(head_dim: int, rows: int, shared_limit: int, masked: bool = F
     many_warps = 16 if sums <= 256 else 12 if sums <= 512 else 8
     in_registers = head_dim < 256 and row_tiles <= 2
     candidates = (
-        Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked)
+        Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked, offsets)
         for warps in (16, 12, 8, 4, 2)
         if warps <= many_warps
         for passes in (8, 6, 3, 2)
