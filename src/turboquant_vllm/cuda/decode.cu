@@ -5,7 +5,7 @@
 //                                   ring    per warp, STAGES tiles of 16 tokens: K codes, V codes, norms
 //                                   query   per pass, fragments of the rotated rows in fp16, then one scale per row;
 //                                           a block touches PASSES consecutive passes at most
-//                                   scores  of keys with offsets, per warp, between ring and query: see groups.cuh
+//                                           behind each ring, of keys with offsets, scores: see groups.cuh
 //                                   in the end, over all of these: per warp, its last segment's results (join.cuh)
 //
 //   a stage of the ring   | K codes, 16 rows of D / 2 bytes | V codes, likewise | 16 K norms | 16 V norms |
@@ -47,7 +47,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     if ((warp + i * WARPS) * 8 < D) load_turn(turn[i], p.rotation, (warp + i * WARPS) * 8, 0, false, p.pre_rotated);
 #endif
   const u32 base = shared_address(smem);
-  const u32 ring = base + RING + warp * (STAGES * TILE_BYTES);
+  const u32 ring = base + RING + warp * WARP_BYTES;
   int now = work.begin(worker);
   const int end = warp < p.active ? work.begin(worker + 1) : now;
 
@@ -151,7 +151,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   rotate_query(p, smem, query_rows, turn, first_pass, rows, level_scale * p.scale_log2, smem + QUERY, (float*)(smem + ROW_SCALE));
 #endif
   // A warp writes four entries at a time, each lane four copies of one.
-  const float scaled = level * inverse_power(level_scale);
+  const float scaled = (OFFSETS ? p.centroids[lane & 15] : level) * inverse_power(level_scale);  // kept, it would be spilled
   const u32 mine = half2_bits(scaled, scaled);
 #pragma unroll
   for (int b = warp * 4 + (lane >> 3), i = 0; i < 64; b += WARPS * 4, i += WARPS) {
@@ -231,13 +231,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 
     // Sums of P V, C fragment of tile j: lane (r, c) holds dimensions r * D / 8 + 4 * j + 0..3 of row c
     float o[NT][MTILES][4], m[NT], l[NT], v_ref = 0;
-#if OFFSETS
-    const u32 group_scores = base + GROUP_SCORES + warp * SCORE_BYTES;
-    auto fragment = [&](int n, int i, u32* q) {
-      if (Q_IN_REGISTERS) q[0] = qf[n][i][0], q[1] = qf[n][i][1];
-      else load_query(q, n * KSTEPS + i);
-    };
-#endif
 #pragma unroll
     for (int t = 0; t < NT; t++) {
       m[t] = LOWEST, l[t] = 0;
@@ -249,7 +242,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 #if OFFSETS
       if (n0 == tile0 * 16 || n0 % (GROUPS_AT_ONCE * KEYS_OF_GROUP) == 0) {
         const int first = n0 / (GROUPS_AT_ONCE * KEYS_OF_GROUP) * GROUPS_AT_ONCE;
-        score_groups(p, group_scores, pass, first, row_scales, inverse_power(level_scale), fragment);
+        // The pass is worked out anew, which keeps it from taking registers.
+        score_groups(p, ring + GROUP_SCORES, locate(now - 1), first, row_scales, inverse_power(level_scale), load_query);
       }
 #endif
       wait_copies<STAGES - 2>();
@@ -306,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
         x1[t] = s[t / 2][2 + (t & 1)] * (kn1 * row_scales[t]);
 #if OFFSETS
         u32 shared[2];  // of a negative norm's key the score is another
-        lds2(shared, group_scores + ((n0 / KEYS_OF_GROUP % GROUPS_AT_ONCE * NT + t) * 4 + c) * 8);
+        lds2(shared, ring + GROUP_SCORES + ((n0 / KEYS_OF_GROUP % GROUPS_AT_ONCE * NT + t) * 4 + c) * 8);
         x0[t] = kn0 < 0 ? __uint_as_float(shared[1]) : x0[t] + __uint_as_float(shared[0]);
         x1[t] = kn1 < 0 ? __uint_as_float(shared[1]) : x1[t] + __uint_as_float(shared[0]);
 #endif

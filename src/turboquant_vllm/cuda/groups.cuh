@@ -9,12 +9,12 @@
 //   scores of a warp, in shared memory: for each group and row of the query   | offset | offset + outlier |
 #define KEYS_OF_GROUP 64
 #define GROUPS_AT_ONCE 8
-#define SCORE_BYTES (GROUPS_AT_ONCE * 4 * NT * 8)
 
 // Two of four signed bytes, as half2: 1152 = 1024 + 128 is in the exponent 0x64 what a byte of 0 is, once its sign is turned.
 __device__ __forceinline__ u32 two_of(u32 turned, u32 selector) { return sub_half2(prmt(turned, 0x64646464u, selector), 0x64806480u); }
 
-// Scores of the groups from `first` on of a pass, in log2. `query(n, i, q)` gives the fragment of column tile n, step i;
+// Scores of the groups from `first` on of a pass, in log2. `query(q, n * KSTEPS + i)` gives the fragment of column tile
+// n, step i;
 // `unit` is what makes row c of row tile t a score.
 template <class Query>
 __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, const Pass& pass, int first, const float* row_scales,
@@ -37,7 +37,7 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, cons
   float s[NQ][4];
 #pragma unroll
   for (int n = 0; n < NQ; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-#pragma unroll(Q_IN_REGISTERS ? KSTEPS / 4 : 1)
+#pragma unroll 1  // registers are short
   for (int i = 0; i < KSTEPS; i += 4) {  // 16 numbers of each row at a time
     const int at = D == 64 ? c * 16 : 128 * (i / 8) + c * 32 + 4 * (i % 8);
     const uint4 x = *(const uint4*)(rows + at), y = *(const uint4*)(rows + D + at);
@@ -49,7 +49,7 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, cons
 #pragma unroll
       for (int n = 0; n < NQ; n++) {
         u32 q[2];
-        query(n, i + j, q);
+        query(q, n * KSTEPS + i + j);
         mma(s[n], a0, a1, a2, a3, q[0], q[1]);
       }
     }

@@ -12,8 +12,9 @@
 #define NORM_PART (16 * D)
 #define TILE_BYTES (16 * D + 128)
 #define RING 65536
-#define GROUP_SCORES (RING + WARPS * STAGES * TILE_BYTES)
-#define QUERY (GROUP_SCORES + OFFSETS * WARPS * 256 * NT)
+#define GROUP_SCORES (STAGES * TILE_BYTES)  // of a warp, behind its ring
+#define WARP_BYTES (GROUP_SCORES + OFFSETS * 256 * NT)
+#define QUERY (RING + WARPS * WARP_BYTES)
 #define QUERY_BYTES (NQ * 16 * D)
 #define ROW_SCALE (QUERY + PASSES * QUERY_BYTES)
 #define PART (4 * NT * PART_PITCH)  // floats of the results of one segment, or of several joined
@@ -140,7 +141,7 @@ __device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, 
       for (int j = 0; j < D / 32; j++) {
         float x = from_half(rows.at[i][j / 2] >> j % 2 * 16, p.is_bf16);
 #if OFFSETS
-        if (scales) x /= scales[lane + 32 * j];
+        if (scales) x *= reciprocal(scales[lane + 32 * j]);  // a division takes registers
 #endif
         row[lane + 32 * j] = x, largest = fmaxf(largest, fabsf(x));
       }
