@@ -43,8 +43,8 @@ def test_growing_and_static_caches_pack_the_same_layers(family):
 
 
 def test_each_layer_that_stays_dense_has_its_reason():
-    kinds = ["hybrid", "linear_attention", "full_attention", "indexed_attention"]
-    reasons = ["attention and a recurrent state side by side", "linear attention", "", "indexed attention"]
+    kinds = ["hybrid", "linear_attention", "full_attention", "conv"]
+    reasons = ["attention and a recurrent state side by side", "linear attention", "", "linear attention"]
     assert why_dense(LlamaConfig(num_hidden_layers=4, layer_types=kinds)) == reasons
 
 
