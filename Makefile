@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := -m pip install --quiet --disable-pip-version-check
 TEST_JOBS ?= 2
 # Not the newest, which may be a build of gigabytes: what the lock has, unless asked for by NEWEST_TORCH=torch.
-NEWEST_TORCH ?= $(shell grep '^torch==' constraints.txt)
+NEWEST_TORCH ?= $(shell grep -o '^torch==[0-9.]*' constraints.txt)
 
 .PHONY: demo test test-newest lock check clean
 

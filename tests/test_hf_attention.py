@@ -306,6 +306,17 @@ def test_what_stands_for_keys_or_a_mask_cannot_be_written_to(operands):
                 write()
 
 
+def test_what_stands_for_keys_or_a_mask_moves_as_it_is(operands):
+    _, k, _ = operands(3, 12)
+    padding = torch.arange(12) >= torch.tensor([[2], [0], [0]])
+    for x in (pack(k), mask_for(causal_mask_function, 3, 12, padding)[0]):
+        for moved in (x.to("meta"), x.to("meta", non_blocking=True), x.to(torch.empty(0, device="meta"))):
+            assert type(moved) is type(x)
+            assert (moved.shape, moved.dtype, moved.device.type) == (x.shape, x.dtype, "meta")
+        for other in (x.to("meta", torch.float64), x.to("cpu", copy=True)):  # one with elements to write to
+            assert type(other) is torch.Tensor
+
+
 def test_a_mask_for_other_sizes_is_refused(operands):
     q, k, v = operands(3, 12)
     mask, _ = mask_for(causal_mask_function, 3, 13)

@@ -285,11 +285,6 @@ def test_every_layer_is_packed_unless_told_otherwise():
     assert isinstance(cache, DynamicCache)
 
 
-def test_latent_attention_stays_dense():
-    cache = TurboQuantCache(make_config("deepseek_v3"))
-    assert cache.packed_layers == []
-
-
 @torch.no_grad()
 def test_bytes_are_those_of_all_layers():
     model = make_model("llama", dtype=torch.float32)

@@ -28,8 +28,9 @@ from hf_models import (
 from oracle import assert_close
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache, attention_forward
-from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, find_spans, written_out
+from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, SpanMask, find_spans
 from turboquant_vllm.hf.static import MAX_CHUNK, DenseStaticLayer, PagedLayer
+from turboquant_vllm.hf.tensors import additive
 
 HEADS, DIM, WINDOW = 2, 32, 100
 CODEC = TQ4Codec(DIM)
@@ -329,20 +330,58 @@ def test_what_a_model_makes_of_keys_or_values_is_what_it_gets(changed, states, r
     keys, values = layer.update(*states(2, 1))
     query, sees = randn(2, HEADS, 1, DIM), (torch.arange(64) < 21)[None, None, None].expand(2, 1, 1, 64)
     keys, values = keys.flip(1) if changed == "keys" else keys, values.flip(1) if changed == "values" else values
-    got, _ = attention_forward(torch.nn.Module(), query, keys, values, find_spans(sees))
+    got, _ = attention_forward(torch.nn.Module(), query, keys, values, find_spans(sees, torch.float32))
     want = torch.nn.functional.scaled_dot_product_attention(query, keys + 0, values + 0, attn_mask=sees)
     assert_close(got.transpose(1, 2), want.double())
 
 
 def test_spans_stand_for_masks():
-    mask = torch.zeros(4, 1, 1, 9, dtype=torch.bool)
-    mask[0, ..., 2:7] = mask[1, ..., :9] = mask[2, ..., 8:] = True  # the last sequence sees nothing
-    spans = find_spans(mask)
-    assert spans.tolist() == [[[[7, 9, 9, 0, 0]]], [[[0, 1, 2, 3, 4]]], [[[5, 9, 1, 0, 0]]]]
-    assert torch.equal(written_out(spans, 9), mask)
-    assert find_spans(mask[[1, 3]]).shape[0] == 3
-    spans = find_spans(mask[[1, 3]], windows=False)
-    assert spans.tolist() == [[[[9, 0, 0]]], [[[0, 1, 2]]]]
-    assert torch.equal(written_out(spans, 9), mask[[1, 3]])
-    mask[0, ..., 4] = False
-    assert find_spans(mask) is None
+    sees = torch.zeros(4, 1, 1, 9, dtype=torch.bool)
+    sees[0, ..., 2:7] = sees[1, ..., :9] = sees[2, ..., 8:] = True  # the last sequence sees nothing
+    mask = find_spans(sees, torch.bfloat16)
+    assert mask.spans.tolist() == [[7, 9, 9, 0, 0], [0, 1, 2, 3, 4], [5, 9, 1, 0, 0]]
+    assert torch.equal(mask.written(), sees)
+    assert (mask.shape, mask.dtype) == (sees.shape, torch.bfloat16)
+    assert torch.equal(mask + 0, torch.zeros(()).bfloat16().where(sees, torch.finfo(torch.bfloat16).min))
+    moved = mask.to("meta")
+    assert isinstance(moved, SpanMask)
+    assert moved.spans.device.type == "meta"
+    assert find_spans(sees[[1, 3]], torch.float32).spans.shape[0] == 3
+    mask = find_spans(sees[[1, 3]], torch.float32, windows=False)
+    assert mask.spans.tolist() == [[9, 0, 0], [0, 1, 2]]
+    assert torch.equal(mask.written(), sees[[1, 3]])
+    sees[0, ..., 4] = False
+    assert find_spans(sees, torch.float32) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)
+@pytest.mark.parametrize("paged", [True, False])
+def test_a_mask_of_integers_is_no_mask(dtype, paged, states, randn):
+    layer = layer_of(room=64)
+    layer.update(*states(2, 20))
+    keys, values = layer.update(*states(2, 1))
+    if not paged:
+        keys, values = keys + 0, values + 0
+    for shape in ((2, 1, 1, 64), (3, 1, 1, 3)):  # also as wide as spans
+        mask = torch.ones(shape, dtype=dtype)
+        with pytest.raises(TypeError, match=f"attention_mask must be bool, or floating-point and additive, got {dtype}"):
+            attention_forward(torch.nn.Module(), randn(2, HEADS, 1, DIM), keys, values, mask)
+
+
+@torch.no_grad()
+def test_a_mask_of_the_users_own_is_followed(generator):
+    ours, ids = model_of("llama", "tq4"), tokens(generator, 2, 13)
+    sees = torch.rand(2, 1, 1, 64, generator=generator) < 0.5
+    sees[..., 12] = True
+    sees[..., 13:] = False
+    results = []
+    for mask in (sees, additive(sees, torch.float64), sees.int()):
+        cache = TurboQuantStaticCache(ours.config, max_cache_len=64)
+        ours(ids[:, :12], **{CACHE_ARGUMENT: cache})
+        arguments = {"attention_mask": mask, CACHE_ARGUMENT: cache}
+        if mask.dtype == torch.int32:
+            with pytest.raises(TypeError, match="attention_mask must be bool"):
+                ours(ids[:, 12:], **arguments)
+        else:
+            results.append(ours(ids[:, 12:], **arguments).logits)
+    assert_same(*results)

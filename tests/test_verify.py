@@ -22,6 +22,8 @@ from transformers import (
     BertLMHeadModel,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -32,6 +34,7 @@ from typer.testing import CliRunner
 from turboquant_vllm import TQ4Codec, cli
 from turboquant_vllm.demo.run import MODEL
 from turboquant_vllm.demo.text import gather, windows
+from turboquant_vllm.hf import TurboQuantCache
 from turboquant_vllm.quality.attention import cache_format
 from turboquant_vllm.quality.formats import TQ4Format
 from turboquant_vllm.quality.measure import compare_windows, perplexity
@@ -83,7 +86,12 @@ def tiny(folder: Path, **changes: Any) -> Path:
     """A random Llama with the demo's tokenizer."""
     sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "head_dim": 32}
     config = LlamaConfig(vocab_size=4096, num_key_value_heads=1, bos_token_id=0, eos_token_id=0, **(sizes | changes))
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return saved(LlamaForCausalLM(config), folder)
+
+
+def saved(model: Any, folder: Path) -> Path:
+    """A model's folder, with the demo's tokenizer."""
+    model.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(MODEL / name, folder)
     return folder
@@ -133,6 +141,20 @@ def test_figures_of_the_cache_and_its_layers(figures: dict[str, Any]) -> None:
     assert all(-0.5 < share < 1 for share in shares)
     assert 0.5 < sum(shares) < 1.5
     assert json.loads(json.dumps(figures)) is not None
+
+
+def test_layers_are_those_that_the_cache_packs(text: Path, tmp_path: Path) -> None:
+    config = Gemma3nTextConfig(
+        vocab_size=4096, hidden_size=64, intermediate_size=[64] * 4, num_hidden_layers=4, num_kv_shared_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, max_position_embeddings=128, sliding_window=32,
+        layer_types=["sliding_attention", "full_attention"] * 2, activation_sparsity_pattern=[0.0] * 4,
+        hidden_size_per_layer_input=16, vocab_size_per_layer_input=4096, laurel_rank=8, altup_num_inputs=2,
+    )  # fmt: skip
+    found = run_verify(str(saved(Gemma3nForCausalLM(config), tmp_path)), text, 64, count=1, max_ppl_increase=1e6, device="cpu")
+    assert [item["layer"] for item in found["layers"]] == TurboQuantCache(config).packed_layers == [0, 1]
+    assert sorted(item["layer"] for item in found["contributors"]) == [0, 1]
+    assert found["cached_layers"] == 2
+    assert found["bytes_per_token"] == {"bf16": 2 * 2 * 2 * 16 * 2, "tq4": 2 * 2 * 2 * (8 + 4)}
 
 
 def test_dense_layers_are_exact_and_take_their_bytes(text: Path, figures: dict[str, Any]) -> None:
@@ -220,18 +242,13 @@ def broken_json(folder: Path) -> Path:
 
 
 def no_cache(folder: Path) -> Path:
-    MambaForCausalLM(MambaConfig(vocab_size=4096, hidden_size=32, state_size=4, num_hidden_layers=1)).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder)
-    return folder
+    config = MambaConfig(vocab_size=4096, hidden_size=32, state_size=4, num_hidden_layers=1)
+    return saved(MambaForCausalLM(config), folder)
 
 
 def encoder(folder: Path) -> Path:
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-    BertLMHeadModel(BertConfig(vocab_size=4096, **sizes)).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder)
-    return folder
+    return saved(BertLMHeadModel(BertConfig(vocab_size=4096, **sizes)), folder)
 
 
 def not_a_number(folder: Path) -> Path:
@@ -245,10 +262,7 @@ def latent(folder: Path) -> Path:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     ranks = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 32}
     config = DeepseekV3Config(vocab_size=4096, num_key_value_heads=2, first_k_dense_replace=1, **sizes, **ranks)
-    DeepseekV3ForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(MODEL / name, folder)
-    return folder
+    return saved(DeepseekV3ForCausalLM(config), folder)
 
 
 def empty(folder: Path) -> Path:

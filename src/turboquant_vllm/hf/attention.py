@@ -14,7 +14,7 @@ from turboquant_vllm.checks import check_masks, check_sm_scale
 from turboquant_vllm.codec import TQ4Tensor
 from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.hf.dense import dense_attention
-from turboquant_vllm.hf.pages import PagedTensor, attend_pages, written_out
+from turboquant_vllm.hf.pages import PagedTensor, SpanMask, attend_pages
 from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
 from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.records import Masks, Operand, Tables
@@ -74,6 +74,7 @@ def attention_forward(
         give zeros.
 
     Raises:
+        TypeError: a mask of integers, which may mean either.
         ValueError: dropout, weights, or an argument that would change the result and is not handled.
     """
     if dropout:
@@ -93,11 +94,13 @@ def attention_forward(
     if attention_mask is None:
         window = sliding_window if is_causal else None
         output = _attend(query, key, value, is_causal=is_causal, window=window, **options)
-    elif attention_mask.dtype == torch.int32 and isinstance(key, PagedTensor) and _belong_together(key, value):
+    elif isinstance(attention_mask, SpanMask) and isinstance(key, PagedTensor) and _belong_together(key, value):
         output = attend_pages(query, key, attention_mask, **options)
     elif not isinstance(attention_mask, CausalMask):
-        if attention_mask.dtype == torch.int32:
-            attention_mask = written_out(attention_mask, key.shape[2])
+        if isinstance(attention_mask, SpanMask):
+            attention_mask = attention_mask.written()
+        elif attention_mask.dtype != torch.bool and not attention_mask.is_floating_point():
+            raise TypeError(f"attention_mask must be bool, or floating-point and additive, got {attention_mask.dtype}")
         output = dense_attention(query, _dense(key), _dense(value), mask=attention_mask, **options)
     elif attention_mask.shape[2:] != (query.shape[2], key.shape[2]):
         want, got = list(attention_mask.shape[2:]), [query.shape[2], key.shape[2]]

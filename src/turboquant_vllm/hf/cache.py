@@ -8,11 +8,12 @@ from typing import Any, Self
 
 import torch
 from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer, StaticSlidingWindowLayer
+from transformers.cache_utils import DynamicLayer
 
 from turboquant_vllm.checks import check_count
 from turboquant_vllm.hf.files import fill_layers, read_cache, write_cache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
+from turboquant_vllm.hf.packing import warn_if_all_dense, why_dense
 from turboquant_vllm.hf.static import DenseStaticLayer, PagedLayer
 
 __all__ = ["TurboQuantCache", "TurboQuantStaticCache"]
@@ -78,7 +79,8 @@ class TurboQuantCache(_SavedCache, DynamicCache):
     :func:`turboquant_vllm.hf.register`) attention reads the codes; others get the vectors decompressed, layer by layer.
 
     Layers with full, sliding-window or chunked attention are packed. Others (linear attention, indexed attention, layers that
-    share another's cache, all layers of models with multi-head latent attention) are transformers' own, and dense.
+    share another's cache, all layers of models with multi-head latent attention) are transformers' own, and dense; if that is
+    all layers, a UserWarning says why.
 
     Args:
         config: of the model, ``model.config``.
@@ -108,15 +110,15 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         check_seed(seed)
         self.seed = seed
         skipped = check_layers("skip_layers", skip_layers, len(self.layers))
-        if stays_dense(config):
-            return
-        for index, layer in enumerate(self.layers):
-            if index in skipped:
+        reasons = why_dense(config)
+        warn_if_all_dense(reasons, type(self).__name__)
+        for index, reason in enumerate(reasons):
+            if reason or index in skipped:
                 continue
-            if type(layer) is DynamicLayer:
+            window = getattr(self.layers[index], "sliding_window", None)
+            if window is None:
                 self.layers[index] = PackedLayer(index, seed=seed, exact_prefill=exact_prefill)
-            elif type(layer) is DynamicSlidingWindowLayer:
-                window = layer.sliding_window
+            else:
                 self.layers[index] = PackedSlidingLayer(index, window, seed=seed, exact_prefill=exact_prefill)
 
     def reset(self) -> None:
@@ -164,21 +166,16 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
         StaticCache.__init__(self, config=config, max_cache_len=max_cache_len)
         self.seed = seed
         skipped = check_layers("skip_layers", skip_layers, len(self.layers))
-        if stays_dense(config):
-            return
+        reasons = why_dense(config)
+        warn_if_all_dense(reasons, type(self).__name__)
         windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
-        for index, layer in enumerate(self.layers):
-            if type(layer) not in (StaticLayer, StaticSlidingWindowLayer):
+        for index, reason in enumerate(reasons):
+            if reason:
                 continue
             if index in skipped:
                 self.layers[index] = DenseStaticLayer(max_cache_len, windows[index])
                 continue
             self.layers[index] = PagedLayer(index, max_cache_len, window=windows[index], seed=seed, exact_prefill=exact_prefill)
-
-
-def stays_dense(config: Any) -> bool:
-    """Whether a model's caches are not keys and values as attention reads them (multi-head latent attention)."""
-    return getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None
 
 
 def check_attention(config: Any) -> None:

@@ -41,7 +41,8 @@ def attention_mask(
     Returns:
         A :class:`CausalMask` for causal and sliding-window attention; an additive mask ``[B, 1, q_length, kv_length]`` of
         ``dtype`` for caches of fixed size, and for chunked attention longer than a chunk; for bidirectional attention that
-        or None. For one query on a cache of fixed size, what :func:`turboquant_vllm.hf.pages.find_spans` makes of a mask.
+        or None. For one query on a cache of fixed size, a
+        :class:`turboquant_vllm.hf.pages.SpanMask` where that can be.
 
     Raises:
         ValueError: any other mask: bidirectional blocks, packed sequences, functions that a model adds.
@@ -59,7 +60,7 @@ def attention_mask(
         # A cache of fixed size in use: its keys do not end with the last query.
         mask = write()
         one = q_length == 1 and not torch.compiler.is_compiling()
-        spans = find_spans(mask, windows=mask_function is not causal_mask_function) if one else None
+        spans = find_spans(mask, dtype, windows=mask_function is not causal_mask_function) if one else None
         return additive(mask, dtype) if spans is None else spans
     kind, size = _kind(mask_function)
     if kind == "chunked":

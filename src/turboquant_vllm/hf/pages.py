@@ -10,7 +10,7 @@ from torch.library import Library
 from turboquant_vllm import reference
 from turboquant_vllm.checks import check_sm_scale
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
-from turboquant_vllm.hf.tensors import DeferredTensor
+from turboquant_vllm.hf.tensors import DeferredTensor, additive
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
 from turboquant_vllm.records import Masks, Sequences, Tables
@@ -19,11 +19,11 @@ from turboquant_vllm.rotation import RotationKind
 __all__ = [
     "PAGE_SIZE",
     "PagedTensor",
+    "SpanMask",
     "attend_pages",
     "find_spans",
     "packed_places",
     "put_places",
-    "written_out",
 ]
 
 PAGE_SIZE = 64
@@ -106,27 +106,61 @@ class PagedTensor(DeferredTensor):
 def attend_pages(
     query: torch.Tensor,
     key: PagedTensor,
-    spans: torch.Tensor,
+    mask: SpanMask,
     *,
     sm_scale: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention of one query a sequence, ``[B, H_q, 1, D]``, to the places that ``spans`` (see :func:`find_spans`) show."""
-    tables = (key.buffer, key.block_table, key.heads, spans, key.rotation, key.centroids)
+    """Attention of one query a sequence, ``[B, H_q, 1, D]``, to the places that the mask shows."""
+    tables = (key.buffer, key.block_table, key.heads, mask.spans, key.rotation, key.centroids)
     return torch.ops.turboquant.attend_pages(query, *tables, sm_scale, softcap, sinks)
 
 
-def find_spans(mask: torch.Tensor, *, windows: bool = True) -> torch.Tensor | None:
-    """The keys that a bool mask ``[B, 1, 1, N]`` shows, or None where they are not next to one another; waits for the device.
+class SpanMask(DeferredTensor):
+    """An additive mask ``[B, 1, 1, N]`` of one query a sequence, whose visible keys are next to one another; made of a tensor
+    and constants alone, as :class:`PagedTensor` is.
+
+    Attributes:
+        spans: int32 ``[3, B + 1]``: where the visible keys end, the numbers 0 to B, and how many they are. Without the last,
+            ``[2, B + 1]``, where all sequences show their keys from the first on.
+    """
+
+    spans: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, spans: torch.Tensor, tokens: int, dtype: torch.dtype) -> SpanMask:
+        make: Any = torch.Tensor._make_wrapper_subclass
+        self: SpanMask = make(cls, (spans.shape[1] - 1, 1, 1, tokens), dtype=dtype, device=spans.device)
+        self.spans = spans
+        return self
+
+    def written(self) -> torch.Tensor:
+        """The mask as bools, True where a query sees a key."""
+        stops, _, counts = read_spans(self.spans)
+        place = torch.arange(self.shape[3], device=self.spans.device)
+        first = 0 if counts is None else (stops - counts)[:, None, None, None]
+        return (place < stops[:, None, None, None]) & (place >= first)
+
+    def dense(self) -> torch.Tensor:
+        """The mask's elements, to be added to scores."""
+        return additive(self.written(), self.dtype)
+
+    def __tensor_flatten__(self) -> tuple[list[str], Any]:
+        return ["spans"], (self.shape[3], self.dtype)
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> SpanMask:
+        return SpanMask(inner["spans"], *context)
+
+
+def find_spans(mask: torch.Tensor, dtype: torch.dtype, *, windows: bool = True) -> SpanMask | None:
+    """What stands for a bool mask ``[B, 1, 1, N]``, or None where visible keys have gaps between them; waits for the device.
 
     Args:
         mask: what the one query of each sequence sees.
-        windows: whether a later step may hide first keys that are visible now: then the shape of the result stays the same.
-
-    Returns:
-        int32 ``[3, 1, 1, B + 1]``: where the visible keys end, the numbers 0 to B, and how many they are. Without the last,
-        ``[2, 1, 1, B + 1]``, where all sequences show their keys from the first on and there are no windows.
+        dtype: of the additive mask that the result stands for.
+        windows: whether a later step may hide first keys that are visible now: then the shape of the spans stays the same.
     """
     visible = mask[:, 0, 0].int()
     count = visible.sum(-1)
@@ -137,21 +171,13 @@ def find_spans(mask: torch.Tensor, *, windows: bool = True) -> torch.Tensor | No
         return None
     rows = torch.arange(visible.shape[0] + 1, device=mask.device)
     columns = [torch.nn.functional.pad(x, (0, 1)) for x in (stop, count)]
-    return torch.stack((columns[0], rows) if no_counts and not windows else (columns[0], rows, columns[1])).int()[:, None, None]
+    spans = torch.stack((columns[0], rows) if no_counts and not windows else (columns[0], rows, columns[1])).int()
+    return SpanMask(spans, visible.shape[1], dtype)
 
 
 def read_spans(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """Of what :func:`find_spans` found: where visible keys end, ``[B]``, the numbers 0 to B, and how many keys, or None."""
-    stops, rows = spans[0, 0, 0, :-1], spans[1, 0, 0]
-    return stops, rows, spans[2, 0, 0, :-1] if spans.shape[0] == 3 else None
-
-
-def written_out(spans: torch.Tensor, tokens: int) -> torch.Tensor:
-    """The mask ``[B, 1, 1, tokens]`` that :func:`find_spans` found these spans in."""
-    stops, _, counts = read_spans(spans)
-    place = torch.arange(tokens, device=spans.device)
-    first = 0 if counts is None else (stops - counts)[:, None, None, None]
-    return (place < stops[:, None, None, None]) & (place >= first)
+    """Of the spans of a :class:`SpanMask`: where visible keys end, ``[B]``, the numbers 0 to B, and how many keys, or None."""
+    return spans[0, :-1], spans[1], spans[2, :-1] if spans.shape[0] == 3 else None
 
 
 def packed_places(buffer: torch.Tensor, block_table: torch.Tensor, heads: int, which: int) -> tuple[torch.Tensor, torch.Tensor]:

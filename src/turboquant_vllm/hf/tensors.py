@@ -47,7 +47,7 @@ class DeferredTensor(torch.Tensor):
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.ops.aten._to_copy.default and kwargs.keys() <= {"device", "non_blocking"} and "device" in kwargs:
+        if func is torch.ops.aten._to_copy.default and _only_moves(args[0], kwargs):
             return args[0].moved(torch.device(kwargs["device"]))
         if isinstance(func, torch._ops.OpOverload) and func._schema.is_mutable:
             _refuse_writing(func._schema.arguments, args, kwargs)
@@ -56,6 +56,13 @@ class DeferredTensor(torch.Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(f"{type(self).__name__} cannot be written to: {_WRITE_TO_A_COPY}")
+
+
+def _only_moves(x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
+    """Whether a copy differs in its device alone; ``Tensor.to`` also says what stays as it is."""
+    same = {"dtype": x.dtype, "layout": x.layout, "device": x.device}
+    changed = {name for name, value in kwargs.items() if name != "non_blocking" and value != same.get(name)}
+    return changed == {"device"}
 
 
 _WRITE_TO_A_COPY = "it stands for what a cache or a mask holds; write to a copy, .clone()"

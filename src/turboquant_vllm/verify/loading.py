@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from turboquant_vllm.quality.attention import Model, cache_format, no_loading_bar
 
-__all__ = ["check_cache", "load"]
+__all__ = ["CachedLayers", "check_cache", "load"]
 
 _NEEDED = ("transformers", "tokenizers")
 
@@ -48,37 +49,72 @@ def load(name: str, device: torch.device) -> tuple[Any, Model]:
     return tokenizer, model.to(device).eval()
 
 
+@dataclass
+class CachedLayers:
+    """What a model keeps of each token, by layer, as `TurboQuantCache` divides it.
+
+    Attributes:
+        packed: layers that can be kept in 4 bits -> elements per token, and bytes per token in TQ4.
+        dense: layers with keys and values that it keeps dense in any case -> elements per token.
+        shared: layers that read the keys and values of another -> that other.
+    """
+
+    packed: dict[int, tuple[int, int]] = field(default_factory=dict)
+    dense: dict[int, int] = field(default_factory=dict)
+    shared: dict[int, int] = field(default_factory=dict)
+
+    def exact(self, chosen: Collection[int]) -> frozenset[int]:
+        """The layers that attend to exact keys and values where the caches of the ``chosen`` ones are exact."""
+        kept = {*chosen, *self.dense}
+        return frozenset(kept | {layer for layer, source in self.shared.items() if source in kept})
+
+    def bytes_per_token(self, chosen: Collection[int]) -> int:
+        """Bytes where the caches of the ``chosen`` layers are exact, in bf16."""
+        dense = sum(2 * elements for elements in self.dense.values())
+        return dense + sum(2 * elements if layer in chosen else tq4 for layer, (elements, tq4) in self.packed.items())
+
+
 @torch.inference_mode()
-def check_cache(model: Model, name: str, dense: Collection[int] = ()) -> dict[int, tuple[int, int]]:
-    """Layers with a cache of keys and values -> elements per token, and bytes per token in TQ4.
+def check_cache(model: Model, name: str, dense: Collection[int] = ()) -> CachedLayers:
+    """What the model's layers keep, seen in a call of two tokens.
 
     Raises:
-        ValueError: the model keeps no such cache, or one that `TurboQuantCache` would not keep in 4 bits, in a layer that is
-            not among the ``dense`` ones.
+        ValueError: the model keeps no keys and values, `TurboQuantCache` would keep none of its layers in 4 bits, or refuse one
+            that is not among the ``dense`` ones.
     """
     from turboquant_vllm.hf import CACHE_ARGUMENT
-    from turboquant_vllm.hf.cache import stays_dense
     from turboquant_vllm.hf.layers import expected_shapes
+    from turboquant_vllm.hf.packing import SHARED, why_dense
 
-    found: dict[int, tuple[int, int]] = {}
+    found = CachedLayers()
+    owners: dict[int, tuple[int, torch.Tensor]] = {}
     named = f"{name} ({type(model).__name__})"
-    if stays_dense(model.config):
-        raise ValueError(f"model: expected one whose cache can be kept in 4 bits, {named} has multi-head latent attention")
+    reasons = dict(enumerate(why_dense(model.config)))
+    if reasons and all(reasons.values()):
+        has = " and ".join(sorted(set(reasons.values())))
+        raise ValueError(f"model: expected one whose cache can be kept in 4 bits, {named} has {has}")
 
     def look(layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        reason = reasons.get(layer, SHARED)  # releases before 5.24 have no layers for those that share
+        if reason == SHARED:
+            if key.data_ptr() not in owners:
+                raise ValueError(f"layer {layer}: expected the keys and values of another layer, as they are there, got others")
+            found.shared[layer] = owners[key.data_ptr()][0]
+            return key, value
+        owners[key.data_ptr()] = layer, key  # which keeps the memory from being used again
+        elements = sum(x.shape[1] * x.shape[-1] for x in (key, value))
+        if reason:
+            found.dense[layer] = elements
+            return key, value
         if layer not in dense and (wrong := expected_shapes(key, value)):
             raise ValueError(f"layer {layer}: expected {wrong}; leave it exact: --dense {layer}")
-        elements, packed = 0, 0
-        for x in (key, value):
-            elements += x.shape[1] * x.shape[-1]
-            packed += x.shape[1] * (x.shape[-1] // 2 + torch.float32.itemsize)
-        found[layer] = elements, packed
+        found.packed[layer] = elements, sum(x.shape[1] * (x.shape[-1] // 2 + torch.float32.itemsize) for x in (key, value))
         return key, value
 
     ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
     with cache_format(model, look):
         output = model(ids, use_cache=True)
-    if not found or getattr(output, CACHE_ARGUMENT, None) is None:
+    if not found.packed or getattr(output, CACHE_ARGUMENT, None) is None:
         raise ValueError(f"model: expected one with a cache of keys and values, {named} keeps none")
     return found
 

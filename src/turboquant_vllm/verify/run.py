@@ -22,7 +22,7 @@ from turboquant_vllm.demo.text import gather, windows
 from turboquant_vllm.quality.attention import LayerErrors, Model, cache_format
 from turboquant_vllm.quality.formats import TQ4Format
 from turboquant_vllm.quality.measure import TokenScores, bootstrap_interval, compare_windows, perplexity
-from turboquant_vllm.verify.loading import check_cache, load
+from turboquant_vllm.verify.loading import CachedLayers, check_cache, load
 
 __all__ = ["DEFAULT_CONTEXT", "DEFAULT_WINDOWS", "Progress", "run_verify"]
 
@@ -80,23 +80,22 @@ def run_verify(
     progress("loading", 0)
     tokenizer, loaded = load(model, pick_device(device))
     layers = check_cache(loaded, model, dense_layers)
-    if unknown := sorted(set(dense_layers) - layers.keys()):
-        raise ValueError(f"dense layers: expected some of the cached {_span(layers)}, got {unknown[0]}")
+    if unknown := sorted(set(dense_layers) - layers.packed.keys()):
+        raise ValueError(f"dense layers: expected some of the cached {_span(layers.packed)}, got {unknown[0]}")
     context = _context(loaded, context)
     read = _windows(tokenizer, text, context, count).to(loaded.device)
 
-    passes = _Passes(loaded, read, seed, progress)
+    passes = _Passes(loaded, read, layers, seed, progress)
     kept = frozenset(dense_layers)
     errors = LayerErrors()
     scores = passes.compare("exact and TQ4 caches", kept, errors)
     if not scores.exact.isfinite().all():
         raise ValueError(f"model: expected finite likelihoods, {model} gives {scores.exact.sum().item()} with an exact cache")
-    contributions = passes.contributions(sorted(layers), kept)
+    contributions = passes.contributions(sorted(layers.packed), kept)
     passed = 100 * scores.increase <= max_ppl_increase
     recommended = passes.recommend(scores, kept, [layer for layer, _ in contributions], max_ppl_increase)
 
     exact, tq4 = perplexity(scores.exact), perplexity(scores.other)
-    bytes_exact = sum(2 * elements for elements, _ in layers.values())
     return {
         "model": model,
         "text": str(text) if text else "Python standard library, modules held out from the demo's training",
@@ -118,8 +117,9 @@ def run_verify(
         "increase_percent_interval": [100 * bound for bound in bootstrap_interval(scores.other, scores.exact)],
         "kl": scores.kl.mean().item(),
         "agreement": scores.agrees.float().mean().item(),
-        "bytes_per_token": {"bf16": bytes_exact, "tq4": _bytes(layers, kept)},
-        "cached_layers": len(layers),
+        "bytes_per_token": {"bf16": layers.bytes_per_token(layers.packed), "tq4": layers.bytes_per_token(kept)},
+        "cached_layers": len(layers.packed) + len(layers.dense),
+        "always_dense_layers": sorted(layers.dense),
         "layers": [
             {
                 "layer": layer,
@@ -127,12 +127,12 @@ def run_verify(
                 "value_error": errors.relative("values")[layer],
                 "attention_error": errors.relative("attention")[layer],
             }
-            for layer in sorted(layers)
+            for layer in sorted(layers.packed)
         ],
         "contributors": [{"layer": layer, "kl_share": share} for layer, share in contributions],
         "max_ppl_increase": max_ppl_increase,
         "passed": passed,
-        "recommendation": recommended | {"bytes_per_token": _bytes(layers, frozenset(recommended["dense_layers"]))},
+        "recommendation": recommended | {"bytes_per_token": layers.bytes_per_token(recommended["dense_layers"])},
         "seconds": round(time.perf_counter() - start, 1),
     }
 
@@ -143,6 +143,7 @@ class _Passes:
 
     model: Model
     windows: torch.Tensor  # [n, context + 1]
+    layers: CachedLayers
     seed: int
     progress: Progress
 
@@ -179,7 +180,8 @@ class _Passes:
         if not met:
             text = f"not for this text: with {_span(tried) if tried else 'no layer'} exact it is still {increase:+.2f} %"
         else:
-            text = f"all layers in TQ4 but {_span(tried)}" if tried else "all layers in TQ4"
+            text = "all layers that can be in TQ4" if self.layers.dense else "all layers in TQ4"
+            text += f" but {_span(tried)}" if tried else ""
         return {"text": text, "dense_layers": sorted(tried), "increase_percent": increase, "within_limit": met}
 
     def _logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -187,7 +189,7 @@ class _Passes:
         return found
 
     def _tq4(self, dense: Collection[int], errors: LayerErrors | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
-        cached = TQ4Format(seed=self.seed, dense_layers=frozenset(dense))
+        cached = TQ4Format(seed=self.seed, dense_layers=self.layers.exact(dense))
 
         def logits(ids: torch.Tensor) -> torch.Tensor:
             with cache_format(self.model, cached, errors):
@@ -228,10 +230,6 @@ def _windows(tokenizer: Any, text: Path | None, context: int, count: int) -> tor
     found = windows(torch.tensor(ids), length)
     found = found[torch.linspace(0, len(found) - 1, min(count, len(found))).long()]
     return torch.cat([torch.tensor(begin, dtype=found.dtype).expand(len(found), -1), found], 1)
-
-
-def _bytes(layers: dict[int, tuple[int, int]], dense: Collection[int]) -> int:
-    return sum(2 * elements if layer in dense else packed for layer, (elements, packed) in layers.items())
 
 
 def _span(layers: Collection[int]) -> str:

@@ -1,0 +1,88 @@
+"""Which layers are packed: both caches and `turboquant verify` have it from one place, and say so where it is none."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import FalconH1Config, FalconH1ForCausalLM, LlamaConfig
+
+from hf_models import FAMILIES, VOCABULARY, assert_same, make_config, make_model, one_thread  # noqa: F401
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
+from turboquant_vllm.hf.packing import why_dense
+from turboquant_vllm.quality.attention import cache_format
+from turboquant_vllm.quality.formats import TQ4Format
+from turboquant_vllm.verify.loading import CachedLayers, check_cache
+
+
+@pytest.mark.parametrize("make", [TurboQuantCache, lambda config: TurboQuantStaticCache(config, 64)])
+def test_a_cache_that_packs_nothing_says_why(make):
+    message = "Cache keeps nothing in 4 bits: the layers of this model have multi-head latent attention"
+    with pytest.warns(UserWarning, match=message) as seen:
+        cache = make(make_config("deepseek_v3"))
+    assert cache.packed_layers == []
+    assert Path(seen[0].filename) == Path(__file__)  # where the cache was made
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_cache_of_which_nothing_was_asked_says_nothing():
+    assert TurboQuantCache(make_config("llama"), skip_layers=(0, 1)).packed_layers == []
+    assert TurboQuantCache(make_config("gemma3n")).packed_layers == [0, 1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore:.*keeps nothing in 4 bits")
+def test_growing_and_static_caches_pack_the_same_layers(family):
+    config = make_config(family)
+    packed = [layer for layer, reason in enumerate(why_dense(config)) if not reason]
+    assert TurboQuantCache(config).packed_layers == TurboQuantStaticCache(config, 64).packed_layers == packed
+
+
+def test_each_layer_that_stays_dense_has_its_reason():
+    kinds = ["hybrid", "linear_attention", "full_attention", "conv"]
+    reasons = ["attention and a recurrent state side by side", "linear attention", "", "linear attention"]
+    assert why_dense(LlamaConfig(num_hidden_layers=4, layer_types=kinds)) == reasons
+
+
+# What verify measures and counts
+
+
+@pytest.mark.parametrize("dense", [(), (0,), (1,)])
+@torch.no_grad()
+def test_layers_that_share_follow_the_layer_whose_keys_they_read(dense, generator):
+    model = make_model("gemma3n", "sdpa")
+    layers = check_cache(model, "a model")
+    assert sorted(layers.packed) == TurboQuantCache(model.config).packed_layers == [0, 1]
+    assert (layers.dense, layers.shared) == ({}, {2: 0, 3: 1})
+    ids = torch.randint(3, VOCABULARY, (1, 20), generator=generator)
+    cache = TurboQuantCache(model.config, skip_layers=dense, exact_prefill=False)
+    want = model(ids, **{CACHE_ARGUMENT: cache}).logits
+    with cache_format(model, TQ4Format(dense_layers=layers.exact(dense))):
+        assert_same(model(ids, use_cache=False).logits, want)
+    with cache_format(model, TQ4Format(dense_layers=dense)):
+        changed = (model(ids, use_cache=False).logits - want).abs().max() > 1e-3 * want.abs().max()
+    assert changed == bool(dense)  # it matters
+
+
+def test_bytes_are_counted_once_and_for_layers_with_a_cache():
+    layers = CachedLayers(packed={0: (64, 40), 2: (32, 24)}, dense={1: 64}, shared={3: 0, 4: 1})
+    assert layers.exact(()) == {1, 4}
+    assert layers.exact((0,)) == {0, 1, 3, 4}
+    assert layers.bytes_per_token(()) == 40 + 24 + 128
+    assert layers.bytes_per_token((0,)) == 128 + 24 + 128
+    assert layers.bytes_per_token(layers.packed) == 128 + 64 + 128
+
+
+def test_a_model_of_which_nothing_is_packed_is_not_measured():
+    config = FalconH1Config(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=16, mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8,
+    )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"kept in 4 bits, a model \(FalconH1ForCausalLM\) has attention and a recurrent state"
+    ):
+        check_cache(FalconH1ForCausalLM(config).eval(), "a model")
