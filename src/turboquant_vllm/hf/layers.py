@@ -88,12 +88,13 @@ class PackedLayer(CacheLayerMixin):
         if self.storage is None:
             self.lazy_initialization(key_states, value_states)
         assert self.storage is not None
-        check_states(self.index, key_states, value_states)
-        if value_states.dtype != key_states.dtype:
+        again = self.storage.repeats(key_states, value_states)
+        if not again:
+            check_states(self.index, key_states, value_states)
             value_states = value_states.to(key_states.dtype)
-        self._come_home(key_states)
+            self._come_home(key_states)
         first = self.get_seq_length() == 0
-        self._append(key_states, value_states)
+        self._append(key_states, value_states, again)
         if first and self.exact_prefill:
             return key_states, value_states
         return self._packed(self._returned(key_states.shape[2]))
@@ -103,9 +104,9 @@ class PackedLayer(CacheLayerMixin):
         """As :meth:`update`: torch.compile knows no addresses, and writes to no views of another dtype."""
         return self.update(key_states, value_states)
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, again: bool) -> None:
         assert self.storage is not None
-        self.storage.append(key_states, value_states)
+        self.storage.append(key_states, value_states, again)
 
     def _returned(self, count: int) -> int:
         """How many tokens the queries of the last ``count`` may see."""
@@ -245,7 +246,7 @@ class PackedSlidingLayer(PackedLayer):
         """Keep tokens that left the window until the next ``crop``, so that it can bring them back."""
         self.record_past = True
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, again: bool) -> None:
         assert self.storage is not None
         if not self.record_past:
             self.storage.keep_last(self.window - 1)
@@ -256,7 +257,7 @@ class PackedSlidingLayer(PackedLayer):
                 self.storage.append(key_states[:, :, tokens], value_states[:, :, tokens])
                 return
         self.length += key_states.shape[2]
-        self.storage.append(key_states, value_states)
+        self.storage.append(key_states, value_states, again)
 
     def _returned(self, count: int) -> int:
         return min(self.length, self.window - 1 + count)

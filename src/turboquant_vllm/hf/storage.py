@@ -58,6 +58,14 @@ def page_views(
     return keys, key_norms, values, value_norms
 
 
+def _layout(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
+    """All that decides how a token's keys and values are stored, but for their addresses."""
+    return (
+        keys.dtype, keys.shape, keys.stride(), keys.get_device(), keys.requires_grad,
+        values.dtype, values.shape, values.stride(), values.get_device(), values.requires_grad,
+    )  # fmt: skip
+
+
 def check_sizes(got: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
     """Whether states have the batch, heads and head dimension of those before: kernels take that for granted."""
     if got != expected:
@@ -108,9 +116,9 @@ class PackedStorage:
         start, stop: the tokens in use.
     """
 
-    # How the last single token lay, and what writes such, if the native kernel does.
-    _layout: tuple[Any, ...] | None
+    # What writes a token that lies as the last one did, and how that lay, if the native kernel does.
     _writer: TokenWriter | None
+    _layout: tuple[Any, ...] | None
 
     def __init__(self, codec: TQ4Codec, batch: int, num_heads: int) -> None:
         self.codec, self.num_heads = codec, num_heads
@@ -142,13 +150,27 @@ class PackedStorage:
         """Bytes of the buffer, whether in use or not."""
         return self.buffer.nbytes
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Compress ``[B, H_kv, n, D]`` keys and values behind the last token."""
+    def repeats(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether these are a token that lies as the last one did, which has been checked, and there is room for it."""
+        return (
+            self._writer is not None
+            and self.stop < self.capacity
+            and _layout(keys, values) == self._layout
+            and not (keys.data_ptr() | values.data_ptr()) % 16
+        )
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, again: bool = False) -> None:
+        """Compress ``[B, H_kv, n, D]`` keys and values behind the last token; ``again`` is what :meth:`repeats` says of them."""
+        if again:  # in the least time
+            assert self._writer is not None
+            self._writer(keys.data_ptr(), values.data_ptr(), self.stop)
+            self.stop += 1
+            return
         batch, num_heads, count, head_dim = keys.shape
         check_sizes((batch, num_heads, head_dim), (self.buffer.shape[0], self.num_heads, self.codec.head_dim))
         first = self._take(count)
-        if count == 1 and self._native and self._write_one(keys, values, first):
-            return
+        if count == 1 and self._native:
+            self._expect_more(keys, values)
         if self._native and keys.dtype in HALVES:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)
             slots = slots[first] if count == 1 else slots[first : self.stop]
@@ -207,21 +229,15 @@ class PackedStorage:
         for part, x in zip(self.parts, old, strict=True):
             part[:, :, : self.stop] = x
 
-    def _write_one(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> bool:
-        """As :meth:`append` of one token, in the least time, if it lies as the one before did."""
-        layout = (keys.dtype, keys.shape, keys.stride(), values.stride())
-        if layout != self._layout:
-            self._layout, k, v = layout, keys.select(2, 0), values.select(2, 0)
-            self._writer = None
-            if keys.dtype in HALVES and not why_not_store(k, v, True, 0):
-                slots, codec = _slots(self.buffer.shape[0], self.capacity, self.buffer.device), self.codec
-                how = (codec.rotation, codec.companding, codec.centroids, codec.scale, self.capacity)
-                self._writer = TokenWriter(k, v, slots, self.buffer, *how)
-        k_at, v_at = keys.data_ptr(), values.data_ptr()
-        if self._writer is None or (k_at | v_at) % 16:
-            return False
-        self._writer(k_at, v_at, first)
-        return True
+    def _expect_more(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Get ready for tokens that lie as this one does."""
+        k, v = keys.select(2, 0), values.select(2, 0)
+        self._writer, self._layout = None, _layout(keys, values)
+        graph = keys.requires_grad or values.requires_grad
+        if keys.dtype in HALVES and not graph and not why_not_store(k, v, True, 0):
+            slots, codec = _slots(self.buffer.shape[0], self.capacity, self.buffer.device), self.codec
+            how = (codec.rotation, codec.companding, codec.centroids, codec.scale, self.capacity)
+            self._writer = TokenWriter(k, v, slots, self.buffer, *how)
 
     def _put(self, first: int, codes: torch.Tensor, norms: torch.Tensor) -> None:
         for part in (0, 1):
@@ -245,6 +261,7 @@ class PackedStorage:
         # The native kernel counts the bytes of a page, and all slots, in 32 bits.
         small = buffer.shape[0] * self.capacity < 2**31 and buffer.shape[1] < 2**32
         self._native = small and natively_stored(self.codec)
+        whole = self._native and not buffer.data_ptr() % 16  # a copy that begins on a boundary would miss later tokens
         keys, values = Operand(*self.parts[:2]), Operand(*self.parts[2:])
-        self.operands = Operands(keys, values, self.codec.tables) if self._native else None
+        self.operands = Operands(keys, values, self.codec.tables) if whole else None
         self._layout = self._writer = None
