@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from turboquant_vllm.checks import MAX_HEAD_DIM
+from turboquant_vllm.checks import MAX_HEAD_DIM, check_dtype
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.storage import PackedStorage, codec_for
 from turboquant_vllm.hf.tensors import PackedTensor
@@ -19,6 +19,7 @@ from turboquant_vllm.hf.tensors import PackedTensor
 __all__ = ["PackedLayer", "PackedSlidingLayer", "check_states", "expected_shapes", "to_remove"]
 
 MIN_HEAD_DIM = 16  # of a codec
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def expected_shapes(keys: torch.Tensor, values: torch.Tensor) -> str:
@@ -35,9 +36,13 @@ def check_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Whether the keys and values of layer ``index``, ``[B, H_kv, n, D]``, can be kept in 4 bits.
 
     Raises:
+        TypeError: their dtypes cannot.
         ValueError: their shapes cannot.
         RuntimeError: gradients are asked for, and there are none through a quantised cache.
     """
+    for name, states in (("keys", keys), ("values", values)):
+        if states.dtype not in DTYPES:
+            check_dtype(f"layer {index}: {name}", states, DTYPES)
     if wrong := expected_shapes(keys, values):
         raise ValueError(f"layer {index}: expected {wrong}; keep the layer dense: skip_layers=({index},)")
     if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):

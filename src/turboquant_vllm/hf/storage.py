@@ -23,9 +23,10 @@ __all__ = ["HALVES", "PackedStorage", "check_sizes", "codec_for", "natively_stor
 
 HALVES = (torch.float16, torch.bfloat16)
 
-# Room beyond what is needed when a buffer is made: few copies later, and at most a thirty-second of memory unused.
-_SPARE_TOKENS, _SPARE_SHARE = 256, 32
-_WHOLE = 16  # capacities are multiples of this, so that all parts of a page begin on 16-byte boundaries
+# Room beyond what is needed: a share of it, so that long buffers are seldom copied, and where tokens are added to others up to
+# a number as large as theirs, so that short ones are not copied often either.
+_SPARE_SHARE, _SPARE_TOKENS = 32, 256
+_WHOLE = 4  # capacities are multiples of this: parts of a page begin on 16-byte boundaries if head_dim is a multiple of 8
 # Up to this many new tokens, keys and values are compressed in one call, on a copy.
 _FEW_TOKENS = 64
 
@@ -160,7 +161,7 @@ class PackedStorage:
         )
 
     def append(self, keys: torch.Tensor, values: torch.Tensor, again: bool = False) -> None:
-        """Compress ``[B, H_kv, n, D]`` keys and values behind the last token; ``again`` is what :meth:`repeats` says of them."""
+        """Compress ``[B, H_kv, n, D]`` keys and values behind the last token; ``again``: what :meth:`repeats` says of them."""
         if again:  # in the least time
             assert self._writer is not None
             self._writer(keys.data_ptr(), values.data_ptr(), self.stop)
@@ -221,10 +222,13 @@ class PackedStorage:
     def _make_room(self, count: int) -> None:
         """Move what is in use to the front of a larger buffer, with room to spare beyond ``count`` more tokens."""
         needed = len(self) + count
+        spare = needed // _SPARE_SHARE
+        if len(self):
+            spare = max(spare, min(needed, _SPARE_TOKENS))
         used = slice(self.start, self.stop)
         old = [part[:, :, used] for part in self.parts]
-        capacity = needed + max(_SPARE_TOKENS, needed // _SPARE_SHARE)
-        self._allocate(self.buffer.shape[0], capacity // _WHOLE * _WHOLE)
+        whole = max(-(-needed // _WHOLE), (needed + spare) // _WHOLE)
+        self._allocate(self.buffer.shape[0], whole * _WHOLE)
         self.start, self.stop = 0, len(self)
         for part, x in zip(self.parts, old, strict=True):
             part[:, :, : self.stop] = x
