@@ -117,6 +117,22 @@ def test_dense_layers_follow_the_mask_too(padding, q_len, operands):
         assert_close(out[sees], want[sees])
 
 
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize("kind", FUNCTIONS)
+@pytest.mark.parametrize("width", [DIM - 12, DIM + 8])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}, {"s_aux": torch.tensor([0.5, -2.0, 3.0, 0.0])}], ids=str)
+def test_values_may_be_shorter_or_longer_than_keys(padding, kind, width, options, operands, randn):
+    for q_len in (1, 3, 40):
+        q, k, _ = operands(q_len, 40)
+        v = randn(3, KV_HEADS, 40, width)
+        mask, own = mask_for(FUNCTIONS[kind], q_len, 40, PADDINGS[padding])
+        out, _ = attention_forward(Layer(), q, k, v, mask, **options)
+        sees = real_queries(own, PADDINGS[padding])
+        bias = torch.zeros(()).double().masked_fill(~own, torch.finfo(torch.float64).min)
+        want = oracle_attention(Layer(), q.double(), k.double(), v.double(), bias, **options)[0]
+        assert_close(out[sees], want[sees])
+
+
 @pytest.mark.parametrize("kind", FUNCTIONS)
 @pytest.mark.parametrize("padding", PADDINGS)
 def test_the_mask_written_out_is_transformers_own(kind, padding):

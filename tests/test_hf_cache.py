@@ -13,12 +13,12 @@ pytest.importorskip("transformers")
 
 from transformers import BartConfig, DynamicCache, LlamaConfig, MistralConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.masking_utils import AttentionMaskInterface
 
 from hf_models import make_config, make_model, one_thread  # noqa: F401
 from turboquant_vllm import TQ4Codec
-from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache, attention_forward, register
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
-from turboquant_vllm.hf.storage import PackedStorage, codec_for
 from turboquant_vllm.hf.tensors import PackedTensor
 
 HEADS, DIM, WINDOW = 2, 32, 6
@@ -70,47 +70,6 @@ def test_layers_return_and_keep_what_transformers_own_do(make, counts, states):
         for name in ("keys", "values"):
             assert getattr(layer, name).shape[-2] >= getattr(twin, name).shape[-2]
     assert layer.get_max_length() == twin.get_max_length()
-
-
-def test_a_long_first_call_keeps_only_its_window(states):
-    layer = sliding()
-    layer.update(*states(1, 5000))
-    assert len(layer.storage) == WINDOW - 1
-    assert layer.nbytes < 300 * 2 * HEADS * (DIM // 2 + 4)
-
-
-@pytest.mark.parametrize("make", [full, sliding])
-def test_storage_costs_what_the_format_says_and_is_seldom_copied(make, states):
-    layer = make()
-    layer.update(*states(1, 1000))
-    buffers = set()
-    for _ in range(1000):
-        layer.update(*states(1, 1))
-        buffers.add(layer.storage.buffer.data_ptr())
-    tokens = 2000 if make is full else WINDOW
-    assert tokens * 2 * HEADS * (DIM // 2 + 4) <= layer.nbytes <= (tokens * 33 // 32 + 256) * 2 * HEADS * (DIM // 2 + 4)
-    assert len(buffers) <= 1000 // 256 + 1
-
-
-def test_storage_at_131072_tokens_is_within_its_share_of_bf16():
-    storage = PackedStorage(codec_for(128, 0, torch.device("meta")), 1, 8)
-    x = torch.empty(1, 8, 131072, 128, dtype=torch.bfloat16, device="meta")
-    storage.append(x, x)
-    assert storage.nbytes <= 0.28 * 2 * x.nbytes
-    for _ in range(5000):
-        storage.append(x[:, :, :1], x[:, :, :1])
-    assert storage.nbytes <= 0.28 * 2 * x.nbytes * 136072 / 131072
-
-
-def test_storage_may_be_written_to_outside_of_inference_mode(states):
-    layer = full()
-    with torch.inference_mode():
-        layer.update(*states(2, 3))
-    layer.update(*states(2, 1))
-    with torch.inference_mode():
-        layer.reorder_cache(torch.tensor([1, 0]))
-    layer.update(*states(2, 1))
-    assert layer.get_seq_length() == 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -291,7 +250,7 @@ def test_bytes_are_those_of_all_layers():
     cache = TurboQuantCache(model.config, skip_layers=(1,))
     model(torch.arange(3, 23)[None], **{CACHE_ARGUMENT: cache})
     packed, dense = cache.layers
-    assert packed.nbytes == 2 * HEADS * ((20 + 256) // 16 * 16) * (DIM // 2 + 4)
+    assert packed.nbytes == 2 * HEADS * 20 * (DIM // 2 + 4)
     assert cache.nbytes == packed.nbytes + 2 * dense.keys.nbytes
 
 
@@ -343,6 +302,24 @@ def test_bad_arguments_are_refused(options, error, message):
         TurboQuantCache(make_config("llama"), **options)
 
 
+def test_a_model_is_no_configuration(tmp_path):
+    model = make_model("llama")
+    TurboQuantCache(model.config).save(tmp_path / "empty")
+    for make in (
+        TurboQuantCache,
+        lambda x: TurboQuantStaticCache(x, 64),
+        lambda x: TurboQuantCache.load(tmp_path / "empty", x),
+        lambda x: TurboQuantStaticCache.load(tmp_path / "empty", x, max_cache_len=64),
+    ):
+        with pytest.raises(
+            TypeError, match=r"config must be a model's configuration, got LlamaForCausalLM: pass model\.config"
+        ):
+            make(model)
+        for other, name in ((None, "NoneType"), ("gpt2", "str"), ({}, "dict")):
+            with pytest.raises(TypeError, match=f"config must be a model's configuration, got {name}"):
+                make(other)
+
+
 @pytest.mark.parametrize(
     ("shapes", "message"),
     [
@@ -357,6 +334,47 @@ def test_states_that_cannot_be_packed_are_refused(shapes, message):
         cache.update(*(torch.zeros(shape) for shape in shapes), 0)
     cache = TurboQuantCache(MistralConfig(num_hidden_layers=1), skip_layers=(0,))
     assert cache.update(*(torch.zeros(shape) for shape in shapes), 0)[0].shape == shapes[0]
+
+
+UNFIT = [torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+@pytest.mark.parametrize("dtype", UNFIT, ids=str)
+@pytest.mark.parametrize("first", [True, False])
+def test_states_of_other_dtypes_are_refused(dtype, first):
+    good, bad = torch.zeros(1, 2, 3, 32), torch.zeros(1, 2, 3, 32).to(dtype)
+    for make in (TurboQuantCache, lambda config: TurboQuantStaticCache(config, 64)):
+        cache = make(LlamaConfig(num_hidden_layers=1))
+        if not first:
+            cache.update(good, good, 0)
+        for states, name in (((bad, good), "keys"), ((good, bad), "values")):
+            with pytest.raises(TypeError, match=rf"layer 0: {name} must be torch.float16 or .*, got {dtype}"):
+                cache.update(*states, 0)
+        assert cache.get_seq_length() == (0 if first else 3)
+        cache.update(good, good, 0)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_no_sequences_at_all(family, exact, tmp_path):
+    config = make_config(family)
+    register()
+    mask_of = AttentionMaskInterface()["tq4"]
+    for make in (TurboQuantCache, lambda config, **options: TurboQuantStaticCache(config, 64, **options)):
+        cache, length = make(config, exact_prefill=exact), 0
+        for count in (5, 1, 3):
+            kv_length, offset = cache.get_mask_sizes(count, 0)
+            padding = torch.ones(0, length + count, dtype=torch.bool)
+            mask = mask_of(0, count, kv_length, length, offset, attention_mask=padding, device="cpu")
+            keys, values = cache.update(*torch.zeros(2, 0, 2, count, 32), 0)
+            assert keys.shape == values.shape == (0, 2, kv_length, 32)
+            query = torch.zeros(0, 4, count, 32)
+            assert attention_forward(torch.nn.Module(), query, keys, values, mask)[0].shape == (0, count, 4, 32)
+            length += count
+        assert int(cache.get_seq_length()) == 9
+        assert cache.nbytes == 0
+        cache.save(tmp_path / "none")
+        type(cache).load(tmp_path / "none", config, **({} if type(cache) is TurboQuantCache else {"max_cache_len": 64}))
 
 
 def test_models_that_cannot_read_the_cache_are_refused():

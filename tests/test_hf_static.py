@@ -235,12 +235,6 @@ def test_pages_cost_what_the_format_says(window, states):
 
 def test_too_many_tokens_are_refused(states):
     layer = layer_of(room=50)
-    with pytest.raises(ValueError, match="layer 0: expected at most 64 tokens, got 65"):
-        layer.update(*states(1, 65))
-    layer.update(*states(1, 63))
-    layer.update(*states(1, 1))
-    with pytest.raises(IndexError):
-        layer.update(*states(1, 1))
     layer = layer_of(WINDOW, room=10_000)
     layer.update(*states(1, 3000))
     with pytest.raises(ValueError, match=f"expected at most {MAX_CHUNK} tokens at a time behind a sliding window"):
@@ -255,7 +249,60 @@ def test_a_window_that_forgot_says_so(states):
         layer.crop(-300)
 
 
+@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("make", [PagedLayer, DenseStaticLayer])
+@pytest.mark.parametrize("window", [None, 7])
+def test_a_full_cache_says_so(exact, make, window, states):
+    if make is DenseStaticLayer:
+        window = {}
+    else:
+        window = {"window": window, "seed": 0}
+    for counts, asked in (((65,), 65), ((64, 1), 1), ((60, 3, 2), 2), ((63, 1, 1), 1)):
+        layer = make(3, 50, exact_prefill=exact, **window)
+        for count in counts[:-1]:
+            layer.get_mask_sizes(count)
+            layer.update(*states(2, count))
+        seen = sum(counts[:-1])
+        message = (
+            rf"layer 3: the cache is full: expected at most 64 tokens in all \(max_cache_len\), got {seen} and {asked} more"
+        )
+        with pytest.raises(ValueError, match=message):
+            layer.get_mask_sizes(asked)
+        with pytest.raises(ValueError, match=message):
+            layer.update(*states(2, asked))
+        assert int(layer.get_seq_length()) == seen
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["tq4", "sdpa"])
+@pytest.mark.parametrize("skipped", [(), (0,), (0, 1)])
+def test_generate_with_too_little_room_says_so(attention, skipped, generator):
+    model = model_of("gemma3", attention)
+    cache = TurboQuantStaticCache(model.config, max_cache_len=64, skip_layers=skipped)
+    with pytest.raises(ValueError, match="the cache is full: expected at most 64 tokens in all"):
+        generated(model, cache, tokens(generator, 2, 60))
+
+
 # The cache
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["tq4", "sdpa"])
+@pytest.mark.parametrize("skipped", [(0,), (1,), (-1,), (0, 1, 2, 3)])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n"])
+def test_dense_layers_take_every_option_of_packed_ones(family, skipped, attention, generator):
+    model = model_of(family, attention)
+    skipped = tuple(layer for layer in skipped if layer < model.config.num_hidden_layers)
+    options = {"skip_layers": skipped, "exact_prefill": False, "seed": 7}
+    ids, mask = tokens(generator, 2, 15), torch.ones(2, 15, dtype=torch.long)
+    mask[1, :4] = 0
+    growing, static = TurboQuantCache(model.config, **options), TurboQuantStaticCache(model.config, 64, **options)
+    for start, stop in ((0, 9), (9, 10), (10, 15)):
+        arguments = {"attention_mask": mask[:, :stop]}
+        want = model(ids[:, start:stop], **{CACHE_ARGUMENT: growing}, **arguments).logits
+        got = model(ids[:, start:stop], **{CACHE_ARGUMENT: static}, **arguments).logits
+        real = mask[:, start:stop].bool()
+        assert_same(got[real], want[real])
 
 
 def test_layers_of_each_kind():

@@ -184,7 +184,7 @@ def _attend_padded(
     if mask.window is not None and any(isinstance(keys, torch.Tensor) for _, keys in mask.parts):
         # The window counts padding between visible keys.
         return dense_attention(query, _dense(key), _dense(value), mask=mask.written(), **options)
-    output = torch.zeros_like(query)
+    output = query.new_zeros((*query.shape[:3], value.shape[3]))
     earlier = key.shape[2] - query.shape[2]
     for sequences, keys in mask.parts:
         if isinstance(keys, slice):

@@ -52,6 +52,7 @@ class _SavedCache:
             FileNotFoundError: there is no such file.
             ValueError: not such a file, another version, a wrong checksum, or the cache of another kind of model.
         """
+        check_config(config)
         seed, descriptions, tensors = read_cache(path)
         expected = len(DynamicCache(config=config).layers)
         if len(descriptions) != expected:
@@ -92,7 +93,8 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         offloading, offload_only_non_sliding: as for ``DynamicCache``: keep all layers but the current one on the CPU.
 
     Raises:
-        TypeError, ValueError: ``skip_layers`` or ``seed`` is out of range, or the model's attention is "flex_attention".
+        TypeError, ValueError: ``config`` is none, ``skip_layers`` or ``seed`` is out of range, or the model's attention is
+            "flex_attention".
     """
 
     def __init__(
@@ -105,9 +107,9 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ) -> None:
-        DynamicCache.__init__(self, config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
-        check_attention(config)
+        check_config(config)
         check_seed(seed)
+        DynamicCache.__init__(self, config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.seed = seed
         skipped = check_layers("skip_layers", skip_layers, len(self.layers))
         reasons = why_dense(config)
@@ -155,8 +157,8 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
         skip_layers: Iterable[int] = (),
         exact_prefill: bool = True,
     ) -> None:
+        check_config(config)
         check_count("max_cache_len", max_cache_len, 1)
-        check_attention(config)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
                 "config: expected a model without an encoder for a cache of fixed size (cross-attention would see places that "
@@ -173,13 +175,19 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
             if reason:
                 continue
             if index in skipped:
-                self.layers[index] = DenseStaticLayer(max_cache_len, windows[index])
+                self.layers[index] = DenseStaticLayer(index, max_cache_len, window=windows[index], exact_prefill=exact_prefill)
                 continue
             self.layers[index] = PagedLayer(index, max_cache_len, window=windows[index], seed=seed, exact_prefill=exact_prefill)
 
 
-def check_attention(config: Any) -> None:
-    """Flex attention compiles its own reading of keys and values, which must be ordinary tensors."""
+def check_config(config: Any) -> None:
+    """``config`` must be a model's configuration, whose attention takes packed keys and values.
+
+    Flex attention compiles its own reading of them, so for it they must be ordinary tensors.
+    """
+    if not hasattr(config, "get_text_config"):
+        hint = ": pass model.config" if hasattr(config, "config") else ""
+        raise TypeError(f"config must be a model's configuration, got {type(config).__name__}{hint}")
     if getattr(config.get_text_config(decoder=True), "_attn_implementation", None) == "flex_attention":
         raise ValueError('attn_implementation: expected one that takes packed keys and values, such as "tq4" or "sdpa", got '
                          '"flex_attention"')  # fmt: skip

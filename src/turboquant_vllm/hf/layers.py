@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from turboquant_vllm.checks import MAX_HEAD_DIM
+from turboquant_vllm.checks import MAX_HEAD_DIM, check_dtype
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.storage import PackedStorage, codec_for
 from turboquant_vllm.hf.tensors import PackedTensor
@@ -19,6 +19,7 @@ from turboquant_vllm.hf.tensors import PackedTensor
 __all__ = ["PackedLayer", "PackedSlidingLayer", "check_states", "expected_shapes", "to_remove"]
 
 MIN_HEAD_DIM = 16  # of a codec
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def expected_shapes(keys: torch.Tensor, values: torch.Tensor) -> str:
@@ -35,9 +36,13 @@ def check_states(index: int, keys: torch.Tensor, values: torch.Tensor) -> None:
     """Whether the keys and values of layer ``index``, ``[B, H_kv, n, D]``, can be kept in 4 bits.
 
     Raises:
+        TypeError: their dtypes cannot.
         ValueError: their shapes cannot.
         RuntimeError: gradients are asked for, and there are none through a quantised cache.
     """
+    for name, states in (("keys", keys), ("values", values)):
+        if states.dtype not in DTYPES:
+            check_dtype(f"layer {index}: {name}", states, DTYPES)
     if wrong := expected_shapes(keys, values):
         raise ValueError(f"layer {index}: expected {wrong}; keep the layer dense: skip_layers=({index},)")
     if torch.is_grad_enabled() and (keys.requires_grad or values.requires_grad):
@@ -88,12 +93,13 @@ class PackedLayer(CacheLayerMixin):
         if self.storage is None:
             self.lazy_initialization(key_states, value_states)
         assert self.storage is not None
-        check_states(self.index, key_states, value_states)
-        if value_states.dtype != key_states.dtype:
+        again = self.storage.repeats(key_states, value_states)
+        if not again:
+            check_states(self.index, key_states, value_states)
             value_states = value_states.to(key_states.dtype)
-        self._come_home(key_states)
+            self._come_home(key_states)
         first = self.get_seq_length() == 0
-        self._append(key_states, value_states)
+        self._append(key_states, value_states, again)
         if first and self.exact_prefill:
             return key_states, value_states
         return self._packed(self._returned(key_states.shape[2]))
@@ -103,9 +109,9 @@ class PackedLayer(CacheLayerMixin):
         """As :meth:`update`: torch.compile knows no addresses, and writes to no views of another dtype."""
         return self.update(key_states, value_states)
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, again: bool) -> None:
         assert self.storage is not None
-        self.storage.append(key_states, value_states)
+        self.storage.append(key_states, value_states, again)
 
     def _returned(self, count: int) -> int:
         """How many tokens the queries of the last ``count`` may see."""
@@ -245,7 +251,7 @@ class PackedSlidingLayer(PackedLayer):
         """Keep tokens that left the window until the next ``crop``, so that it can bring them back."""
         self.record_past = True
 
-    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def _append(self, key_states: torch.Tensor, value_states: torch.Tensor, again: bool) -> None:
         assert self.storage is not None
         if not self.record_past:
             self.storage.keep_last(self.window - 1)
@@ -256,7 +262,7 @@ class PackedSlidingLayer(PackedLayer):
                 self.storage.append(key_states[:, :, tokens], value_states[:, :, tokens])
                 return
         self.length += key_states.shape[2]
-        self.storage.append(key_states, value_states)
+        self.storage.append(key_states, value_states, again)
 
     def _returned(self, count: int) -> int:
         return min(self.length, self.window - 1 + count)

@@ -34,6 +34,26 @@ def _is_there(first: int, length: int, window: int) -> bool:
     return length == 0 or first <= max(0, length - window + 1)
 
 
+def check_room(layer: PagedLayer | DenseStaticLayer, count: int, *, wait: bool) -> None:
+    """Whether ``count`` more tokens fit into a layer; where its length is on a GPU, only if that may be waited for.
+
+    Raises:
+        ValueError: they do not.
+    """
+    if torch.compiler.is_compiling():
+        return
+    length, seen = layer.cumulative_length, 0
+    if not layer.empty:
+        if length.is_cuda and not (wait and not torch.cuda.is_current_stream_capturing()):
+            return
+        seen = int(length)
+    if seen + count > layer.max_cache_len:
+        raise ValueError(
+            f"layer {layer.index}: the cache is full: expected at most {layer.max_cache_len} tokens in all (max_cache_len), "
+            f"got {seen} and {count} more"
+        )
+
+
 class PagedLayer(CacheLayerMixin):
     """A layer with room for ``max_cache_len`` tokens in 4 bits.
 
@@ -56,6 +76,7 @@ class PagedLayer(CacheLayerMixin):
         self.seed, self.exact_prefill = seed, exact_prefill
         self.empty = True
         self.first = 0  # tokens before this one were never here: they had left the window of the cache that was restored
+        self.cumulative_length = torch.zeros((), dtype=torch.long)
         self.codec: TQ4Codec | None = None
         self.buffer: torch.Tensor | None = None
         self.dtype: torch.dtype = torch.float32
@@ -95,7 +116,8 @@ class PagedLayer(CacheLayerMixin):
         batch, num_heads, count, head_dim = key_states.shape
         check_sizes((batch, num_heads, head_dim), (self.block_table.shape[0], self.num_heads, self.codec.head_dim))
         first = self.empty
-        self._check_room(count, first and self.exact_prefill)
+        check_room(self, count, wait=False)
+        self._check_chunk(count, first and self.exact_prefill)
         skipped = max(0, count - self._places) if first and self.exact_prefill else 0
         positions = torch.arange(skipped, count, device=self.device) + self.cumulative_length
         self._write(key_states[:, :, skipped:], value_states[:, :, skipped:], positions)
@@ -105,17 +127,8 @@ class PagedLayer(CacheLayerMixin):
             return key_states, value_states
         return self._paged(0), self._paged(1)
 
-    @property
-    def _places(self) -> int:
-        """Tokens of a sequence that there are pages for."""
-        assert self.buffer is not None
-        return self.buffer.shape[0] // self.block_table.shape[0] * PAGE_SIZE
-
-    def _check_room(self, count: int, fresh: bool) -> None:
-        if self.window is None:
-            if count > self.max_cache_len:
-                raise ValueError(f"layer {self.index}: expected at most {self.max_cache_len} tokens, got {count}")
-        elif not fresh and count > MAX_CHUNK and self._places < self.max_cache_len:
+    def _check_chunk(self, count: int, fresh: bool) -> None:
+        if self.window is not None and not fresh and count > MAX_CHUNK and self._places < self.max_cache_len:
             raise ValueError(
                 f"layer {self.index}: expected at most {MAX_CHUNK} tokens at a time behind a sliding window in use, got {count}"
             )
@@ -142,7 +155,8 @@ class PagedLayer(CacheLayerMixin):
 
     def _allocate(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         needed = self.max_cache_len if self.window is None else min(self.max_cache_len, self.window + MAX_CHUNK)
-        pages, table_pages = whole_pages(needed) // PAGE_SIZE, self.max_cache_len // PAGE_SIZE
+        self._places = whole_pages(needed)  # tokens of a sequence that there are pages for
+        pages, table_pages = self._places // PAGE_SIZE, self.max_cache_len // PAGE_SIZE
         width = PagedTQ4Cache.page_bytes(PAGE_SIZE, num_heads, head_dim)
         self.num_heads = num_heads
         with torch.inference_mode(False):
@@ -206,7 +220,13 @@ class PagedLayer(CacheLayerMixin):
         return self.max_cache_len
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """How many keys the next call of ``query_length`` tokens returns, and the position of the first."""
+        """How many keys the next call of ``query_length`` tokens returns, and the position of the first.
+
+        Raises:
+            ValueError: there is no room for so many tokens. Masks are asked for outside of what is compiled, so this, which may
+                wait for a GPU, is where a full cache is found.
+        """
+        check_room(self, query_length, wait=True)
         return (query_length if self.empty and self.exact_prefill else self.max_cache_len), 0
 
     def export(self) -> tuple[TQ4Tensor, TQ4Tensor, int]:
@@ -289,28 +309,30 @@ class PagedLayer(CacheLayerMixin):
 
 
 class DenseStaticLayer(StaticLayer):
-    """A dense layer beside packed ones, whose first call returns its own states, as theirs does.
+    """A dense layer beside packed ones, whose first call returns what theirs does.
 
     Args:
-        max_cache_len: tokens that fit, rounded up to whole pages.
+        index, max_cache_len, exact_prefill: as for :class:`PagedLayer`.
         window: how many tokens a query sees, itself included; None for all. The layer has room for all in any case.
     """
 
-    def __init__(self, max_cache_len: int, window: int | None = None) -> None:
+    def __init__(self, index: int, max_cache_len: int, *, window: int | None = None, exact_prefill: bool = True) -> None:
         super().__init__(max_cache_len=whole_pages(max_cache_len))
-        self.window = window
+        self.index, self.window, self.exact_prefill = index, window, exact_prefill
         self.empty = True
         self.first = 0  # as of a PagedLayer
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        check_room(self, key_states.shape[2], wait=False)
         first, self.empty = self.empty, False
         returned = super().update(key_states, value_states, *args, **kwargs)
-        return (key_states, value_states) if first else returned
+        return (key_states, value_states) if first and self.exact_prefill else returned
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return (query_length, 0) if self.empty else super().get_mask_sizes(query_length)
+        check_room(self, query_length, wait=True)
+        return (query_length, 0) if self.empty and self.exact_prefill else super().get_mask_sizes(query_length)
 
     def get_seq_length(self) -> Any:
         return 0 if self.empty else super().get_seq_length()

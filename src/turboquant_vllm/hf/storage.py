@@ -23,9 +23,10 @@ __all__ = ["HALVES", "PackedStorage", "check_sizes", "codec_for", "natively_stor
 
 HALVES = (torch.float16, torch.bfloat16)
 
-# Room beyond what is needed when a buffer is made: few copies later, and at most a thirty-second of memory unused.
-_SPARE_TOKENS, _SPARE_SHARE = 256, 32
-_WHOLE = 16  # capacities are multiples of this, so that all parts of a page begin on 16-byte boundaries
+# Room beyond what is needed: a share of it, so that long buffers are seldom copied, and where tokens are added to others up to
+# a number as large as theirs, so that short ones are not copied often either.
+_SPARE_SHARE, _SPARE_TOKENS = 32, 256
+_WHOLE = 4  # capacities are multiples of this: parts of a page begin on 16-byte boundaries if head_dim is a multiple of 8
 # Up to this many new tokens, keys and values are compressed in one call, on a copy.
 _FEW_TOKENS = 64
 
@@ -56,6 +57,14 @@ def page_views(
     keys, values = (x.unflatten(-1, (tokens, head_dim // 2)) for x in parts[:2])
     key_norms, value_norms = (x.view(torch.float32) for x in parts[2:])
     return keys, key_norms, values, value_norms
+
+
+def _layout(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
+    """All that decides how a token's keys and values are stored, but for their addresses."""
+    return (
+        keys.dtype, keys.shape, keys.stride(), keys.get_device(), keys.requires_grad,
+        values.dtype, values.shape, values.stride(), values.get_device(), values.requires_grad,
+    )  # fmt: skip
 
 
 def check_sizes(got: tuple[int, int, int], expected: tuple[int, int, int]) -> None:
@@ -108,9 +117,9 @@ class PackedStorage:
         start, stop: the tokens in use.
     """
 
-    # How the last single token lay, and what writes such, if the native kernel does.
-    _layout: tuple[Any, ...] | None
+    # What writes a token that lies as the last one did, and how that lay, if the native kernel does.
     _writer: TokenWriter | None
+    _layout: tuple[Any, ...] | None
 
     def __init__(self, codec: TQ4Codec, batch: int, num_heads: int) -> None:
         self.codec, self.num_heads = codec, num_heads
@@ -142,13 +151,27 @@ class PackedStorage:
         """Bytes of the buffer, whether in use or not."""
         return self.buffer.nbytes
 
-    def append(self, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Compress ``[B, H_kv, n, D]`` keys and values behind the last token."""
+    def repeats(self, keys: torch.Tensor, values: torch.Tensor) -> bool:
+        """Whether these are a token that lies as the last one did, which has been checked, and there is room for it."""
+        return (
+            self._writer is not None
+            and self.stop < self.capacity
+            and _layout(keys, values) == self._layout
+            and not (keys.data_ptr() | values.data_ptr()) % 16
+        )
+
+    def append(self, keys: torch.Tensor, values: torch.Tensor, again: bool = False) -> None:
+        """Compress ``[B, H_kv, n, D]`` keys and values behind the last token; ``again``: what :meth:`repeats` says of them."""
+        if again:  # in the least time
+            assert self._writer is not None
+            self._writer(keys.data_ptr(), values.data_ptr(), self.stop)
+            self.stop += 1
+            return
         batch, num_heads, count, head_dim = keys.shape
         check_sizes((batch, num_heads, head_dim), (self.buffer.shape[0], self.num_heads, self.codec.head_dim))
         first = self._take(count)
-        if count == 1 and self._native and self._write_one(keys, values, first):
-            return
+        if count == 1 and self._native:
+            self._expect_more(keys, values)
         if self._native and keys.dtype in HALVES:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)
             slots = slots[first] if count == 1 else slots[first : self.stop]
@@ -199,29 +222,26 @@ class PackedStorage:
     def _make_room(self, count: int) -> None:
         """Move what is in use to the front of a larger buffer, with room to spare beyond ``count`` more tokens."""
         needed = len(self) + count
+        spare = needed // _SPARE_SHARE
+        if len(self):
+            spare = max(spare, min(needed, _SPARE_TOKENS))
         used = slice(self.start, self.stop)
         old = [part[:, :, used] for part in self.parts]
-        capacity = needed + max(_SPARE_TOKENS, needed // _SPARE_SHARE)
-        self._allocate(self.buffer.shape[0], capacity // _WHOLE * _WHOLE)
+        whole = max(-(-needed // _WHOLE), (needed + spare) // _WHOLE)
+        self._allocate(self.buffer.shape[0], whole * _WHOLE)
         self.start, self.stop = 0, len(self)
         for part, x in zip(self.parts, old, strict=True):
             part[:, :, : self.stop] = x
 
-    def _write_one(self, keys: torch.Tensor, values: torch.Tensor, first: int) -> bool:
-        """As :meth:`append` of one token, in the least time, if it lies as the one before did."""
-        layout = (keys.dtype, keys.shape, keys.stride(), values.stride())
-        if layout != self._layout:
-            self._layout, k, v = layout, keys.select(2, 0), values.select(2, 0)
-            self._writer = None
-            if keys.dtype in HALVES and not why_not_store(k, v, True, 0):
-                slots, codec = _slots(self.buffer.shape[0], self.capacity, self.buffer.device), self.codec
-                how = (codec.rotation, codec.companding, codec.centroids, codec.scale, self.capacity)
-                self._writer = TokenWriter(k, v, slots, self.buffer, *how)
-        k_at, v_at = keys.data_ptr(), values.data_ptr()
-        if self._writer is None or (k_at | v_at) % 16:
-            return False
-        self._writer(k_at, v_at, first)
-        return True
+    def _expect_more(self, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Get ready for tokens that lie as this one does."""
+        k, v = keys.select(2, 0), values.select(2, 0)
+        self._writer, self._layout = None, _layout(keys, values)
+        graph = keys.requires_grad or values.requires_grad
+        if keys.dtype in HALVES and not graph and not why_not_store(k, v, True, 0):
+            slots, codec = _slots(self.buffer.shape[0], self.capacity, self.buffer.device), self.codec
+            how = (codec.rotation, codec.companding, codec.centroids, codec.scale, self.capacity)
+            self._writer = TokenWriter(k, v, slots, self.buffer, *how)
 
     def _put(self, first: int, codes: torch.Tensor, norms: torch.Tensor) -> None:
         for part in (0, 1):
@@ -245,6 +265,7 @@ class PackedStorage:
         # The native kernel counts the bytes of a page, and all slots, in 32 bits.
         small = buffer.shape[0] * self.capacity < 2**31 and buffer.shape[1] < 2**32
         self._native = small and natively_stored(self.codec)
+        whole = self._native and not buffer.data_ptr() % 16  # a copy that begins on a boundary would miss later tokens
         keys, values = Operand(*self.parts[:2]), Operand(*self.parts[2:])
-        self.operands = Operands(keys, values, self.codec.tables) if self._native else None
+        self.operands = Operands(keys, values, self.codec.tables) if whole else None
         self._layout = self._writer = None
