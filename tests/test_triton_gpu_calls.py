@@ -139,6 +139,14 @@ def test_decompress(decompress, generator, dtype, head_dim, rotation):
     check_decompress(decompress, codec, dtype, generator, 501, "transposed")
 
 
+@pytest.mark.parametrize(("head_dim", "rotation"), CODECS)
+def test_compress_subnormal_vectors(compress, generator, head_dim, rotation):
+    x = (torch.randn(1000, head_dim, generator=generator) * 2.0**-24).to(HALF)
+    x *= 2 ** torch.randint(11, (1000, 1), generator=generator)  # up to normal numbers
+    for scale in SCALES:
+        check_compress(compress, x.cuda(), TQ4Codec(head_dim, rotation=rotation, scale=scale, device="cuda"))
+
+
 def test_compress_beyond_32_bits(compress, decompress, generator):
     if torch.cuda.mem_get_info()[0] < 16 << 30:
         pytest.skip("needs 16 GiB of free GPU memory")
