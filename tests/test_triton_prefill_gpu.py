@@ -113,11 +113,11 @@ def test_graph_replays_with_other_contents(prefill, generator, q_len, kv_len):
     sizes = {"dtype": HALF, "device": "cuda", "group": 4, "q_len": q_len, "kv_len": kv_len, "is_causal": True}
     case, other = random_case(generator, **sizes), random_case(generator, **sizes)
     run = torch.ops.turboquant.triton_attention
-    run(*case.arguments)
+    run(*case.operator_arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = run(*case.arguments)
+        out, lse = run(*case.operator_arguments)
     for contents in (case, other):
         for name in ("q", "k", "k_norms", "v", "v_norms"):
             getattr(case, name).copy_(getattr(contents, name))
@@ -243,8 +243,9 @@ def test_operator_over_pages_is_registered_right(generator, masks):
     if masks:
         batch = batch.replace(sinks=torch.zeros(4, device="cuda"))
     out, lse = torch.zeros_like(batch.q), torch.zeros(batch.q.shape[:2], device="cuda")
-    args = (*operator_arguments(batch, out, lse), 1, *host_lengths(batch))
-    torch.library.opcheck(torch.ops.turboquant.triton_paged.default, args, test_utils=("test_schema", "test_faketensor"))
+    known = dict(zip(("seq_lens_cpu", "cu_seqlens_q_cpu"), host_lengths(batch), strict=True))
+    op, args = torch.ops.turboquant.triton_paged.default, operator_arguments(batch, out, lse)
+    torch.library.opcheck(op, args, known, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_device_that_is_not_current(run, generator):
