@@ -31,7 +31,7 @@ for name in "${steps[@]}"; do
     tests) step 300 python3 -m pytest -m gpu tests -n 14 --tb=short -p no:cacheprovider ;;
     kernels)
       step 120 python3 benchmarks/decode.py --rep 30 --out "$out"
-      step 120 python3 benchmarks/triton_kernels.py --out "$out"
+      step 120 python3 benchmarks/triton_attention.py --out "$out"
       step 60 python3 benchmarks/store.py --out "$out"
       ;;
     serving) step 120 python3 benchmarks/serving.py --out "$out" ;;

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import common
-from triton_kernels import HEAD_DIM, error, random_cache
+from triton_attention import HEAD_DIM, error, random_cache
 from turboquant_vllm import PagedTQ4Cache, TQ4Codec, TQ4Tensor, tq4_attention, tq4_paged_attention
 
 # id, sequences, query heads, kv heads, keys of each sequence

@@ -2,7 +2,7 @@
 
     PYTHONPATH=src python benchmarks/serving.py [--out benchmarks/results]
 
-Rows are those of ``benchmarks/triton_kernels.py``: each checks the answer against the reference in float64 before it times
+Rows are those of ``benchmarks/triton_attention.py``: each checks the answer against the reference in float64 before it times
 it, both sides run in one process with a cold L2, medians of the whole public call replayed from a CUDA graph, and ``ratio``
 is the best dense time over ours. A chunk's queries are the last tokens of prefix and chunk together. PyTorch has no causal
 mask for that, so dense attention runs without one there: up to a chunk's half square more work, under 1 % of the whole.
@@ -18,7 +18,7 @@ import torch
 
 import common
 import paged
-from triton_kernels import HEAD_DIM, attention_row
+from triton_attention import HEAD_DIM, attention_row
 from turboquant_vllm import TQ4Codec
 
 # id, batch, query heads, kv heads, query tokens, kv tokens, causal

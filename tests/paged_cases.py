@@ -43,6 +43,7 @@ class Batch:
     sinks: torch.Tensor | None = None
     windows: torch.Tensor | None = None
     key_scales: torch.Tensor | None = None
+    host_knows: bool = True  # its lengths
 
     def replace(self, **changes: Any) -> Batch:
         return dataclasses.replace(self, **changes)
@@ -231,7 +232,12 @@ def known_lengths(batch: Batch) -> tuple[Any, ...]:
 
 
 def host_lengths(batch: Batch) -> tuple[list[int], list[int]] | tuple[None, None]:
-    """The batch's lengths as ``seq_lens_cpu, cu_seqlens_q_cpu``; None for those that the public function refuses."""
+    """The batch's lengths as ``seq_lens_cpu, cu_seqlens_q_cpu``; None if the host has not got them.
+
+    That is so, too, for lengths that the public function refuses.
+    """
+    if not batch.host_knows:
+        return None, None
     lens, starts = batch.seq_lens.tolist(), batch.cu_seqlens_q.tolist()
     shape = PagedShape(
         batch.q.shape[0], len(lens), batch.q.shape[1], batch.cache.num_kv_heads, batch.cache.head_dim, batch.cache.page_size,

@@ -147,7 +147,9 @@ class PagedContract:
         out, lse = run(batch.replace(block_table=nearest, seq_lens=lens))
         assert out[:1].isfinite().all()
         assert (out[1:] == 0).all()
-        full = run(batch.replace(block_table=nearest, seq_lens=torch.tensor([room, 0], dtype=torch.int32, device=device)))
+        # Lengths out of range are unknown to the host. Another backend may serve those that it knows, which rounds otherwise.
+        lens = torch.tensor([room, 0], dtype=torch.int32, device=device)
+        full = run(batch.replace(block_table=nearest, seq_lens=lens, host_knows=False))
         assert torch.equal(out, full[0])
         for starts in ([0, 1, 2**31 - 1], [0, 1, 10**6], [-(2**31), 1, 21], [5, 3, 21]):
             run(batch.replace(cu_seqlens_q=torch.tensor(starts, dtype=torch.int32, device=device)))

@@ -165,3 +165,10 @@ def test_examples_in_the_readme_run(block: int, tmp_path: Path) -> None:
     # Without a GPU, tensors without contents still check names, shapes and dtypes.
     device = "cuda" if torch.cuda.is_available() else "meta"
     run(blocks[block].replace('"cuda"', f'"{device}"') + "assert out.shape == q.shape\n", cwd=tmp_path)
+
+
+def test_benchmarks_hide_no_package() -> None:
+    # Tests have their folder on the path. vLLM imports some packages only if they are there, triton_kernels among them.
+    names = {path.stem for path in (ROOT / "benchmarks").glob("*.py")}
+    assert names
+    assert not names & {*metadata.packages_distributions(), *sys.stdlib_module_names, "triton_kernels"}

@@ -153,6 +153,18 @@ def test_attention_fits(generator, target, compiled, name):
             assert attention.asm["ptx"].count("prmt.b32") > 40
 
 
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"], indirect=True)
+def test_float32_sums_are_short(generator, target, compiled):
+    """No product over some of D, or some keys, goes on with the sum of the one before: one long sum rounds more."""
+    from turboquant_vllm.triton import launch
+
+    launch.attention(*random_case(generator, kv_len=300, **CALLS["float32"]).arguments)
+    code = next(kernel.asm["ttir"] for name, kernel in compiled if name == "attention_kernel")
+    sums = re.findall(r"tt\.dot %\w+, %\w+, %(\w+)", code)
+    assert len(sums) > 8
+    assert all(re.search(rf"%{name} = arith\.constant dense<0\.0", code) for name in sums), sums
+
+
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
 @pytest.mark.parametrize("name", [name for name in CALLS if name.startswith("decode") and not name.endswith("masks")])
 def test_decode_keeps_its_loop_in_registers(generator, target, compiled, tmp_path, name):

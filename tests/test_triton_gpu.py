@@ -185,11 +185,11 @@ def test_graph_replays_with_other_contents(generator, q_len):
     sizes = {"dtype": HALF, "device": "cuda", "batch": 2, "group": 4, "q_len": q_len, "kv_len": 299, "is_causal": True}
     case, other = random_case(generator, **sizes), random_case(generator, **sizes)
     run = torch.ops.turboquant.triton_attention
-    run(*case.arguments)
+    run(*case.operator_arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = run(*case.arguments)
+        out, lse = run(*case.operator_arguments)
     for contents in (case, other):
         for name in ("q", "k", "k_norms", "v", "v_norms"):
             getattr(case, name).copy_(getattr(contents, name))

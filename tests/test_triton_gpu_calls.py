@@ -47,7 +47,7 @@ def compilations(monkeypatch):
 def test_new_length_compiles_nothing_in_decode(generator, compilations, packed):
     sizes = {"dtype": HALF, "device": "cuda", "group": 4, "packed": packed}
     run = torch.ops.turboquant.triton_attention
-    run(*random_case(generator, kv_len=100, head_dim=128, **sizes).arguments)
+    run(*random_case(generator, kv_len=100, head_dim=128, **sizes).operator_arguments)
     whole = random_case(generator, kv_len=300, head_dim=128, **sizes)
     compilations.clear()
     for kv_len in range(1, 301):
@@ -55,7 +55,7 @@ def test_new_length_compiles_nothing_in_decode(generator, compilations, packed):
             name: None if x is None else x[:, :, :kv_len].contiguous()
             for name, x in (("k", whole.k), ("k_norms", whole.k_norms), ("v", whole.v), ("v_norms", whole.v_norms))
         }
-        run(*whole.replace(**short).arguments)
+        run(*whole.replace(**short).operator_arguments)
     assert not compilations, f"compiled again: {compilations}"
 
 
@@ -63,10 +63,10 @@ def test_new_length_compiles_nothing_in_prefill(generator, compilations):
     run = torch.ops.turboquant.triton_attention
     sizes = {"dtype": HALF, "device": "cuda", "head_dim": 64, "is_causal": True}
     for q_len in (3, 7, 15, 31, 99, 199):  # one of each size class
-        run(*random_case(generator, q_len=q_len, kv_len=q_len, **sizes).arguments)
+        run(*random_case(generator, q_len=q_len, kv_len=q_len, **sizes).operator_arguments)
     compilations.clear()
     for q_len in range(1, 301):
-        run(*random_case(generator, q_len=q_len, kv_len=q_len, **sizes).arguments)
+        run(*random_case(generator, q_len=q_len, kv_len=q_len, **sizes).operator_arguments)
     assert not compilations, f"compiled again: {compilations}"
 
 
@@ -137,6 +137,14 @@ def test_compress(compress, generator, dtype, head_dim, rotation):
 def test_decompress(decompress, generator, dtype, head_dim, rotation):
     codec = TQ4Codec(head_dim, rotation=rotation, device="cuda")
     check_decompress(decompress, codec, dtype, generator, 501, "transposed")
+
+
+@pytest.mark.parametrize(("head_dim", "rotation"), CODECS)
+def test_compress_subnormal_vectors(compress, generator, head_dim, rotation):
+    x = (torch.randn(1000, head_dim, generator=generator) * 2.0**-24).to(HALF)
+    x *= 2 ** torch.randint(11, (1000, 1), generator=generator)  # up to normal numbers
+    for scale in SCALES:
+        check_compress(compress, x.cuda(), TQ4Codec(head_dim, rotation=rotation, scale=scale, device="cuda"))
 
 
 def test_compress_beyond_32_bits(compress, decompress, generator):

@@ -113,11 +113,11 @@ def test_graph_replays_with_other_contents(prefill, generator, q_len, kv_len):
     sizes = {"dtype": HALF, "device": "cuda", "group": 4, "q_len": q_len, "kv_len": kv_len, "is_causal": True}
     case, other = random_case(generator, **sizes), random_case(generator, **sizes)
     run = torch.ops.turboquant.triton_attention
-    run(*case.arguments)
+    run(*case.operator_arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = run(*case.arguments)
+        out, lse = run(*case.operator_arguments)
     for contents in (case, other):
         for name in ("q", "k", "k_norms", "v", "v_norms"):
             getattr(case, name).copy_(getattr(contents, name))
@@ -163,15 +163,15 @@ def test_sinks(run, generator, is_causal, q_len, kv_len):
     check(run, case.replace(sinks=torch.randn(4, generator=generator).cuda() + 3))
 
 
-def attend_pages(batch, **options):
-    """The public function, with the batch's lengths for the host where it takes them."""
+def attend_pages(batch, host=None, **options):
+    """The public function, with the batch's lengths for the host (``host``; None: as they are) where it takes them."""
     codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar")
     q, cache, *index = arguments(batch)
     names = {"sliding_window": batch.sliding_window if batch.windows is None else batch.windows}
     names |= {"softcap": batch.softcap, "sinks": batch.sinks, "sm_scale": batch.sm_scale, "causal": batch.causal}
-    lens, starts = host_lengths(batch)
-    host = {"seq_lens_cpu": lens, "cu_seqlens_q_cpu": starts}
-    return tq4_paged_attention(q, cache, codec, *index, return_lse=True, **names, **host, **options)
+    lens, starts = host or host_lengths(batch)
+    known = {"seq_lens_cpu": lens, "cu_seqlens_q_cpu": starts}
+    return tq4_paged_attention(q, cache, codec, *index, return_lse=True, **names, **known, **options)
 
 
 class TestPages(PagedContract):
@@ -206,11 +206,12 @@ def test_long_prompts_over_pages(generator, dtype, head_dim, group, page_size):
 
 def test_prompts_of_any_length_are_captured(generator):
     batch = random_batch(generator, [(1, 300), (130, 1029), (128, 128)], dtype=HALF, device="cuda", group=4)
-    attend_pages(batch)
+    host = host_lengths(batch)  # waits for the GPU, which a capture must not
+    attend_pages(batch, host)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out, lse = attend_pages(batch)
+        out, lse = attend_pages(batch, host)
     out.fill_(float("nan"))
     graph.replay()
     torch.cuda.synchronize()
@@ -242,8 +243,9 @@ def test_operator_over_pages_is_registered_right(generator, masks):
     if masks:
         batch = batch.replace(sinks=torch.zeros(4, device="cuda"))
     out, lse = torch.zeros_like(batch.q), torch.zeros(batch.q.shape[:2], device="cuda")
-    args = (*operator_arguments(batch, out, lse), 1, *host_lengths(batch))
-    torch.library.opcheck(torch.ops.turboquant.triton_paged.default, args, test_utils=("test_schema", "test_faketensor"))
+    known = dict(zip(("seq_lens_cpu", "cu_seqlens_q_cpu"), host_lengths(batch), strict=True))
+    op, args = torch.ops.turboquant.triton_paged.default, operator_arguments(batch, out, lse)
+    torch.library.opcheck(op, args, known, test_utils=("test_schema", "test_faketensor"))
 
 
 def test_device_that_is_not_current(run, generator):

@@ -197,6 +197,18 @@ def power_of_two_shift(largest):
 
 
 @triton.jit
+def lift_subnormals(x):
+    """Vectors ``x [BM, D]`` of float16, those of subnormals alone 2^10 times as large, and these factors ``[BM]``.
+
+    Matrix units line products up by the exponents that factors are stored with, which is that of normal numbers for
+    subnormals, too: sums of these lose as many bits as the largest has leading zeros. Nothing is rounded here.
+    """
+    wide = x.to(tl.float32)
+    factor = tl.where(tl.max(tl.abs(wide), 1) < 6.103515625e-05, 1024.0, 1.0)  # 2^-14, the smallest normal number
+    return (wide * factor[:, None]).to(tl.float16), factor
+
+
+@triton.jit
 def measure(x, y, live, BM: tl.constexpr, PIECES: tl.constexpr, WIDE: tl.constexpr):
     """Lengths ``[BM]`` of vectors ``x`` in pieces: y, the lengths, and the power of two that multiplies both.
 
@@ -333,6 +345,11 @@ def encode_tile(v, live, matrices, unit, curve, levels, BM: tl.constexpr, D: tl.
     need all coordinates, and ``levels`` as :func:`_magnitudes`. Rows that are not ``live`` may be anything.
     """
     DTYPE: tl.constexpr = v[0].dtype
+    lift = 1.0
+    if PARTS > 1 and DTYPE == tl.float16:  # sums of signs are exact, whatever is lost below
+        tl.static_assert(PIECES == 1, "pieces are those of Hadamard matrices")
+        lifted, lift = lift_subnormals(v[0])
+        v = (lifted,)
     y = butterfly(products(v, matrices, BM, CHUNK, PARTS, PIECES), PIECES)  # [BM, CHUNK]
     WIDE: tl.constexpr = DTYPE != tl.float16
     WHOLE: tl.constexpr = CHUNK * PIECES >= D  # all of y is here
@@ -345,6 +362,6 @@ def encode_tile(v, live, matrices, unit, curve, levels, BM: tl.constexpr, D: tl.
     words = ()
     for i in tl.static_range(PIECES):
         words = words + (encode(y[i], length, unit, curve, BM, CHUNK, PRMT),)
-    norm = _scale(y, words, length, unit, levels, BM, D, CHUNK, PIECES, PRMT, SCALE) / shift
+    norm = _scale(y, words, length, unit, levels, BM, D, CHUNK, PIECES, PRMT, SCALE) / (shift * lift)
     # A vector that is not finite must be seen wherever it is attended to: NaN, never an infinity.
     return words, tl.where((norm < float("inf")) & (length < float("inf")), norm, float("nan"))

@@ -109,8 +109,9 @@ def product(a, b, acc, SWAP: tl.constexpr):
     else:
         left, right = a, b
     if a.dtype == tl.float32:
-        # A sum of short sums rounds less than one long sum.
-        return acc + tl.dot(left, right, input_precision="ieee")
+        # A sum of short sums rounds less than one long sum. Triton would make one of them: not with a limit on imprecise sums,
+        # which says nothing where float32 is exact.
+        return acc + tl.dot(left, right, input_precision="ieee", max_num_imprecise_acc=1)
     else:
         return tl.dot(left, right, acc)
 

@@ -1,6 +1,6 @@
 """Speed of the Triton kernels against PyTorch's best dense attention and against copying memory.
 
-    PYTHONPATH=src python benchmarks/triton_kernels.py [--out benchmarks/results]
+    PYTHONPATH=src python benchmarks/triton_attention.py [--out benchmarks/results]
 
 Each row checks the answer against the reference before it times it; both sides run in the same process, cold L2, medians.
 Attention is the whole public call, replayed from a CUDA graph on both sides; `ours_eager_ms` is the same call made from
