@@ -41,14 +41,11 @@ def dense_attention(
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, scale=sm_scale, is_causal=is_causal, enable_gqa=grouped)
     if mask is None and value.shape[-1] == head_dim:
-        triton = query.dtype != torch.float64 and head_dim <= MAX_HEAD_DIM and head_dim % 2 == 0
-        triton = triton and ops.triton_runs_on(query.device)
         scale, masks = check_sm_scale(sm_scale, head_dim), Masks(is_causal, sliding_window, softcap, sinks)
-        if not triton:
-            return reference.attention(query, Operand(key), Operand(value), NO_TABLES, scale, masks)[0]
-        flat = (key, None, value, None, None, None, scale, is_causal, sliding_window, softcap, sinks)
-        out: torch.Tensor = torch.ops.turboquant.triton_attention(query, *flat)[0]
-        return out
+        if query.dtype != torch.float64 and head_dim <= MAX_HEAD_DIM and head_dim % 2 == 0 and ops.triton_runs_on(query.device):
+            run: Any = torch.ops.turboquant.triton_attention
+            return run(query, key, None, value, None, None, None, scale, *masks[:4])[0]
+        return reference.attention(query, Operand(key), Operand(value), NO_TABLES, scale, masks)[0]
     if mask is None and is_causal:
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
         if sliding_window is not None:

@@ -65,8 +65,7 @@ class PagedTensor(DeferredTensor):
         dtype: torch.dtype,
     ) -> PagedTensor:
         shape = (block_table.shape[0], heads, tokens, rotation.shape[0])
-        make: Any = torch.Tensor._make_wrapper_subclass
-        self: PagedTensor = make(cls, shape, dtype=dtype, device=buffer.device)
+        self: PagedTensor = cls._make(shape, dtype, buffer.device)
         self.buffer, self.block_table, self.length = buffer, block_table, length
         self.rotation, self.centroids, self.kind = rotation, centroids, kind
         self.which, self.heads = which, heads

@@ -8,6 +8,7 @@ PyTorch's own attention) gets the decompressed vectors without noticing. :class:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,10 +25,20 @@ __all__ = ["CausalMask", "DeferredTensor", "PackedTensor", "additive", "find_par
 class DeferredTensor(torch.Tensor):
     """A tensor without storage. Every operation on it runs on :meth:`dense`, except for moving it to another device.
 
-    What is written to it would be written to a copy, and lost: that raises RuntimeError.
+    What is written to it would be written to a copy, and lost: that raises RuntimeError. So does everything that wants the
+    address of its elements, which have none.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @classmethod
+    def _make(cls, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:
+        """A tensor of this class, without its attributes."""
+        make: Any = torch.Tensor._make_wrapper_subclass
+        self = make(cls, shape, dtype=dtype, device=device)
+        if not torch.compiler.is_compiling():
+            torch._C._set_throw_on_mutable_data_ptr(self)  # what asks for an address in C++ would get 0
+        return self
 
     def dense(self) -> torch.Tensor:
         """The elements, as an ordinary tensor of this shape, dtype and device."""
@@ -56,6 +67,29 @@ class DeferredTensor(torch.Tensor):
 
     def __setitem__(self, index: Any, value: Any) -> None:
         raise RuntimeError(f"{type(self).__name__} cannot be written to: {_WRITE_TO_A_COPY}")
+
+    def tolist(self) -> Any:
+        return self.dense().tolist()
+
+    def __dlpack__(self, **options: Any) -> Any:
+        raise BufferError(self._no_memory())  # as the protocol has it
+
+    def _refuse(self, *args: Any, **options: Any) -> Any:
+        raise RuntimeError(self._no_memory())
+
+    numpy = __array__ = apply_ = share_memory_ = _refuse
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        names, context = self.__tensor_flatten__()  # type: ignore[attr-defined]
+        inner = {name: getattr(self, name) for name in names}
+        return type(self).__tensor_unflatten__, (inner, context, None, None)  # type: ignore[attr-defined]
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        rebuild, (inner, *context) = self.__reduce_ex__(4)
+        return rebuild(copy.deepcopy(inner, memo), *context)
+
+    def _no_memory(self) -> str:
+        return f"{type(self).__name__} has no memory for others to use: it stands for values that only .clone() writes out"
 
 
 def _only_moves(x: torch.Tensor, kwargs: dict[str, Any]) -> bool:
@@ -109,8 +143,7 @@ class PackedTensor(DeferredTensor):
         count: int,
     ) -> PackedTensor:
         batch, heads = codes.shape[:2]
-        make: Any = torch.Tensor._make_wrapper_subclass
-        self: PackedTensor = make(cls, (batch, heads, count, rotation.shape[0]), dtype=dtype, device=codes.device)
+        self: PackedTensor = cls._make((batch, heads, count, rotation.shape[0]), dtype, codes.device)
         self.codes, self.norms, self.first, self.count = codes, norms, first, count
         self.rotation, self.centroids, self.kind = rotation, centroids, kind
         return self
@@ -171,8 +204,7 @@ class CausalMask(DeferredTensor):
         write: Callable[[], torch.Tensor],
     ) -> CausalMask:
         """``write`` makes a bool mask, True where a query sees a key, should it be needed."""
-        make = torch.Tensor._make_wrapper_subclass
-        self = make(cls, shape, dtype=dtype, device=device)
+        self: CausalMask = cls._make(shape, dtype, device)
         self.visible, self.window, self._write, self._parts = visible, window, write, None
         return self
 
@@ -204,6 +236,9 @@ class CausalMask(DeferredTensor):
                 return args[0].last_queries(stop - first)
         return super().__torch_dispatch__(func, types, args, kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _itself, (self.dense(),)  # what writes a mask cannot be pickled
+
     @property
     def parts(self) -> list[Part]:
         """Runs of sequences with the same padding; worked out once, which waits for the device."""
@@ -211,6 +246,10 @@ class CausalMask(DeferredTensor):
             assert self.visible is not None
             self._parts = find_parts(self.visible)
         return self._parts
+
+
+def _itself(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 # Sequences (a slice of the batch), and their visible keys: a slice, or an index where padding stands between visible keys.
