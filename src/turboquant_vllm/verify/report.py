@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from turboquant_vllm.demo.output import make_console
 from turboquant_vllm.demo.report import progress_bar
 from turboquant_vllm.verify.run import Progress
 
@@ -20,9 +21,7 @@ _MOST_CONTRIBUTORS = 5
 @contextmanager
 def shown_progress() -> Iterator[Progress]:
     """A progress bar on standard error, as `run_verify` calls it."""
-    from rich.console import Console
-
-    with progress_bar(Console(stderr=True)) as bar:
+    with progress_bar(make_console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
 
         def progress(doing: str | None, steps: int) -> None:
