@@ -78,3 +78,5 @@ def print_report(console: Console, figures: dict[str, Any]) -> None:
     measured = f" ({advice['increase_percent']:+.2f} %, {gain:.2f} points less, {advice['bytes_per_token']:,} bytes per token)"
     changed = advice["dense_layers"] != figures["dense_layers"]
     console.print(f"recommendation: {advice['text']}{measured if changed else ''}; {figures['seconds']} s")
+    if unused := figures["unused_weights"]:
+        console.print(f"note: the model has no place for {len(unused):,} tensors of its files, such as {unused[0]}")
