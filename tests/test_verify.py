@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -485,6 +486,24 @@ def test_a_reader_who_left_changes_neither_file_nor_status(
         arguments = ["verify", str(MODEL), "--json", str(tmp_path / "verify.json")]
         assert cli._application()(arguments, standalone_mode=False) == status
     assert json.loads((tmp_path / "verify.json").read_text())["kl"] == figures["kl"]
+
+
+def test_names_and_terminals_need_not_be_ascii(
+    figures: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name in letters that the terminal has not, and one in bytes that are no letters at all, with a code for an emoji."""
+    name = "modèle-模型-\udce9 :smile: [red]"
+    monkeypatch.setattr(verify, "run_verify", lambda *_, **__: {**figures, "model": name})
+    monkeypatch.setattr(sys, "argv", ["turboquant", "verify", name, "--json", str(tmp_path / "résultat.json")])
+    monkeypatch.setenv("COLUMNS", "300")
+    for encoding, expected in (("ascii", r"mod\xe8le-\u6a21\u578b-\udce9 :smile: [red]"), ("utf-8", r"modèle-模型-\udce9 :s")):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 0
+        assert expected in written.getvalue().decode(encoding)
+    assert json.loads((tmp_path / "résultat.json").read_text(encoding="utf-8"))["model"] == name
 
 
 def test_standard_output_that_cannot_be_written_is_an_error(

@@ -17,7 +17,7 @@ import torch
 import turboquant_vllm
 from turboquant_vllm.attention import BACKENDS, choose_backend, why_not
 from turboquant_vllm.checks import AttentionShape
-from turboquant_vllm.demo.output import check_writable, forget, one_line, printing
+from turboquant_vllm.demo.output import accept_any_text, check_writable, forget, one_line, printing
 
 _missing: str | None = None
 try:
@@ -37,6 +37,7 @@ _PACKAGES = ("torch", "triton", "cuda-core", "transformers")
 
 def main() -> None:
     """Entry point of `turboquant` and of `python -m turboquant_vllm`."""
+    accept_any_text()
     if _missing is not None:
         print(f"turboquant: the command line needs {_missing}: pip install turboquant-vllm[cli]", file=sys.stderr)
         sys.exit(_NO_MEASUREMENT if sys.argv[1:2] == ["verify"] else 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-__all__ = ["check_writable", "forget", "make_console", "one_line", "printing"]
+__all__ = ["accept_any_text", "check_writable", "forget", "make_console", "one_line", "printing"]
 
 
 def one_line(error: BaseException) -> str:
@@ -22,6 +23,13 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, (ImportError, OSError, ValueError)) and said:
         return said[0]
     return f"{type(error).__name__}: {said[0]}" if said else type(error).__name__
+
+
+def accept_any_text() -> None:
+    """Standard output and error write what their encoding, or any, has no letters for as escapes; it is no reason to fail."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def check_writable(path: Path) -> None:

@@ -17,7 +17,7 @@ from turboquant_vllm.demo import report
 from turboquant_vllm.demo.attention import codec_for
 from turboquant_vllm.demo.compare import compare, continue_prompt, held_out_windows, load
 from turboquant_vllm.demo.figure import draw
-from turboquant_vllm.demo.output import check_writable, make_console, one_line, printing
+from turboquant_vllm.demo.output import accept_any_text, check_writable, make_console, one_line, printing
 
 MODEL = Path(__file__).parent / "model"
 DEFAULT_WINDOWS = 32
@@ -117,6 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=DEFAULT_WINDOWS, help="windows of held-out text (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write (%(default)s)")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of another model made by train.py")
+    accept_any_text()
     options = parser.parse_args(arguments)
     try:
         run_demo(options.out, options.device, options.windows, options.model)
