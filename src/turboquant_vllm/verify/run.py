@@ -22,11 +22,7 @@ from turboquant_vllm.demo.text import gather, windows
 from turboquant_vllm.quality.attention import LayerErrors, Model, cache_format
 from turboquant_vllm.quality.formats import TQ4Format
 from turboquant_vllm.quality.measure import TokenScores, bootstrap_interval, compare_windows, perplexity
-<<<<<<< HEAD
-from turboquant_vllm.verify.loading import CachedLayers, check_cache, load
-=======
-from turboquant_vllm.verify.loading import check_cache, check_tokens, load
->>>>>>> cli
+from turboquant_vllm.verify.loading import CachedLayers, check_cache, check_tokens, load
 
 __all__ = ["DEFAULT_CONTEXT", "DEFAULT_WINDOWS", "Progress", "run_verify"]
 
