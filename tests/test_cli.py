@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -97,15 +98,39 @@ def test_demo_calls_run_demo(monkeypatch: pytest.MonkeyPatch, arguments: list[st
     assert calls == [expected]
 
 
-@pytest.mark.parametrize("error", [ImportError, ValueError, FileNotFoundError, PermissionError])
+@pytest.mark.parametrize("error", [ImportError, ValueError, FileNotFoundError, PermissionError, RuntimeError, MemoryError])
 def test_demo_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def fail(*_: object) -> None:
-        raise error("no such thing")
+        raise error("no such thing\nand more of it")
 
     monkeypatch.setattr(demo, "run_demo", fail)
     result = invoke("demo")
     assert result.exit_code == 1
-    assert result.stderr == "error: no such thing\n"
+    kind = "" if issubclass(error, (ImportError, ValueError, OSError)) else f"{error.__name__}: "
+    assert result.stderr == f"error: {kind}no such thing\n"
+
+
+@pytest.mark.parametrize("name", ["demo.json", "demo.png"])
+def test_demo_finds_out_first_that_it_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("loaded a model")
+
+    pytest.importorskip("transformers")
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("turboquant_vllm.demo.run.load", never)
+    (tmp_path / name).mkdir()
+    result = invoke("demo", "--out", str(tmp_path))
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: [Errno 21] Is a directory")
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"]])
+def test_a_reader_who_left_is_no_failure(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "w", encoding="utf-8") as closed:
+        monkeypatch.setattr(sys, "stdout", closed)
+        assert not cli._application()(arguments, standalone_mode=False)
 
 
 def test_demo_refuses_a_device_that_is_none() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("transformers")
 
@@ -15,9 +17,19 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.demo.attention import ATTENTION_NAME as DEMO_ATTENTION
 from turboquant_vllm.demo.attention import register
+from turboquant_vllm.quality import measure
 from turboquant_vllm.quality.attention import LayerErrors, Model, cache_format
 from turboquant_vllm.quality.formats import TQ4Format
-from turboquant_vllm.quality.measure import bootstrap_interval, compare_windows, perplexity, token_scores
+from turboquant_vllm.quality.measure import (
+    agreement,
+    bootstrap_interval,
+    compare_many,
+    compare_windows,
+    kl_divergence,
+    perplexity,
+    token_scores,
+    total_variation,
+)
 
 Randn = Callable[..., torch.Tensor]
 
@@ -62,7 +74,113 @@ def test_token_scores_are_what_they_say(randn: Randn, generator: torch.Generator
                 (p[b, i] * (p[b, i] / q[b, i]).log()).sum().item(), rel=1e-4, abs=2e-6
             )
             assert scores.agrees[b, i].item() == (exact[b, i].argmax() == other[b, i].argmax()).item()
+            assert scores.tvd[b, i].item() == pytest.approx((p[b, i] - q[b, i]).abs().sum().item() / 2, abs=2e-6)
     assert scores.increase == pytest.approx(perplexity(scores.other) / perplexity(scores.exact) - 1, rel=1e-5)
+
+
+def directly(exact: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL divergence and total variation distance by their definitions, in float64."""
+    p, q = (x.double().log_softmax(-1) for x in (exact, other))
+    terms = torch.where(p.exp() > 0, p.exp() * (p - q), 0.0)
+    return terms.sum(-1), (p.exp() - q.exp()).abs().sum(-1) / 2
+
+
+@pytest.mark.parametrize("apart", [1e-4, 1e-2, 1.0, 30.0])
+@pytest.mark.parametrize("spread", [1.0, 8.0, 100.0])
+def test_distances_are_those_of_a_direct_computation(randn: Randn, apart: float, spread: float) -> None:
+    """A rounding error r of every log-probability moves KL by r sum |p - q| = 2 r TVD, and TVD by r at most."""
+    exact = spread * randn(40, 3000)
+    other = exact + apart * randn(40, 3000)
+    kl, tvd = directly(exact, other)
+    # log-softmax of numbers that span s is off by a few units in the last place of s, its terms' sum by a millionth.
+    r = 4 * torch.finfo(torch.float32).eps * (exact.amax(-1) - exact.amin(-1)).double()
+    got_kl, got_tvd = kl_divergence(exact, other), total_variation(exact, other)
+    assert got_kl.dtype == got_tvd.dtype == torch.float32
+    assert ((got_kl - kl).abs() <= 2 * r * tvd + r.square() + 1e-5 * kl).all()
+    assert ((got_tvd - tvd).abs() <= r + 1e-5 * tvd).all()
+    assert (got_kl >= 0).all()
+    assert torch.equal(agreement(exact, other), exact.argmax(-1) == other.argmax(-1))
+    # Definitions that hold in float64 hold there for the functions, too.
+    torch.testing.assert_close(kl_divergence(exact.double(), other.double()), kl, rtol=1e-6, atol=1e-12)
+
+
+def test_distances_of_equal_models_are_nothing(randn: Randn) -> None:
+    logits = 20 * randn(2, 7, 500)
+    assert torch.equal(kl_divergence(logits, logits), torch.zeros(2, 7))
+    assert torch.equal(total_variation(logits, logits), torch.zeros(2, 7))
+    assert agreement(logits, logits).all()
+    # A constant more in every logit changes no probability; what it costs is its rounding.
+    assert kl_divergence(logits, logits + 4).max() < 1e-9
+    for distance in (kl_divergence, total_variation):
+        assert distance(logits.bfloat16(), logits.bfloat16()).dtype == torch.float32
+        assert distance(logits[:, :0], logits[:, :0]).shape == (2, 0)
+
+
+def test_distances_know_tokens_that_cannot_come() -> None:
+    inf = math.inf
+    exact = torch.tensor([[0.0, 0.0, -inf, -inf], [0.0, 0.0, 0.0, -inf], [0.0, -200.0, 0.0, 0.0], [math.nan, 0.0, 0.0, 0.0]])
+    other = torch.tensor([[0.0, 0.0, 0.0, -inf], [0.0, 0.0, -inf, -inf], [0.0, -inf, 0.0, 0.0], [0.0, 0.0, 0.0, -inf]])
+    kl, tvd = kl_divergence(exact, other), total_variation(exact, other)
+    torch.testing.assert_close(kl[:3], torch.tensor([math.log(1.5), inf, inf]))
+    torch.testing.assert_close(tvd[:3], torch.tensor([1 / 3, 1 / 3, 0.0]))
+    assert kl[3].isnan()  # is not hidden
+    assert tvd[3].isnan()
+    far = torch.tensor([[0.0, -1e4, -1e30]]), torch.tensor([[-1e4, 0.0, -3e38]])
+    torch.testing.assert_close(kl_divergence(*far), torch.tensor([1e4]))
+    torch.testing.assert_close(total_variation(*far), torch.tensor([1.0]))
+
+
+def test_distances_refuse_other_shapes(randn: Randn) -> None:
+    for distance in (kl_divergence, total_variation, agreement):
+        with pytest.raises(ValueError, match=r"logits: expected two tensors of one shape .* got \[3, 5\] and \[3, 6\]"):
+            distance(randn(3, 5), randn(3, 6))
+        with pytest.raises(ValueError, match="logits: expected two tensors of one shape"):
+            distance(randn(3, 0), randn(3, 0))
+
+
+def test_scores_need_little_memory(randn: Randn, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the text's length, some rows at a time; and what comes out is the same."""
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and not func.is_view:
+                self.numel = max(self.numel, found.numel())
+            return found
+
+    exact, other = randn(3, 50, 400).bfloat16(), randn(3, 50, 400).bfloat16()
+    targets = torch.randint(400, (3, 50), generator=generator)
+    whole = token_scores(exact, other, targets)
+    monkeypatch.setattr(measure, "_ELEMENTS", 7 * 400)
+    with Largest() as largest:
+        scores = token_scores(exact, other, targets)
+        alone = kl_divergence(exact, other), total_variation(exact, other)
+    assert largest.numel <= 7 * 400
+    for got, want in zip(scores, whole, strict=True):
+        assert torch.equal(got, want)
+    assert torch.equal(alone[0], whole.kl)
+    assert torch.equal(alone[1], whole.tvd)
+
+
+def test_several_models_share_the_exact_one(randn: Randn, generator: torch.Generator) -> None:
+    tables = randn(3, 7, 7)
+    windows = torch.randint(7, (5, 9), generator=generator)
+    calls: list[int] = []
+
+    def model(which: int) -> Callable[[torch.Tensor], torch.Tensor]:
+        def logits(ids: torch.Tensor) -> torch.Tensor:
+            calls.append(which)
+            return tables[which][ids]
+
+        return logits
+
+    found = compare_many(model(0), [model(1), model(2)], windows.split(2), lambda: calls.append(-1))
+    assert calls == [0, 1, -1, 2, -1] * 3
+    for which, scores in enumerate(found, 1):
+        expected = compare_windows(model(0), model(which), windows.split(2))
+        assert all(torch.equal(got, want) for got, want in zip(scores, expected, strict=True))
 
 
 def test_windows_are_scored_in_order(randn: Randn, generator: torch.Generator) -> None:

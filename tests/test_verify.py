@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import os
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ import torch.nn.functional as F
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoTokenizer,
     BertConfig,
@@ -31,7 +37,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from turboquant_vllm import TQ4Codec, cli
+from turboquant_vllm import TQ4Codec, cli, verify
 from turboquant_vllm.demo.run import MODEL
 from turboquant_vllm.demo.text import gather, windows
 from turboquant_vllm.hf import TurboQuantCache
@@ -276,7 +282,7 @@ def empty(folder: Path) -> Path:
         (lambda folder: folder, "model: expected a folder or the name of a model on the hub, found no "),
         (empty, "model: expected a config.json in "),
         (broken_json, "model: "),
-        (no_cache, "model: expected a causal language model that runs with sdpa, got MambaForCausalLM does not support"),
+        (no_cache, r"model: expected one with a cache of keys and values, .* \(MambaForCausalLM\) keeps none"),
         (encoder, r"model: expected one with a cache of keys and values, .* \(BertLMHeadModel\) keeps none"),
         (lambda folder: tiny(folder, head_dim=8), "layer 0: expected an even head dimension from 16 to 256, got 8; leave it"),
         (not_a_number, "model: expected finite likelihoods, .* gives nan with an exact cache"),
@@ -326,14 +332,188 @@ def test_bad_arguments_are_one_line(
     assert len(result.stderr.strip().splitlines()) == 1
 
 
-def test_a_result_that_cannot_be_written_is_one_line(text: Path, tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    result = invoke(
-        MODEL, "--text", text, "--context", 16, "--windows", 1, "--json", tmp_path / "file" / "x.json", "--device", "cpu"
-    )
+def copy_of_the_demo(folder: Path, **config: Any) -> Path:
+    """The demo's model with a changed configuration."""
+    folder.mkdir()
+    for file in MODEL.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    before = json.loads((MODEL / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(before | config), encoding="utf-8")
+    return folder
+
+
+def pointer(folder: Path) -> Path:
+    (copy_of_the_demo(folder) / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\nsize 1\n")
+    return folder
+
+
+def cut(folder: Path) -> Path:
+    copy_of_the_demo(folder)
+    (folder / "model.safetensors").write_bytes((MODEL / "model.safetensors").read_bytes()[:100_000])
+    return folder
+
+
+def few_tokens(folder: Path) -> Path:
+    copy_of_the_demo(folder, vocab_size=100)
+    tensors = load_file(MODEL / "model.safetensors")
+    save_file({name: x[: 100 if len(x) == 4096 else None].clone() for name, x in tensors.items()}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    return folder
+
+
+def without(*names: str) -> Callable[[Path], Path]:
+    def make(folder: Path) -> Path:
+        copy_of_the_demo(folder)
+        tensors = load_file(MODEL / "model.safetensors")
+        kept = {name: x for name, x in tensors.items() if not name.endswith(names)}
+        assert len(kept) < len(tensors)
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (pointer, r"model: expected the file itself, .*model.safetensors is a pointer of git-lfs: git lfs pull"),
+        (cut, "model: expected a causal language model, .* gives SafetensorError: "),
+        (
+            lambda folder: copy_of_the_demo(folder, intermediate_size=640),
+            r"model: expected weights in the shapes of the configuration of .*: model.layers.0.mlp.* has \[.*\] in the file, "
+            r"\[.*640.*\] in the model and 17 more",
+        ),
+        (few_tokens, "tokenizer: expected tokens below 100, the rows of the model's embedding, got "),
+        (
+            without("layers.1.self_attn.k_proj.weight", "layers.0.self_attn.v_proj.weight"),
+            "model: expected weights for every parameter, the files of .* lack model.layers.0.self_attn.v_proj.* and 1 more",
+        ),
+    ],
+)
+def test_files_that_are_no_model_are_one_line(tmp_path: Path, text: Path, make: Any, message: str) -> None:
+    result = invoke(make(tmp_path / "model"), "--text", text, "--context", 16, "--windows", 1, "--device", "cpu")
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert re.match(f"error: {message}", result.stderr), result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory.\nTry another day."), "OutOfMemoryError: CUDA out of memory."),
+        (MemoryError(), "MemoryError"),
+        (KeyError("rope"), "KeyError: 'rope'"),
+        (RuntimeError("a kernel\nfailed"), "RuntimeError: a kernel"),
+        (EOFError(), "EOFError"),
+        (SystemExit(0), "SystemExit: 0"),
+        (BrokenPipeError(32, "Broken pipe"), r"\[Errno 32\] Broken pipe"),
+    ],
+)
+def test_whatever_raises_is_no_measurement(
+    text: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, message: str
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
+    result = invoke(MODEL, "--text", text, "--context", 16, "--windows", 1, "--device", "cpu")
     assert result.exit_code == 2
-    assert len(result.stderr.strip().splitlines()) == 1
-    assert "recommendation" in result.stdout  # what took minutes to measure is not lost with the file
+    assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
+
+
+def test_without_the_extra_nothing_was_measured() -> None:
+    program = "import sys; sys.modules['typer'] = None; from turboquant_vllm.cli import main; main()"
+    run = subprocess.run([sys.executable, "-c", program, "verify", "x"], capture_output=True, text=True)
+    assert run.returncode == 2
+    assert "pip install turboquant-vllm[cli]" in run.stderr
+
+
+def test_weights_that_the_model_has_no_place_for_are_named(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    folder = copy_of_the_demo(tmp_path / "model", num_hidden_layers=5)
+    result = invoke(folder, "--text", text, "--context", 16, "--windows", 1, "--max-ppl-increase", 1000, "--device", "cpu")
+    assert result.exit_code == 0
+    assert "note: the model has no place for 9 tensors of its files, such as model.layers.5." in result.stdout
+    assert result.stderr == ""
+
+
+# What is written
+
+
+def unused(*_: object, **__: object) -> Any:
+    raise AssertionError("a long run before anybody looked whether its result can be written")
+
+
+@pytest.mark.parametrize(("name", "reason"), [("file/x.json", "ot a directory|File exists"), ("folder", "Is a directory")])
+def test_a_result_that_cannot_be_written_is_found_before_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.setattr(verify, "run_verify", unused)
+    result = invoke(MODEL, "--json", tmp_path / name)
+    assert result.exit_code == 2
+    assert re.fullmatch(rf"error: .*({reason}).*\n", result.stderr), result.stderr
+
+
+def test_a_run_that_fails_leaves_the_earlier_result(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text("old")
+    for name in ("old.json", "new/new.json"):
+        assert invoke("nowhere/at/all", "--json", tmp_path / name).exit_code == 2
+    assert (tmp_path / "old.json").read_text() == "old"
+    assert not (tmp_path / "new" / "new.json").exists()
+
+
+def test_what_was_measured_is_not_lost_with_the_file(figures: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "run_verify", lambda *_, **__: figures)
+    result = invoke(MODEL, "--json", "/dev/full")
+    assert result.exit_code == 2
+    assert result.stderr == "error: [Errno 28] No space left on device\n"
+    assert "recommendation" in result.stdout
+
+
+@pytest.mark.parametrize(("passed", "status"), [(True, 0), (False, 1)])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_reader_who_left_changes_neither_file_nor_status(
+    figures: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, passed: bool, status: int, there: bool
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    monkeypatch.setattr(verify, "run_verify", lambda *_, **__: {**figures, "passed": passed})
+    with open(write, "w", encoding="utf-8") as closed:
+        monkeypatch.setattr(sys, "stdout", closed if there else None)
+        arguments = ["verify", str(MODEL), "--json", str(tmp_path / "verify.json")]
+        assert cli._application()(arguments, standalone_mode=False) == status
+    assert json.loads((tmp_path / "verify.json").read_text())["kl"] == figures["kl"]
+
+
+def test_names_and_terminals_need_not_be_ascii(
+    figures: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name in letters that the terminal has not, and one in bytes that are no letters at all, with a code for an emoji."""
+    name = "modèle-模型-\udce9 :smile: [red]"
+    monkeypatch.setattr(verify, "run_verify", lambda *_, **__: {**figures, "model": name})
+    monkeypatch.setattr(sys, "argv", ["turboquant", "verify", name, "--json", str(tmp_path / "résultat.json")])
+    monkeypatch.setenv("COLUMNS", "300")
+    for encoding, expected in (("ascii", r"mod\xe8le-\u6a21\u578b-\udce9 :smile: [red]"), ("utf-8", r"modèle-模型-\udce9 :s")):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        assert left.value.code == 0
+        assert expected in written.getvalue().decode(encoding)
+    assert json.loads((tmp_path / "résultat.json").read_text(encoding="utf-8"))["model"] == name
+
+
+def test_standard_output_that_cannot_be_written_is_an_error(
+    figures: dict[str, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(verify, "run_verify", lambda *_, **__: figures)
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli._application()(["verify", str(MODEL)], standalone_mode=False) == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device\n"
 
 
 def test_the_default_scale_is_the_codecs() -> None:

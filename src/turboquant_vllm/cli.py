@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -15,11 +17,11 @@ import torch
 import turboquant_vllm
 from turboquant_vllm.attention import BACKENDS, choose_backend, why_not
 from turboquant_vllm.checks import AttentionShape
+from turboquant_vllm.demo.output import accept_any_text, check_writable, forget, one_line, printing
 
 _missing: str | None = None
 try:
     import typer
-    from rich.console import Console
     from rich.table import Table
 except ModuleNotFoundError as error:
     _missing = error.name
@@ -29,13 +31,16 @@ __all__ = ["main"]
 # One new token of one sequence in a cache of 4096, at the sizes of a common model.
 _DECODE = AttentionShape(batch=1, num_heads=32, num_kv_heads=8, q_len=1, kv_len=4096, head_dim=128)
 _DTYPE = torch.float16
+_NO_MEASUREMENT = 2  # exit status of `verify`, whose 1 says that a model loses too much
 _PACKAGES = ("torch", "triton", "cuda-core", "transformers")
 
 
 def main() -> None:
     """Entry point of `turboquant` and of `python -m turboquant_vllm`."""
+    accept_any_text()
     if _missing is not None:
-        sys.exit(f"turboquant: the command line needs {_missing}: pip install turboquant-vllm[cli]")
+        print(f"turboquant: the command line needs {_missing}: pip install turboquant-vllm[cli]", file=sys.stderr)
+        sys.exit(_NO_MEASUREMENT if sys.argv[1:2] == ["verify"] else 1)
     _application()()
 
 
@@ -55,27 +60,27 @@ def _application() -> typer.Typer:
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """Print versions, devices, and which backend serves a typical decode on each device, and why no other."""
     found_versions, found_devices = _versions(), [_describe(device) for device in _devices()]
-    if as_json:
-        call = {**asdict(_DECODE), "dtype": str(_DTYPE).removeprefix("torch.")}
-        print(json.dumps({"versions": found_versions, "call": call, "devices": found_devices}, indent=2))
-        return
-    console = Console(markup=False, highlight=False)
-    versions = Table("package", "version")
-    for name, version in found_versions.items():
-        versions.add_row(name, version or "not installed")
-    console.print(versions)
-    console.print(
-        f"\nDecoding {_DECODE.q_len} token against {_DECODE.kv_len}, {_DECODE.num_heads} heads over {_DECODE.num_kv_heads}, "
-        f"head_dim {_DECODE.head_dim}, {_DTYPE}:"
-    )
-    backends = Table("device", "backend", "")
-    for device in found_devices:
-        backends.add_section()
-        first = f"{device['device']}: {device['name']}"
-        for name, reason in {device["auto"]: "picked", **device["not_picked"]}.items():
-            backends.add_row(first, name, reason)
-            first = ""
-    console.print(backends)
+    with printing() as console:
+        if as_json:
+            call = {**asdict(_DECODE), "dtype": str(_DTYPE).removeprefix("torch.")}
+            print(json.dumps({"versions": found_versions, "call": call, "devices": found_devices}, indent=2))
+            return
+        versions = Table("package", "version")
+        for name, version in found_versions.items():
+            versions.add_row(name, version or "not installed")
+        console.print(versions)
+        console.print(
+            f"\nDecoding {_DECODE.q_len} token against {_DECODE.kv_len}, {_DECODE.num_heads} heads over "
+            f"{_DECODE.num_kv_heads}, head_dim {_DECODE.head_dim}, {_DTYPE}:"
+        )
+        backends = Table("device", "backend", "")
+        for device in found_devices:
+            backends.add_section()
+            first = f"{device['device']}: {device['name']}"
+            for name, reason in {device["auto"]: "picked", **device["not_picked"]}.items():
+                backends.add_row(first, name, reason)
+                first = ""
+        console.print(backends)
 
 
 def demo(
@@ -86,11 +91,8 @@ def demo(
     """Read held-out text with a small trained model, its cache exact and in 4 bits, and compare."""
     from turboquant_vllm.demo import run_demo
 
-    try:
+    with _one_line_for_errors(1):
         run_demo(out, device) if windows is None else run_demo(out, device, windows)
-    except (ImportError, OSError, ValueError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
 
 
 def verify(
@@ -103,43 +105,65 @@ def verify(
     dense: Annotated[str, typer.Option(help="Layers to leave exact, such as 0,1,31.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the codec's rotation.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")] = False,
 ) -> None:
     """Read a text with a model, its cache exact and in 4 bits, and say whether 4 bits are good enough.
 
     Exit status: 0 if the perplexity rises by at most --max-ppl-increase, 1 if by more, 2 if nothing could be measured.
     """
-    from turboquant_vllm.verify import report, run_verify
+    with _one_line_for_errors(_NO_MEASUREMENT):
+        from turboquant_vllm.verify import report, run_verify
 
-    try:
-        layers = [int(name) for name in dense.split(",") if name.strip()]
-    except ValueError:
-        _fail(f"dense: expected numbers of layers between commas, got {dense!r}")
-    options = {} if windows is None else {"count": windows}
-    try:
+        if json_out is not None:
+            check_writable(json_out)
         with report.shown_progress() as progress:
             figures = run_verify(
                 model,
                 text,
                 context,
                 max_ppl_increase=max_ppl_increase,
-                dense_layers=layers,
+                dense_layers=_layers(dense),
                 device=device,
                 seed=seed,
+                trust_remote_code=trust_remote_code,
                 progress=progress,
-                **options,
+                **({} if windows is None else {"count": windows}),
             )
-        report.print_report(Console(markup=False, highlight=False), figures)
+        unwritten: OSError | None = None
         if json_out is not None:
-            json_out.parent.mkdir(parents=True, exist_ok=True)
-            json_out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    except (ImportError, OSError, ValueError) as error:
-        _fail(str(error))
+            try:
+                json_out.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+            except OSError as error:  # what took minutes to measure is printed all the same
+                unwritten = error
+        with printing() as console:
+            report.print_report(console, figures)
+        if unwritten is not None:
+            raise unwritten
     raise typer.Exit(0 if figures["passed"] else 1)
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(2)
+def _layers(dense: str) -> list[int]:
+    try:
+        return [int(name) for name in dense.split(",") if name.strip()]
+    except ValueError:
+        raise ValueError(f"dense: expected numbers of layers between commas, got {dense!r}") from None
+
+
+@contextmanager
+def _one_line_for_errors(status: int) -> Iterator[None]:
+    """Whatever goes wrong within the block, in code of the model's own, too, is a line on standard error and this status."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        _fail(one_line(error), status)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    try:
+        typer.echo(f"error: {message}", err=True)
+    except OSError:
+        forget(sys.stderr)
+    raise typer.Exit(status)
 
 
 def _versions() -> dict[str, str | None]:

@@ -17,11 +17,13 @@ from turboquant_vllm.demo import report
 from turboquant_vllm.demo.attention import codec_for
 from turboquant_vllm.demo.compare import compare, continue_prompt, held_out_windows, load
 from turboquant_vllm.demo.figure import draw
+from turboquant_vllm.demo.output import accept_any_text, check_writable, make_console, one_line, printing
 
 MODEL = Path(__file__).parent / "model"
 DEFAULT_WINDOWS = 32
 
 _NEEDED = ("transformers", "tokenizers", "matplotlib", "rich")
+_FIGURES, _FIGURE = "demo.json", "demo.png"
 _PROMPT, _CONTINUATION = 96, 48  # tokens
 
 
@@ -70,12 +72,11 @@ def run_demo(out: Path, device: str = "auto", windows: int = DEFAULT_WINDOWS, mo
     if windows < 1:
         raise ValueError(f"windows: expected at least 1, got {windows}")
     import transformers
-    from rich.console import Console
 
     start = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)  # a folder that cannot be written is found before the work
-    console = Console()
-    with report.progress_bar(console) as progress:
+    for name in (_FIGURES, _FIGURE):
+        check_writable(out / name)
+    with report.progress_bar(make_console()) as progress:
         task = progress.add_task("loading", total=None)
         tokenizer, exact, quantised = load(model, target)
         text = held_out_windows(tokenizer, exact.config.max_position_embeddings, windows)
@@ -95,16 +96,17 @@ def run_demo(out: Path, device: str = "auto", windows: int = DEFAULT_WINDOWS, mo
         "continuation": continuation,
         "seconds": round(time.perf_counter() - start, 1),
     }
-    (out / "demo.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    (out / _FIGURES).write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     memory, perplexity = figures["bytes_per_token"], figures["perplexity"]
     title = (
         f"Key/value cache: {memory['bf16']:,} bytes per token in bf16, {memory['tq4']:,.0f} in TQ4."
         f"  Perplexity: {perplexity['exact']:.3f} exact, {perplexity['tq4']:.3f} in TQ4."
     )
     codec = codec_for(figures["head_dim"], target)
-    draw(out / "demo.png", figures["attention_error"], observer.histogram, observer.limit, codec, title)
-    report.print_report(console, figures)
-    console.print(f"wrote {out / 'demo.png'} and {out / 'demo.json'}", highlight=False)
+    draw(out / _FIGURE, figures["attention_error"], observer.histogram, observer.limit, codec, title)
+    with printing() as console:
+        report.print_report(console, figures)
+        console.print(f"wrote {out / _FIGURE} and {out / _FIGURES}")
     return figures
 
 
@@ -115,8 +117,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--windows", type=int, default=DEFAULT_WINDOWS, help="windows of held-out text (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo-out"), help="folder to write (%(default)s)")
     parser.add_argument("--model", type=Path, default=MODEL, help="folder of another model made by train.py")
+    accept_any_text()
     options = parser.parse_args(arguments)
     try:
         run_demo(options.out, options.device, options.windows, options.model)
-    except (ImportError, OSError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    except Exception as error:
+        sys.exit(f"error: {one_line(error)}")

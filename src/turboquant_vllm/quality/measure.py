@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-__all__ = ["TokenScores", "bootstrap_interval", "compare_windows", "perplexity", "token_scores"]
+__all__ = [
+    "TokenScores",
+    "agreement",
+    "bootstrap_interval",
+    "compare_many",
+    "compare_windows",
+    "kl_divergence",
+    "perplexity",
+    "token_scores",
+    "total_variation",
+]
 
 # Token ids int64 [batch, n] -> logits [batch, n, vocabulary] of the tokens that follow each.
 Logits = Callable[[torch.Tensor], torch.Tensor]
 
 _BLOCK = 64  # neighbouring tokens are not independent: whole blocks of at least so many are drawn
 _RESAMPLES = 2000
+_ELEMENTS = (
+    2**20
+)  # logits of one model that are worked on at a time: a vocabulary of 262,144 times 2048 tokens are 2 GiB in float32
+_NEVER = -1e30  # logarithm of the probability of a token that cannot come, so that two of them are not apart
 
 
 class TokenScores(NamedTuple):
@@ -26,12 +39,14 @@ class TokenScores(NamedTuple):
         other: the same under the other model.
         kl: Kullback-Leibler divergence in nats of the other model's next-token distribution from the exact one, float32.
         agrees: whether both find the same token most likely, bool.
+        tvd: total variation distance of the two next-token distributions, from 0 to 1, float32.
     """
 
     exact: torch.Tensor
     other: torch.Tensor
     kl: torch.Tensor
     agrees: torch.Tensor
+    tvd: torch.Tensor
 
     @property
     def increase(self) -> float:
@@ -44,35 +59,117 @@ def perplexity(losses: torch.Tensor) -> float:
     return math.exp(losses.double().mean().item())
 
 
+def kl_divergence(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Kullback-Leibler divergence in nats of softmax(``other``) from softmax(``exact``), sum p log(p / q).
+
+    Args:
+        exact, other: logits ``[..., vocabulary]`` of one shape; -inf is a token that cannot come.
+
+    Returns:
+        float32 ``[...]``, float64 if both are; inf where a token can come that cannot under ``other``.
+
+    Raises:
+        ValueError: the shapes differ, or there is no vocabulary.
+    """
+    return _over_rows(exact, other)[0]
+
+
+def total_variation(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Total variation distance of softmax(``other``) and softmax(``exact``), sum |p - q| / 2: the share of tokens that must
+    change, from 0 to 1. Arguments, results and errors as in :func:`kl_divergence`."""
+    return _over_rows(exact, other)[1]
+
+
+def agreement(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """Whether both find the same token most likely, bool ``[...]``; arguments and errors as in :func:`kl_divergence`."""
+    _check_logits(exact, other)
+    return exact.argmax(-1) == other.argmax(-1)
+
+
 def token_scores(exact: torch.Tensor, other: torch.Tensor, targets: torch.Tensor) -> TokenScores:
-    """Scores of two models' logits ``[..., vocabulary]`` for the tokens ``targets`` ``[...]`` that came."""
-    first, second = exact.float().log_softmax(-1), other.float().log_softmax(-1)
-    came = targets.unsqueeze(-1)
-    return TokenScores(
-        -first.gather(-1, came).squeeze(-1),
-        -second.gather(-1, came).squeeze(-1),
-        F.kl_div(second, first, log_target=True, reduction="none").sum(-1),
-        first.argmax(-1) == second.argmax(-1),
-    )
+    """Scores of two models' logits ``[..., vocabulary]`` for the tokens ``targets`` ``[...]`` that came.
+
+    Raises:
+        ValueError: as in :func:`kl_divergence`.
+    """
+    came = targets.reshape(-1, 1)
+    found: list[tuple[torch.Tensor, ...]] = []
+    start = 0
+    for first, second in _log_probabilities(exact, other):
+        index = came[start : start + len(first)]
+        start += len(first)
+        losses = (-x.gather(-1, index).squeeze(-1) for x in (first, second))
+        kl, tvd = _distances(first, second)
+        found.append((*losses, kl, first.argmax(-1) == second.argmax(-1), tvd))
+    return TokenScores(*(torch.cat(parts).reshape(targets.shape) for parts in zip(*found, strict=True)))
+
+
+def _over_rows(exact: torch.Tensor, other: torch.Tensor) -> list[torch.Tensor]:
+    found = [_distances(first, second) for first, second in _log_probabilities(exact, other)]
+    return [torch.cat(parts).reshape(exact.shape[:-1]) for parts in zip(*found, strict=True)]
+
+
+def _check_logits(exact: torch.Tensor, other: torch.Tensor) -> None:
+    if exact.shape != other.shape or not exact.dim() or not exact.shape[-1]:
+        want, got = list(exact.shape), list(other.shape)
+        raise ValueError(f"logits: expected two tensors of one shape [..., vocabulary], got {want} and {got}")
+
+
+def _log_probabilities(exact: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Logarithms of both models' probabilities, ``[n, vocabulary]`` each, some rows at a time, one block at least."""
+    _check_logits(exact, other)
+    dtype = torch.float64 if exact.dtype == other.dtype == torch.float64 else torch.float32
+    rows = max(1, _ELEMENTS // exact.shape[-1])
+    blocks = (x.reshape(-1, x.shape[-1]).split(rows) for x in (exact, other))
+    for first, second in zip(*blocks, strict=True):
+        yield first.to(dtype).log_softmax(-1), second.to(dtype).log_softmax(-1)
+
+
+def _distances(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KL divergence and total variation distance, ``[n]``, from logarithms of probabilities ``[n, vocabulary]``.
+
+    With d = log p - log q, |p - q| is max(p, q) (1 - exp(-|d|)), and the divergence is summed as p (exp(-d) - 1 + d), which
+    makes the same, because p and q both sum to 1. No term is negative, so none cancel, and an error common to all d, that of
+    the normaliser, enters squared. Where q > p the term is written with q, so that nothing overflows.
+    """
+    surprise = (second.isneginf() & ~first.isneginf()).any(-1)
+    d = first.clamp(min=_NEVER).sub_(second.clamp(min=_NEVER)).clamp_(min=-100)  # the term is q from -50 on, in float64, too
+    size = d.abs()
+    e = torch.expm1(-size)
+    larger = torch.maximum(first, second).exp_()
+    tvd = (larger * e).sum(-1) / -2
+    # p (e + d) where d is positive, else q (-e + d (1 + e)): arithmetic without branches, which are several times slower.
+    terms = torch.copysign(e + size, d).addcmul_(d.clamp(max=0), e)
+    kl = terms.mul_(larger).sum(-1)
+    return kl + torch.where(surprise, math.inf, 0.0), tvd  # NaN stays NaN
 
 
 @torch.inference_mode()
+def compare_many(
+    exact: Logits, others: Sequence[Logits], batches: Iterable[torch.Tensor], advance: Callable[[], None] = lambda: None
+) -> list[TokenScores]:
+    """Read text with an exact model and some others; for each of them scores ``[windows, length]``, on the CPU.
+
+    Args:
+        exact, others: token ids ``[batch, length]`` to logits ``[batch, length, vocabulary]``.
+        batches: windows ``[batch, length + 1]`` of inputs and, shifted by one, targets, on the models' device.
+        advance: called after each batch of each of the others.
+    """
+    found: list[list[TokenScores]] = [[] for _ in others]
+    for batch in batches:
+        expected = exact(batch[:, :-1])
+        for other, scores in zip(others, found, strict=True):
+            of_batch = token_scores(expected, other(batch[:, :-1]), batch[:, 1:])
+            scores.append(TokenScores(*(part.cpu() for part in of_batch)))
+            advance()
+    return [TokenScores(*(torch.cat(parts) for parts in zip(*scores, strict=True))) for scores in found]
+
+
 def compare_windows(
     exact: Logits, other: Logits, batches: Iterable[torch.Tensor], advance: Callable[[], None] = lambda: None
 ) -> TokenScores:
-    """Read text with two models; scores ``[windows, length]``, on the CPU.
-
-    Args:
-        exact, other: token ids ``[batch, length]`` to logits ``[batch, length, vocabulary]``.
-        batches: windows ``[batch, length + 1]`` of inputs and, shifted by one, targets, on the models' device.
-        advance: called after each batch.
-    """
-    found = []
-    for batch in batches:
-        scores = token_scores(exact(batch[:, :-1]), other(batch[:, :-1]), batch[:, 1:])
-        found.append(TokenScores(*(part.cpu() for part in scores)))
-        advance()
-    return TokenScores(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    """As :func:`compare_many` with one other model."""
+    return compare_many(exact, [other], batches, advance)[0]
 
 
 def bootstrap_interval(losses: torch.Tensor, baseline: torch.Tensor | None = None, *, seed: int = 0) -> tuple[float, float]:

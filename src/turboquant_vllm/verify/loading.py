@@ -3,50 +3,67 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from turboquant_vllm.demo.output import one_line
 from turboquant_vllm.quality.attention import Model, cache_format, no_loading_bar
 
-__all__ = ["CachedLayers", "check_cache", "load"]
+__all__ = ["CachedLayers", "Loaded", "check_cache", "check_tokens", "load"]
 
 _NEEDED = ("transformers", "tokenizers")
+_POINTER = b"version https://git-lfs"
+_SDPA = "scaled_dot_product_attention"  # what transformers' refusal of models without it names
 
 
-def load(name: str, device: torch.device) -> tuple[Any, Model]:
-    """Tokenizer and causal language model with "sdpa" attention: float32 on a CPU, else bfloat16.
+class Loaded(NamedTuple):
+    """A tokenizer, a causal language model, and the names of tensors that its files hold and the model has no place for."""
+
+    tokenizer: Any
+    model: Model
+    unused: list[str]
+
+
+def load(name: str, device: torch.device, *, trust_remote_code: bool = False) -> Loaded:
+    """A model with "sdpa" attention, or "eager" where it has none, in float32 on a CPU, else in bfloat16.
 
     Raises:
         ImportError: transformers is missing.
         FileNotFoundError: there is no such folder, or no such model on the hub or in its cache.
-        ValueError: what is there is no causal language model that runs with "sdpa".
+        ValueError: what is there is no causal language model, its files are damaged or do not fit its configuration, or it
+            needs code of its own and ``trust_remote_code`` is not set.
     """
     if missing := [needed for needed in _NEEDED if importlib.util.find_spec(needed) is None]:
         raise ImportError(f"verify needs {', '.join(missing)}: pip install turboquant-vllm[hf]")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
     looks_like_a_path = folder.is_absolute() or name.startswith(".") or name.count("/") != 1
     if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise FileNotFoundError(f"model: expected a config.json in {name}, found none")
+        _check_folder(folder, name)
         name = str(folder)
     elif looks_like_a_path:
         raise FileNotFoundError(f"model: expected a folder or the name of a model on the hub, found no {name}")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        with no_loading_bar():
-            model: Model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, attn_implementation="sdpa")
+        with _quiet():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+            model, report = _load_model(name, dtype, trust_remote_code)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except OSError as error:
-        raise FileNotFoundError(f"model: {_first_line(error)}") from error
-    except (KeyError, ValueError) as error:
-        raise ValueError(f"model: expected a causal language model that runs with sdpa, got {_first_line(error)}") from error
-    return tokenizer, model.to(device).eval()
+        raise FileNotFoundError(f"model: {one_line(error)}") from error
+    except Exception as error:  # libraries for files and code of the model's own raise whatever they like
+        if not trust_remote_code and "trust_remote_code" in str(error):
+            raise ValueError(f"model: {name} brings code of its own; once you trust it: --trust-remote-code") from error
+        raise ValueError(f"model: expected a causal language model, {name} gives {one_line(error)}") from error
+    _check_report(name, report)
+    return Loaded(tokenizer, model.to(device).eval(), sorted(report["unexpected_keys"]))
 
 
 @dataclass
@@ -119,5 +136,67 @@ def check_cache(model: Model, name: str, dense: Collection[int] = ()) -> CachedL
     return found
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def check_tokens(model: Model, ids: torch.Tensor) -> None:
+    """Raise ValueError where the tokenizer knows more tokens than the model: a GPU would end with an assertion."""
+    known = model.get_input_embeddings().weight.shape[0]
+    if (largest := int(ids.max())) >= known:
+        raise ValueError(f"tokenizer: expected tokens below {known:,}, the rows of the model's embedding, got {largest:,}")
+
+
+def _load_model(name: str, dtype: torch.dtype, trust_remote_code: bool) -> tuple[Model, dict[str, Any]]:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "trust_remote_code": trust_remote_code,
+        "output_loading_info": True,
+        "ignore_mismatched_sizes": True,  # they are in the report, which says more than transformers' error
+    }
+    try:
+        found = AutoModelForCausalLM.from_pretrained(name, attn_implementation="sdpa", **options)
+    except ValueError as error:
+        if _SDPA not in str(error):
+            raise
+        found = AutoModelForCausalLM.from_pretrained(name, attn_implementation="eager", **options)
+    model, report = found
+    return model, report
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within the block transformers prints errors alone: no bars, no tables of keys."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with no_loading_bar():
+            yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _check_folder(folder: Path, name: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model: expected a config.json in {name}, found none")
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".model", ".safetensors", ".bin") and file.is_file():
+            with file.open("rb") as opened:
+                if opened.read(len(_POINTER)) == _POINTER:
+                    raise ValueError(f"model: expected the file itself, {file} is a pointer of git-lfs: git lfs pull")
+
+
+def _check_report(name: str, report: dict[str, Any]) -> None:
+    """transformers fills what it does not find with random numbers, and goes on."""
+    if different := sorted(report["mismatched_keys"], key=str):
+        key, in_file, in_model = different[0]
+        shapes = f"{key} has {list(in_file)} in the file, {list(in_model)} in the model"
+        raise ValueError(f"model: expected weights in the shapes of the configuration of {name}: {shapes}{_more(different)}")
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"model: expected weights for every parameter, the files of {name} lack {missing[0]}{_more(missing)}")
+    if errors := report.get("error_msgs"):
+        raise ValueError(f"model: {str(errors[0]).splitlines()[0]}")
+
+
+def _more(names: list[Any]) -> str:
+    return f" and {len(names) - 1} more" if len(names) > 1 else ""

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from turboquant_vllm.demo.output import make_console
 from turboquant_vllm.demo.report import progress_bar
 from turboquant_vllm.verify.run import Progress
 
@@ -20,9 +21,7 @@ _MOST_CONTRIBUTORS = 5
 @contextmanager
 def shown_progress() -> Iterator[Progress]:
     """A progress bar on standard error, as `run_verify` calls it."""
-    from rich.console import Console
-
-    with progress_bar(Console(stderr=True)) as bar:
+    with progress_bar(make_console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
 
         def progress(doing: str | None, steps: int) -> None:
@@ -79,3 +78,5 @@ def print_report(console: Console, figures: dict[str, Any]) -> None:
     measured = f" ({advice['increase_percent']:+.2f} %, {gain:.2f} points less, {advice['bytes_per_token']:,} bytes per token)"
     changed = advice["dense_layers"] != figures["dense_layers"]
     console.print(f"recommendation: {advice['text']}{measured if changed else ''}; {figures['seconds']} s")
+    if unused := figures["unused_weights"]:
+        console.print(f"note: the model has no place for {len(unused):,} tensors of its files, such as {unused[0]}")

@@ -22,7 +22,7 @@ from turboquant_vllm.demo.text import gather, windows
 from turboquant_vllm.quality.attention import LayerErrors, Model, cache_format
 from turboquant_vllm.quality.formats import TQ4Format
 from turboquant_vllm.quality.measure import TokenScores, bootstrap_interval, compare_windows, perplexity
-from turboquant_vllm.verify.loading import CachedLayers, check_cache, load
+from turboquant_vllm.verify.loading import CachedLayers, check_cache, check_tokens, load
 
 __all__ = ["DEFAULT_CONTEXT", "DEFAULT_WINDOWS", "Progress", "run_verify"]
 
@@ -44,6 +44,7 @@ def run_verify(
     count: int = DEFAULT_WINDOWS,
     device: str = "auto",
     seed: int = 0,
+    trust_remote_code: bool = False,
     progress: Progress = lambda doing, steps: None,
 ) -> dict[str, Any]:
     """Compare a model's exact cache with a TQ4 cache on a text.
@@ -57,6 +58,7 @@ def run_verify(
         count: windows of ``context`` tokens to read, spread evenly over the text.
         device: "auto", "cpu" (float32) or "cuda" (bfloat16).
         seed: of the codec's rotation.
+        trust_remote_code: run Python code that comes with the model.
         progress: told of what is done.
 
     Returns:
@@ -78,12 +80,14 @@ def run_verify(
         raise ValueError(f"max_ppl_increase: expected a percentage of at least 0, got {max_ppl_increase}")
     start = time.perf_counter()
     progress("loading", 0)
-    tokenizer, loaded = load(model, pick_device(device))
+    tokenizer, loaded, unused = load(model, pick_device(device), trust_remote_code=trust_remote_code)
     layers = check_cache(loaded, model, dense_layers)
     if unknown := sorted(set(dense_layers) - layers.packed.keys()):
         raise ValueError(f"dense layers: expected some of the cached {_span(layers.packed)}, got {unknown[0]}")
     context = _context(loaded, context)
-    read = _windows(tokenizer, text, context, count).to(loaded.device)
+    read = _windows(tokenizer, text, context, count)
+    check_tokens(loaded, read)
+    read = read.to(loaded.device)
 
     passes = _Passes(loaded, read, layers, seed, progress)
     kept = frozenset(dense_layers)
@@ -98,6 +102,7 @@ def run_verify(
     exact, tq4 = perplexity(scores.exact), perplexity(scores.other)
     return {
         "model": model,
+        "unused_weights": unused,
         "text": str(text) if text else "Python standard library, modules held out from the demo's training",
         "device": torch.cuda.get_device_name(loaded.device) if loaded.device.type == "cuda" else "CPU",
         "dtype": str(loaded.dtype).removeprefix("torch."),
