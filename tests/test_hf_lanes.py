@@ -20,8 +20,9 @@ from turboquant_vllm.hf import attention
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 from turboquant_vllm.hf.masks import attention_mask
 from turboquant_vllm.hf.static import PagedLayer
-from turboquant_vllm.hf.storage import codec_for, page_views
+from turboquant_vllm.hf.storage import codec_for
 from turboquant_vllm.hf.tensors import unpack
+from turboquant_vllm.paged import page_views
 from turboquant_vllm.records import Masks, Operand
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_store", "emulated_decode", "native")]
@@ -147,6 +148,8 @@ def test_a_page_of_more_than_four_gib(generator):
     codec = codec_for(head_dim, 0, buffer.device)
     rotation, _, companding, _, *scaling = codec.writing
     store(k, v, buffer, torch.tensor([page_size - 1]), rotation, companding, *scaling, page_size)
-    keys, key_norms, values, value_norms = (x[0, :, -1] for x in page_views(buffer, heads, head_dim))
+    capacity = buffer.shape[1] // (heads * (head_dim + 8))
+    parts = (x for operand in page_views(buffer, capacity, heads, head_dim, False) for x in operand[:2])
+    keys, key_norms, values, value_norms = (x[0, :, -1] for x in parts)
     check_compress(lambda *_: (keys, key_norms), k[0], codec)
     check_compress(lambda *_: (values, value_norms), v[0], codec)

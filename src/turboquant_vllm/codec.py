@@ -225,11 +225,13 @@ class TQ4Codec:
         return other
 
     @staticmethod
-    def reader(rotation: torch.Tensor, centroids: torch.Tensor, kind: RotationKind) -> TQ4Codec:
+    def reader(
+        rotation: torch.Tensor, centroids: torch.Tensor, kind: RotationKind, key_scales: torch.Tensor | None = None
+    ) -> TQ4Codec:
         """A codec that reads what the owner of these tables wrote, and writes nothing; for code that torch.compile follows."""
         codec = object.__new__(TQ4Codec)
         codec.head_dim, codec.rotation_kind = rotation.shape[0], kind
-        codec.rotation, codec.centroids = rotation, centroids
+        codec.rotation, codec.centroids, codec.key_scales = rotation, centroids, key_scales
         return codec
 
     def compress(self, x: torch.Tensor) -> TQ4Tensor:

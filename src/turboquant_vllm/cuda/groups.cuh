@@ -10,6 +10,7 @@
 #define KEYS_OF_GROUP 64
 #define GROUPS_AT_ONCE 8
 
+#if OFFSETS
 // Two of four signed bytes, as half2: 1152 = 1024 + 128 is in the exponent 0x64 what a byte of 0 is, once its sign is turned.
 __device__ __forceinline__ u32 two_of(u32 turned, u32 selector) { return sub_half2(prmt(turned, 0x64646464u, selector), 0x64806480u); }
 
@@ -61,3 +62,4 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, cons
     sts2(to + ((r * NT + t) * 4 + c) * 8, offset, offset + outlier);
   }
 }
+#endif

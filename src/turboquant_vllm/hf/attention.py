@@ -11,13 +11,13 @@ import torch
 from turboquant_vllm import ops, reference
 from turboquant_vllm.attention import tq4_attention
 from turboquant_vllm.checks import check_masks, check_sm_scale
-from turboquant_vllm.codec import TQ4Tensor
+from turboquant_vllm.codec import TQ4Keys, TQ4Tensor
 from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.hf.dense import dense_attention
 from turboquant_vllm.hf.pages import PagedTensor, SpanMask, attend_pages
 from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
 from turboquant_vllm.limits import why_not_decode
-from turboquant_vllm.records import Masks, Operand, Tables
+from turboquant_vllm.records import GROUP, Masks, Operand, Tables
 
 __all__ = ["ATTENTION_NAME", "attention_forward", "register"]
 
@@ -141,7 +141,9 @@ def _attend(
     values, _ = unpack(value)
     if query.dtype == torch.float64:  # which no kernel takes
         scale = check_sm_scale(sm_scale, query.shape[-1])
-        return reference.attention(query, Operand(*keys), Operand(*values), codec.tables, scale, Masks(**masks))[0]
+        tables = codec.key_tables if isinstance(keys, TQ4Keys) else codec.tables
+        return reference.attention(query, Operand(*keys), Operand(*values), tables, scale, Masks(**masks))[0]
+    assert isinstance(values, TQ4Tensor)
     return tq4_attention(query, keys, values, codec, sm_scale=sm_scale, **masks)
 
 
@@ -167,8 +169,9 @@ def _decode(
         check_masks(is_causal, window, softcap, sinks, query.shape[1], query.device)
     operands = key.operands
     if operands is None or operands.k is not key.codes or operands.v is not value.codes:
-        tables = Tables(key.centroids, key.rotation)
-        operands = Operands(Operand(key.codes, key.norms), Operand(value.codes, value.norms), tables)
+        keys = Operand(key.codes, key.norms, key.groups, key.steps)
+        tables = Tables(key.centroids, key.rotation, key.key_scales)
+        operands = Operands(keys, Operand(value.codes, value.norms), tables)
     scale = 1 / math.sqrt(query.shape[3]) if sm_scale is None else sm_scale
     masks = Masks(is_causal, window, softcap, sinks)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -193,8 +196,13 @@ def _attend_padded(
             queries = keys[keys >= earlier] - earlier
         some = query[sequences, :, queries]
         if some.numel():
-            part = (_part(x, sequences, keys) for x in (key, value))
-            output[sequences, :, queries] = _attend(some, *part, is_causal=True, window=mask.window, **options)
+            window, first = mask.window, keys
+            if isinstance(key, PackedTensor) and key.groups is not None and isinstance(keys, slice) and some.shape[2] == 1:
+                # Groups are read whole; what comes before the keys is before a window that holds them all.
+                first, kept = slice(keys.start // GROUP * GROUP, keys.stop), keys.stop - keys.start
+                window = kept if window is None else min(window, kept)
+            part = (_part(x, sequences, first) for x in (key, value))
+            output[sequences, :, queries] = _attend(some, *part, is_causal=True, window=window, **options)
     return output
 
 
@@ -203,8 +211,13 @@ def _part(x: torch.Tensor, sequences: slice, keys: slice | torch.Tensor) -> torc
     if not isinstance(x, PackedTensor):
         return x[sequences, :, keys]
     packed, codec = unpack(x)
-    codes, norms = (t[sequences, :, keys] for t in packed)
-    return PackedTensor.of(TQ4Tensor(codes, norms), codec, x.dtype)
+    codes, norms = (t[sequences, :, keys] for t in packed[:2])
+    if isinstance(packed, TQ4Tensor):
+        return PackedTensor.of(TQ4Tensor(codes, norms), codec, x.dtype)
+    if not isinstance(keys, slice) or keys.start % GROUP:
+        return x.dense()[sequences, :, keys]
+    groups, steps = (t[sequences, :, keys.start // GROUP : -(-keys.stop // GROUP)] for t in packed[2:])
+    return PackedTensor.of(TQ4Keys(codes, norms, groups, steps), codec, x.dtype)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Self
 
 import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from turboquant_vllm.checks import check_count
+from turboquant_vllm.checks import check_count, check_flag
 from turboquant_vllm.hf.files import fill_layers, read_cache, write_cache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 from turboquant_vllm.hf.packing import warn_if_all_dense, why_dense
@@ -58,6 +58,8 @@ class _SavedCache:
         if len(descriptions) != expected:
             raise ValueError(f"{path}: expected {expected} layers, got {len(descriptions)}")
         skipped = [index for index, layer in enumerate(descriptions) if layer.get("kind") == "dense"]
+        if any(layer.get("offsets") for layer in descriptions):
+            options = {"key_offsets": True, **options}
         cache = cls(config, **{**options, "seed": seed, "skip_layers": skipped})
         fill_layers(path, cache.layers, seed, descriptions, tensors, device)
         return cache
@@ -90,6 +92,9 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         exact_prefill: the tokens of the first call see one another exactly, as their keys and values are at hand then; all
             later calls see every token in 4 bits. With False the first call does, too, and cutting a prompt into
             chunks changes nothing.
+        key_offsets: keep keys around offsets that groups of 64 tokens share, and one outlying key of each group in 8 bits: what
+            pretrained models need (:mod:`turboquant_vllm.reference_keys`), for 4 bytes more a token and head at head_dim 128.
+        key_scales: with offsets, the key scales of layers, ``[H_kv, D]`` by layer; others have ones.
         offloading, offload_only_non_sliding: as for ``DynamicCache``: keep all layers but the current one on the CPU.
 
     Raises:
@@ -104,10 +109,15 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         seed: int = 0,
         skip_layers: Iterable[int] = (),
         exact_prefill: bool = True,
+        key_offsets: bool = False,
+        key_scales: Mapping[int, torch.Tensor] | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ) -> None:
         check_config(config)
+        check_flag("key_offsets", key_offsets)
+        if key_scales and not key_offsets:
+            raise ValueError("key_scales must come with key_offsets=True, got False")
         check_seed(seed)
         DynamicCache.__init__(self, config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.seed = seed
@@ -118,10 +128,12 @@ class TurboQuantCache(_SavedCache, DynamicCache):
             if reason or index in skipped:
                 continue
             window = getattr(self.layers[index], "sliding_window", None)
+            scales = None if key_scales is None else key_scales.get(index)
+            options: dict[str, Any] = {"exact_prefill": exact_prefill, "key_offsets": key_offsets, "key_scales": scales}
             if window is None:
-                self.layers[index] = PackedLayer(index, seed=seed, exact_prefill=exact_prefill)
+                self.layers[index] = PackedLayer(index, seed=seed, **options)
             else:
-                self.layers[index] = PackedSlidingLayer(index, window, seed=seed, exact_prefill=exact_prefill)
+                self.layers[index] = PackedSlidingLayer(index, window, seed=seed, **options)
 
     def reset(self) -> None:
         """Forget everything; the next call may have another batch size."""

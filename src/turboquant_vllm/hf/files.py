@@ -14,11 +14,12 @@ import torch
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
 
 from turboquant_vllm.checks import MAX_HEAD_DIM
-from turboquant_vllm.codec import TQ4Tensor, other_table
+from turboquant_vllm.codec import TQ4Keys, TQ4Tensor, other_table
 from turboquant_vllm.files import header_number, read_header, read_tensors, write_tensors
 from turboquant_vllm.hf.layers import MIN_HEAD_DIM, PackedLayer
 from turboquant_vllm.hf.static import DenseStaticLayer, PagedLayer
 from turboquant_vllm.hf.storage import codec_for
+from turboquant_vllm.records import GROUP
 
 __all__ = ["fill_layers", "read_cache", "write_cache"]
 
@@ -50,6 +51,11 @@ def write_cache(path: str | os.PathLike[str], layers: list[Any], seed: int) -> N
             codec = layer.codec
             tensors[f"{index}.codes"] = torch.stack((keys.codes, values.codes))
             tensors[f"{index}.norms"] = torch.stack((keys.norms, values.norms))
+            if isinstance(keys, TQ4Keys):
+                description["offsets"] = True
+                tensors[f"{index}.groups"], tensors[f"{index}.steps"] = keys.groups, keys.steps
+                if codec.key_scales is not None:
+                    tensors[f"{index}.key_scales"] = codec.key_scales
             tensors[f"rotation.{codec.head_dim}"], tensors[f"centroids.{codec.head_dim}"] = codec.rotation, codec.centroids
             description["dtype"] = str(layer.dtype).removeprefix("torch.")
         else:
@@ -99,7 +105,7 @@ def fill_layers(
         if f"{index}.codes" in tensors:
             packed = TQ4Tensor(tensors[f"{index}.codes"], tensors[f"{index}.norms"])
             _check_tables(path, packed.head_dim, seed, tensors)
-            layer.restore(packed, _DTYPES[found["dtype"]], length)
+            _restore(path, index, layer, packed, found, tensors)
         elif f"{index}.keys" in tensors:
             keys, values = (tensors[f"{index}.{name}"] for name in _PARTS["dense"])
             own = slice(keys.shape[2] - _kept(window, length), None)
@@ -110,6 +116,23 @@ def fill_layers(
                 layer.update(keys, values)
             if type(layer) is DynamicSlidingWindowLayer:
                 layer.cumulative_length = length
+
+
+def _restore(path: Any, index: int, layer: Any, packed: TQ4Tensor, found: dict[str, Any], tensors: Tensors) -> None:
+    """Fill a packed layer, whose keys have offsets if the file's have."""
+    dtype, length, offsets = _DTYPES[found["dtype"]], found["length"], bool(found.get("offsets"))
+    expected = getattr(layer, "key_offsets", False)
+    if offsets != expected:
+        names = ("without offsets", "with offsets")
+        raise ValueError(
+            f"{path}: layer {index}: expected keys {names[expected]}, got keys {names[offsets]}: key_offsets={offsets}"
+        )
+    if not offsets:
+        layer.restore(packed, dtype, length)
+        return
+    layer.key_scales = tensors.get(f"{index}.key_scales")
+    keys = TQ4Keys(packed.codes[0], packed.norms[0], tensors[f"{index}.groups"], tensors[f"{index}.steps"])
+    layer.restore_keys(keys, TQ4Tensor(packed.codes[1], packed.norms[1]), dtype, length)
 
 
 def _describe(index: int, layer: Any) -> dict[str, Any]:
@@ -162,10 +185,28 @@ def _check_layer(path: Any, index: int, layer: object, tensors: Tensors) -> list
         if layer.get("dtype") not in tuple(_DTYPES):
             raise ValueError(f"{where}: expected dtype {', '.join(_DTYPES)}, got {layer.get('dtype')!r}")
         least, count = _kept(window, length), first.shape[3]
+        if layer.get("offsets"):
+            names += _check_offsets(where, index, first, tensors)
+            least = max(least, min(count, least + GROUP - 1, length))  # groups are kept whole
         names += [name for x in _TABLES if (name := f"{x}.{2 * first.shape[4]}") in tensors]
     if not least <= count <= (length if kind == "dense" else least):
         raise ValueError(f"{where}: expected {least} of {length} tokens, got {count}")
     return names
+
+
+def _check_offsets(where: str, index: int, codes: torch.Tensor, tensors: Tensors) -> list[str]:
+    """Names of what keys with offsets have beside codes and norms."""
+    _, *rows, count, half = codes.shape
+    shared = (*rows, -(-count // GROUP))
+    expected = {"groups": (torch.int8, (*shared, 2, 2 * half)), "steps": (torch.float32, (*shared, 4))}
+    if f"{index}.key_scales" in tensors:
+        expected["key_scales"] = (torch.float32, (rows[1], 2 * half))
+    for name, (dtype, shape) in expected.items():
+        got = tensors.get(f"{index}.{name}")
+        if got is None or got.dtype != dtype or got.shape != shape:
+            what = "none" if got is None else f"{got.dtype} {list(got.shape)}"
+            raise ValueError(f"{where}: expected {name} {dtype} {list(shape)}, got {what}")
+    return [f"{index}.{name}" for name in expected]
 
 
 def _check_tables(path: Any, head_dim: int, seed: int, tensors: Tensors) -> None:

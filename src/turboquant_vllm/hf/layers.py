@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin
 
-from turboquant_vllm.checks import MAX_HEAD_DIM, check_dtype
-from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.checks import MAX_HEAD_DIM, check_dtype, check_key_scales
+from turboquant_vllm.codec import TQ4Codec, TQ4Keys, TQ4Tensor
 from turboquant_vllm.hf.storage import PackedStorage, codec_for
 from turboquant_vllm.hf.tensors import PackedTensor
+from turboquant_vllm.records import GROUP
 
 __all__ = ["PackedLayer", "PackedSlidingLayer", "check_states", "expected_shapes", "to_remove"]
 
@@ -56,6 +57,8 @@ class PackedLayer(CacheLayerMixin):
         index: of the layer in the model, for messages.
         seed: of the rotation.
         exact_prefill: whether the first call's own tokens are seen exactly by that call.
+        key_offsets: whether keys have offsets.
+        key_scales: with offsets, ``[H_kv, D]``, or None for ones.
     """
 
     is_compileable = False
@@ -63,8 +66,17 @@ class PackedLayer(CacheLayerMixin):
     is_sliding = False
     window: int | None = None
 
-    def __init__(self, index: int, *, seed: int, exact_prefill: bool = True) -> None:
+    def __init__(
+        self,
+        index: int,
+        *,
+        seed: int,
+        exact_prefill: bool = True,
+        key_offsets: bool = False,
+        key_scales: torch.Tensor | None = None,
+    ) -> None:
         self.index, self.seed, self.exact_prefill = index, seed, exact_prefill
+        self.key_offsets, self.key_scales = key_offsets, key_scales
         self.storage: PackedStorage | None = None
         self.dtype: torch.dtype = torch.float32
         self.device = torch.device("cpu")
@@ -79,7 +91,11 @@ class PackedLayer(CacheLayerMixin):
         check_states(self.index, key_states, value_states)
         batch, num_heads, _, head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.storage = PackedStorage(codec_for(head_dim, self.seed, self.device), batch, num_heads)
+        codec = codec_for(head_dim, self.seed, self.device)
+        if self.key_scales is not None:
+            check_key_scales(self.key_scales, num_heads, head_dim)
+            codec = codec.with_key_scales(self.key_scales)
+        self.storage = PackedStorage(codec, batch, num_heads, self.key_offsets)
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -119,10 +135,13 @@ class PackedLayer(CacheLayerMixin):
 
     def _packed(self, count: int) -> tuple[PackedTensor, PackedTensor]:
         assert self.storage is not None
-        keys, key_norms, values, value_norms = self.storage.parts
+        keys, key_norms, groups, steps = self.storage.keys
+        values, value_norms, *_ = self.storage.values
+        assert key_norms is not None
+        assert value_norms is not None
         codec, first = self.storage.codec, self.storage.stop - count
         how = (codec.rotation, codec.centroids, codec.rotation_kind, self.dtype, first, count)
-        packed = PackedTensor(keys, key_norms, *how), PackedTensor(values, value_norms, *how)
+        packed = PackedTensor(keys, key_norms, *how, groups, steps, codec.key_scales), PackedTensor(values, value_norms, *how)
         packed[0].operands = self.storage.operands
         return packed
 
@@ -183,10 +202,19 @@ class PackedLayer(CacheLayerMixin):
         """Forget everything; the next call may have another batch size."""
         self.storage = None
 
-    def export(self) -> tuple[TQ4Tensor, TQ4Tensor, int]:
+    def export(self) -> tuple[TQ4Tensor | TQ4Keys, TQ4Tensor, int]:
         """Keys and values ``[B, H_kv, n, D]`` that later calls can see, and how many tokens there were."""
         assert self.storage is not None
-        return *self.storage.last(self._kept), self.get_seq_length()
+        keys, values = self.storage.last(self._kept)
+        packed: Any = TQ4Keys(*keys) if self.key_offsets else TQ4Tensor(*keys[:2])  # type: ignore[arg-type]
+        return packed, TQ4Tensor(*values[:2]), self.get_seq_length()  # type: ignore[arg-type]
+
+    def restore_keys(self, keys: TQ4Keys, values: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
+        """As :meth:`restore`, of keys with offsets."""
+        self.dtype = dtype
+        codec = codec_for(keys.head_dim, self.seed, keys.device).with_key_scales(self.key_scales)
+        self.storage = PackedStorage(codec, keys.shape[0], keys.shape[1], has_offsets=True)
+        self.storage.put_keys(keys, values)
 
     def restore(self, packed: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
         """Take over keys and values ``[2, B, H_kv, n, D]`` that are what is left of ``length`` tokens."""
@@ -234,15 +262,15 @@ class PackedSlidingLayer(PackedLayer):
 
     Args:
         window: a sliding window, or the size of an attention chunk.
-        index, seed, exact_prefill: as for :class:`PackedLayer`.
+        index, seed, options: as for :class:`PackedLayer`.
     """
 
     is_sliding = True
 
     window: int
 
-    def __init__(self, index: int, window: int, *, seed: int, exact_prefill: bool = True) -> None:
-        super().__init__(index, seed=seed, exact_prefill=exact_prefill)
+    def __init__(self, index: int, window: int, *, seed: int, **options: Any) -> None:
+        super().__init__(index, seed=seed, **options)
         self.window = window
         self.length = 0
         self.record_past = False
@@ -258,6 +286,8 @@ class PackedSlidingLayer(PackedLayer):
             # Of a long call only the end is kept, so only the end is compressed, if the call itself sees exact states.
             if self.length == 0 and self.exact_prefill:
                 tokens = slice(-min(self.window - 1, key_states.shape[2]) or key_states.shape[2], None)
+                if self.key_offsets:  # groups are counted from the first token
+                    tokens = slice((tokens.start % key_states.shape[2]) // GROUP * GROUP, None)
                 self.length += key_states.shape[2]
                 self.storage.append(key_states[:, :, tokens], value_states[:, :, tokens])
                 return
@@ -265,17 +295,23 @@ class PackedSlidingLayer(PackedLayer):
         self.storage.append(key_states, value_states, again)
 
     def _returned(self, count: int) -> int:
-        return min(self.length, self.window - 1 + count)
+        assert self.storage is not None
+        return self.storage.readable(min(self.length, self.window - 1 + count))
 
     @property
     def _kept(self) -> int:
-        return min(self.length, self.window - 1)
+        kept = min(self.length, self.window - 1)
+        return kept if self.storage is None else self.storage.readable(kept)
 
     def get_seq_length(self) -> int:
         return self.length
 
     def restore(self, packed: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
         super().restore(packed, dtype, length)
+        self.length = length
+
+    def restore_keys(self, keys: TQ4Keys, values: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
+        super().restore_keys(keys, values, dtype, length)
         self.length = length
 
     def get_max_length(self) -> int:

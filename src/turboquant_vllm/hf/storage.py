@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from turboquant_vllm import ops
-from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.codec import TQ4Codec, TQ4Keys, TQ4Tensor
 from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.cuda.store import TokenWriter, store
 from turboquant_vllm.limits import DECODE_HEAD_DIMS, why_not_store
-from turboquant_vllm.records import Operand
+from turboquant_vllm.paged import chunk_bytes, page_views
+from turboquant_vllm.records import GROUP, Operand
 
-__all__ = ["HALVES", "PackedStorage", "check_sizes", "codec_for", "natively_stored", "page_views", "store_tokens"]
+__all__ = ["HALVES", "PackedStorage", "check_sizes", "codec_for", "natively_stored", "store_tokens"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -44,19 +45,6 @@ def _slots(batch: int, capacity: int, device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):
         first = torch.arange(batch, dtype=torch.int32, device=device) * capacity
         return first + torch.arange(capacity, dtype=torch.int32, device=device)[:, None]
-
-
-def page_views(
-    buffer: torch.Tensor, num_heads: int, head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Codes and norms of keys, ``[B, H_kv, n, D // 2]`` and ``[B, H_kv, n]``, then of values, in pages ``[B, bytes]``."""
-    chunks = buffer.unflatten(-1, (num_heads, -1))
-    tokens = chunks.shape[-1] // (head_dim + 8)
-    codes, norms = tokens * head_dim // 2, tokens * 4
-    parts = chunks.split((codes, codes, norms, norms), -1)
-    keys, values = (x.unflatten(-1, (tokens, head_dim // 2)) for x in parts[:2])
-    key_norms, value_norms = (x.view(torch.float32) for x in parts[2:])
-    return keys, key_norms, values, value_norms
 
 
 def _layout(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
@@ -87,6 +75,7 @@ def store_tokens(
     codec: TQ4Codec,
     page_size: int,
     backend: str,
+    has_offsets: bool = False,
 ) -> None:
     """Compress ``[B, H_kv, n, D]`` keys and values into pages, in one launch, or in one for each sequence if n is not 1.
 
@@ -97,12 +86,15 @@ def store_tokens(
     else:
         calls = list(zip(keys.transpose(1, 2), values.transpose(1, 2), slots.unbind(1), strict=True))
     if backend == "cuda" and why_not_store(*calls[0][:2], True, 0):  # vectors that do not lie as the kernel needs them
-        return store_tokens(keys.contiguous(), values.contiguous(), slots, buffer, codec, page_size, backend)
+        keys, values = keys.contiguous(), values.contiguous()
+        return store_tokens(keys, values, slots, buffer, codec, page_size, backend, has_offsets)
     for k, v, to in calls:
-        if backend == "cuda" and not torch.compiler.is_compiling():  # the operator would take longer than its kernel
+        # The operator would take longer than its kernel.
+        if backend == "cuda" and not has_offsets and not torch.compiler.is_compiling():
             store(k, v, buffer, to, codec.rotation, codec.companding, codec.centroids, codec.scale, page_size)
             continue
-        torch.ops.turboquant.store.default(k, v, buffer, to, *codec.writing, page_size, backend)
+        offsets = (True, codec.key_scales) if has_offsets else ()
+        torch.ops.turboquant.store.default(k, v, buffer, to, *codec.writing, page_size, backend, *offsets)
 
 
 class PackedStorage:
@@ -110,9 +102,10 @@ class PackedStorage:
 
     Attributes:
         codec: of keys and values.
-        buffer: uint8 ``[B, H_kv * capacity * (D + 8)]``.
+        has_offsets: whether keys have offsets; then ``start`` is always where a group begins.
+        buffer: uint8 ``[B, H_kv * chunk]``.
         capacity: tokens of each sequence that the buffer has room for.
-        parts: views of it: :func:`page_views`.
+        keys, values: views of it, with room for more tokens.
         operands: of attention over it, where the native kernels run; else None.
         start, stop: the tokens in use.
     """
@@ -121,25 +114,32 @@ class PackedStorage:
     _writer: TokenWriter | None
     _layout: tuple[Any, ...] | None
 
-    def __init__(self, codec: TQ4Codec, batch: int, num_heads: int) -> None:
-        self.codec, self.num_heads = codec, num_heads
+    def __init__(self, codec: TQ4Codec, batch: int, num_heads: int, has_offsets: bool = False) -> None:
+        self.codec, self.num_heads, self.has_offsets = codec, num_heads, has_offsets
         self.start = self.stop = 0
-        self._allocate(batch, _WHOLE)
+        self._allocate(batch, self._whole)
+
+    @property
+    def _whole(self) -> int:
+        """Capacities are multiples of this."""
+        return GROUP if self.has_offsets else _WHOLE
 
     def __len__(self) -> int:
         return self.stop - self.start
 
     def __getstate__(self) -> dict[str, Any]:
         """What a copy is made of, by ``copy.deepcopy`` or pickle: views and addresses are of this buffer alone."""
-        names = ("num_heads", "start", "stop", "buffer")
-        return {"codec": (self.codec.head_dim, self.codec.seed), **{name: getattr(self, name) for name in names}}
+        names = ("num_heads", "has_offsets", "start", "stop", "capacity", "buffer")
+        codec = (self.codec.head_dim, self.codec.seed)
+        return {"codec": codec, "key_scales": self.codec.key_scales, **{name: getattr(self, name) for name in names}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.num_heads, self.start, self.stop = state["num_heads"], state["start"], state["stop"]
+        for name in ("num_heads", "has_offsets", "start", "stop"):
+            setattr(self, name, state[name])
         buffer = state["buffer"]
-        self.codec = codec_for(*state["codec"], buffer.device)
+        self.codec = codec_for(*state["codec"], buffer.device).with_key_scales(state["key_scales"])
         with torch.inference_mode(False):
-            self._use(buffer.clone() if buffer.is_inference() else buffer)
+            self._use(buffer.clone() if buffer.is_inference() else buffer, state["capacity"])
 
     @property
     def device(self) -> torch.device:
@@ -170,9 +170,12 @@ class PackedStorage:
         batch, num_heads, count, head_dim = keys.shape
         check_sizes((batch, num_heads, head_dim), (self.buffer.shape[0], self.num_heads, self.codec.head_dim))
         first = self._take(count)
-        if count == 1 and self._native:
+        if count == 1 and self._native and not self.has_offsets:
             self._expect_more(keys, values)
-        if self._native and keys.dtype in HALVES:
+        if self.has_offsets:
+            slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)[first : self.stop]
+            store_tokens(keys, values, slots, self.buffer, self.codec, self.capacity, self._backend(keys), True)
+        elif self._native and keys.dtype in HALVES:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)
             slots = slots[first] if count == 1 else slots[first : self.stop]
             store_tokens(keys, values, slots, self.buffer, self.codec, self.capacity, "cuda")
@@ -183,18 +186,31 @@ class PackedStorage:
                 self._put_part(part, first, *self.codec.compress(states))
 
     def put(self, packed: TQ4Tensor) -> None:
-        """Append keys and values that are packed already, ``[2, B, H_kv, n, D]``."""
+        """Append keys and values that are packed already, ``[2, B, H_kv, n, D]``, without offsets."""
         self._put(self._take(packed.norms.shape[3]), *packed)
 
-    def last(self, count: int) -> tuple[TQ4Tensor, TQ4Tensor]:
-        """Keys and values of the last ``count`` tokens; views, to be read before the next change."""
+    def put_keys(self, keys: TQ4Keys, values: TQ4Tensor) -> None:
+        """As :meth:`put`, of keys with offsets, the first of which begins a group."""
+        count = values.norms.shape[2]
+        self._take(count)
+        for part, given in zip(self.last(count), (keys, values), strict=True):
+            for to, x in zip(part, given, strict=False):
+                assert to is not None
+                to.copy_(x)
+
+    def last(self, count: int) -> tuple[Operand, Operand]:
+        """Keys and values of the last ``count`` tokens, a number of :meth:`readable`; views, to be read before the next
+        change."""
         first = self.stop - count
-        keys, key_norms, values, value_norms = (x.narrow(2, first, count) for x in self.parts)
-        return TQ4Tensor(keys, key_norms), TQ4Tensor(values, value_norms)
+        return self.keys.tokens(first, count), self.values.tokens(first, count)
+
+    def readable(self, count: int) -> int:
+        """The least number of last tokens, ``count`` or more, that can be read by themselves."""
+        return self.stop - (self.stop - count) // GROUP * GROUP if self.has_offsets else count
 
     def keep_last(self, count: int) -> None:
-        """Forget all but the last ``count`` tokens."""
-        self.start = max(self.start, self.stop - count)
+        """Forget all but the last ``count`` tokens, and those of their groups."""
+        self.start = max(self.start, self.stop - self.readable(count))
 
     def remove_last(self, count: int) -> None:
         """Forget the last ``count`` tokens, or all there are."""
@@ -203,14 +219,16 @@ class PackedStorage:
     def select(self, sequences: torch.Tensor) -> None:
         """Replace the batch by the sequences of an index, int64 ``[n]``."""
         with torch.inference_mode(False):
-            self._use(self.buffer.index_select(0, sequences.to(self.device)))
+            self._use(self.buffer.index_select(0, sequences.to(self.device)), self.capacity)
 
     def move(self, device: torch.device) -> None:
         """Bring the buffer to ``device``; copies to or from a GPU are queued, not waited for."""
         if device != self.buffer.device:
-            self.codec = codec_for(self.codec.head_dim, self.codec.seed, device)
+            codec = codec_for(self.codec.head_dim, self.codec.seed, device)
+            scales = self.codec.key_scales
+            self.codec = codec if scales is None else codec.with_key_scales(scales)
             with torch.inference_mode(False):
-                self._use(self.buffer.to(device, non_blocking=True))
+                self._use(self.buffer.to(device, non_blocking=True), self.capacity)
 
     def _take(self, count: int) -> int:
         """The first of ``count`` more places; they are in use from now on."""
@@ -225,13 +243,14 @@ class PackedStorage:
         spare = needed // _SPARE_SHARE
         if len(self):
             spare = max(spare, min(needed, _SPARE_TOKENS))
-        used = slice(self.start, self.stop)
-        old = [part[:, :, used] for part in self.parts]
-        whole = max(-(-needed // _WHOLE), (needed + spare) // _WHOLE)
-        self._allocate(self.buffer.shape[0], whole * _WHOLE)
+        old = self.last(len(self))
+        whole = max(-(-needed // self._whole), (needed + spare) // self._whole)
+        self._allocate(self.buffer.shape[0], whole * self._whole)
         self.start, self.stop = 0, len(self)
-        for part, x in zip(self.parts, old, strict=True):
-            part[:, :, : self.stop] = x
+        for part, x in zip(self.last(self.stop), old, strict=True):
+            for to, tensor in zip(part, x, strict=True):
+                if to is not None and tensor is not None:
+                    to.copy_(tensor)
 
     def _expect_more(self, keys: torch.Tensor, values: torch.Tensor) -> None:
         """Get ready for tokens that lie as this one does."""
@@ -248,24 +267,29 @@ class PackedStorage:
             self._put_part(part, first, codes[part], norms[part])
 
     def _put_part(self, part: int, first: int, codes: torch.Tensor, norms: torch.Tensor) -> None:
-        for to, x in zip(self.parts[2 * part : 2 * part + 2], (codes, norms), strict=True):
-            to.narrow(2, first, x.shape[2]).copy_(x)
+        to = (self.keys, self.values)[part].tokens(first, codes.shape[2])
+        to.data.copy_(codes)
+        assert to.norms is not None
+        to.norms.copy_(norms)
+
+    def _backend(self, keys: torch.Tensor) -> str:
+        """What writes keys with offsets."""
+        return "reference"
 
     def _allocate(self, batch: int, capacity: int) -> None:
-        width = self.num_heads * capacity * (self.codec.head_dim + 8)
+        width = self.num_heads * chunk_bytes(capacity, self.codec.head_dim, self.has_offsets)
         # A tensor born in inference mode could not be written to outside of it.
         with torch.inference_mode(False):
-            self._use(torch.empty((batch, width), dtype=torch.uint8, device=self.codec.device))
+            self._use(torch.empty((batch, width), dtype=torch.uint8, device=self.codec.device), capacity)
 
-    def _use(self, buffer: torch.Tensor) -> None:
+    def _use(self, buffer: torch.Tensor, capacity: int) -> None:
         """Use this buffer from now on."""
-        self.buffer = buffer
-        self.parts = page_views(buffer, self.num_heads, self.codec.head_dim)
-        self.capacity = self.parts[1].shape[2]
+        self.buffer, self.capacity = buffer, capacity
+        self.keys, self.values = page_views(buffer, capacity, self.num_heads, self.codec.head_dim, self.has_offsets)
         # The native kernel counts the bytes of a page, and all slots, in 32 bits.
         small = buffer.shape[0] * self.capacity < 2**31 and buffer.shape[1] < 2**32
         self._native = small and natively_stored(self.codec)
         whole = self._native and not buffer.data_ptr() % 16  # a copy that begins on a boundary would miss later tokens
-        keys, values = Operand(*self.parts[:2]), Operand(*self.parts[2:])
-        self.operands = Operands(keys, values, self.codec.tables) if whole else None
+        tables = self.codec.key_tables if self.has_offsets else self.codec.tables
+        self.operands = Operands(self.keys, self.values, tables) if whole else None
         self._layout = self._writer = None

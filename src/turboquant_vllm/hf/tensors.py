@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.codec import TQ4Codec, TQ4Keys, TQ4Tensor
 from turboquant_vllm.cuda.decode import Operands
+from turboquant_vllm.records import GROUP
 from turboquant_vllm.rotation import RotationKind
 
 __all__ = ["CausalMask", "DeferredTensor", "PackedTensor", "additive", "find_parts", "unpack"]
@@ -118,6 +119,8 @@ class PackedTensor(DeferredTensor):
     Attributes:
         codes: uint8 ``[B, H_kv, capacity, D // 2]``.
         norms: float32 ``[B, H_kv, capacity]``.
+        groups, steps, key_scales: of keys with offsets, as :class:`turboquant_vllm.records.Operand` and
+            :class:`turboquant_vllm.records.Tables` have them; ``first`` is then where a group begins.
         operands: of keys: what the native kernel takes of them and of the values beside them, if their storage keeps that.
     """
 
@@ -126,6 +129,9 @@ class PackedTensor(DeferredTensor):
     norms: torch.Tensor
     rotation: torch.Tensor
     centroids: torch.Tensor
+    groups: torch.Tensor | None
+    steps: torch.Tensor | None
+    key_scales: torch.Tensor | None
     kind: RotationKind
     first: int
     count: int
@@ -141,18 +147,23 @@ class PackedTensor(DeferredTensor):
         dtype: torch.dtype,
         first: int,
         count: int,
+        groups: torch.Tensor | None = None,
+        steps: torch.Tensor | None = None,
+        key_scales: torch.Tensor | None = None,
     ) -> PackedTensor:
         batch, heads = codes.shape[:2]
         self: PackedTensor = cls._make((batch, heads, count, rotation.shape[0]), dtype, codes.device)
         self.codes, self.norms, self.first, self.count = codes, norms, first, count
         self.rotation, self.centroids, self.kind = rotation, centroids, kind
+        self.groups, self.steps, self.key_scales = groups, steps, key_scales
         return self
 
     @staticmethod
-    def of(packed: TQ4Tensor, codec: TQ4Codec, dtype: torch.dtype) -> PackedTensor:
+    def of(packed: TQ4Tensor | TQ4Keys, codec: TQ4Codec, dtype: torch.dtype) -> PackedTensor:
         """Vectors that ``codec`` has compressed, to be read in ``dtype``."""
         tables = (codec.rotation, codec.centroids, codec.rotation_kind)
-        return PackedTensor(packed.codes, packed.norms, *tables, dtype, 0, packed.codes.shape[2])
+        offsets = (packed.groups, packed.steps, codec.key_scales) if isinstance(packed, TQ4Keys) else ()
+        return PackedTensor(packed.codes, packed.norms, *tables, dtype, 0, packed.codes.shape[2], *offsets)
 
     def dense(self) -> torch.Tensor:
         """The vectors decompressed, ``[B, H_kv, n, D]``."""
@@ -160,17 +171,24 @@ class PackedTensor(DeferredTensor):
         return codec.decompress(packed, self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
-        return ["codes", "norms", "rotation", "centroids"], (self.kind, self.dtype, self.first, self.count)
+        names = ["codes", "norms", "rotation", "centroids"]
+        names += [name for name in ("groups", "steps", "key_scales") if getattr(self, name) is not None]
+        return names, (self.kind, self.dtype, self.first, self.count)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> PackedTensor:
-        return PackedTensor(inner["codes"], inner["norms"], inner["rotation"], inner["centroids"], *context)
+        offsets = (inner.get(name) for name in ("groups", "steps", "key_scales"))
+        return PackedTensor(inner["codes"], inner["norms"], inner["rotation"], inner["centroids"], *context, *offsets)
 
 
-def unpack(x: PackedTensor) -> tuple[TQ4Tensor, TQ4Codec]:
+def unpack(x: PackedTensor) -> tuple[TQ4Tensor | TQ4Keys, TQ4Codec]:
     """Codes and norms, and what reads them. A function, since torch.compile follows no property of a tensor."""
     codes, norms = (t.narrow(2, x.first, x.count) for t in (x.codes, x.norms))
-    return TQ4Tensor(codes, norms), TQ4Codec.reader(x.rotation, x.centroids, x.kind)
+    codec = TQ4Codec.reader(x.rotation, x.centroids, x.kind, x.key_scales)
+    if x.groups is None or x.steps is None:
+        return TQ4Tensor(codes, norms), codec
+    groups, steps = (t.narrow(2, x.first // GROUP, -(-x.count // GROUP)) for t in (x.groups, x.steps))
+    return TQ4Keys(codes, norms, groups, steps), codec
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

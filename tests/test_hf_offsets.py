@@ -1,0 +1,135 @@
+"""Growing caches whose keys have offsets: a model computes over one what it computes over what the keys read back as."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import DynamicCache
+
+from hf_models import VOCABULARY, make_config, make_model, one_thread  # noqa: F401
+from turboquant_vllm import TQ4Codec
+from turboquant_vllm.codec import TQ4Keys
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
+
+FAMILIES = ["llama", "gemma3"]
+
+
+def tokens(generator: torch.Generator, batch: int, count: int) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (batch, count), generator=generator)
+
+
+def model_of(family: str, attention: str = "tq4"):
+    model = make_model(family)
+    model.set_attn_implementation(attention)
+    return model
+
+
+def offsets_cache(config, **options) -> TurboQuantCache:
+    return TurboQuantCache(config, key_offsets=True, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["tq4", "sdpa"])
+@pytest.mark.parametrize("family", FAMILIES)
+# Not from a single token on: where keys have one length and the offset is zero, rounding chooses the outlier.
+@pytest.mark.parametrize("chunks", [(100, 1, 1, 30, 1), (5, *(1,) * 65), (64, 64, 3)])
+def test_attention_reads_what_the_cache_gives_decompressed(generator, family, attention, chunks):
+    model, other = model_of(family, attention), model_of(family, "eager")
+    other.load_state_dict(model.state_dict())
+    ids, first = tokens(generator, 2, sum(chunks)), 0
+    cache, same = offsets_cache(model.config), offsets_cache(other.config)
+    for count in chunks:
+        some = ids[:, first : first + count]
+        got = model(some, **{CACHE_ARGUMENT: cache}).logits
+        want = other(some, **{CACHE_ARGUMENT: same}).logits  # eager attention has keys and values decompressed
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+        first += count
+    assert isinstance(cache.layers[0].export()[0], TQ4Keys)
+
+
+@torch.no_grad()
+def test_keys_are_those_that_the_codec_makes(generator):
+    cache = offsets_cache(make_config("llama"))
+    k, v = torch.randn(2, 2, 2, 130, 16, generator=generator) + 4
+    cache.update(k, v, 0)
+    keys, values, count = cache.layers[0].export()
+    codec = TQ4Codec(16)
+    want = codec.compress_keys(k)
+    assert count == 130
+    for name, got, expected in zip(TQ4Keys._fields, keys, want, strict=True):
+        assert torch.equal(got, expected), name
+    assert torch.equal(values.codes, codec.compress(v).codes)
+    plain = TurboQuantCache(make_config("llama"))
+    plain.update(k, v, 0)
+    assert cache.nbytes < 1.7 * plain.nbytes  # of head dimension 16
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padded_batches(generator, family):
+    model = model_of(family)
+    ids, padding = tokens(generator, 2, 75), 9
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    together, alone = offsets_cache(model.config), TurboQuantCache(model.config)
+    exact = DynamicCache(config=model.config)
+    for first, stop in ((0, 70), (70, 71), (71, 75)):
+        position = (mask.cumsum(1) - 1).clamp(min=0)[:, first:stop]
+        how = {"attention_mask": mask[:, :stop], "position_ids": position}
+        got = model(ids[:, first:stop], **{CACHE_ARGUMENT: together}, **how).logits
+        plain = model(ids[:, first:stop], **{CACHE_ARGUMENT: alone}, **how).logits
+        want = model(ids[:, first:stop], **{CACHE_ARGUMENT: exact}, **how).logits
+        seen = mask[:, first:stop].bool()
+        error, other = (got - want)[seen].norm(), (plain - want)[seen].norm()
+        assert error <= 1.5 * other + 1e-3  # and not of another order, as over wrong keys
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_beams_crop_copies_files(generator, family, tmp_path):
+    model = model_of(family)
+    ids = tokens(generator, 2, 90)
+    scales = {0: torch.rand(model.config.num_key_value_heads, model.config.head_dim, generator=generator) + 0.5}
+    cache = offsets_cache(model.config, key_scales=scales)
+    cache.activate_past_recording()
+    model(ids[:, :80], **{CACHE_ARGUMENT: cache})
+    model(ids[:, 80:85], **{CACHE_ARGUMENT: cache})
+    cache.crop(-3)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    cache.save(tmp_path / "file")
+    loaded = TurboQuantCache.load(tmp_path / "file", model.config)
+    flipped = ids.flip(0)
+    want = model(flipped[:, 82:85], **{CACHE_ARGUMENT: cache}).logits
+    assert torch.equal(model(flipped[:, 82:85], **{CACHE_ARGUMENT: loaded}).logits, want)
+    assert torch.equal(loaded.layers[0].codec.key_scales, scales[0])
+    with pytest.raises(ValueError, match="expected keys without offsets, got keys with offsets"):
+        TurboQuantCache.load(tmp_path / "file", model.config, key_offsets=False)
+    with pytest.raises((TypeError, ValueError), match="key_offsets"):
+        TurboQuantStaticCache.load(tmp_path / "file", model.config, max_cache_len=100)
+
+
+@torch.no_grad()
+def test_generate(generator):
+    model = model_of("llama")
+    ids = tokens(generator, 2, 60)
+    for options in ({}, {"num_beams": 2}):
+        how = {"do_sample": False, "max_new_tokens": 12, "attention_mask": torch.ones_like(ids), **options}
+        out = model.generate(ids, **{CACHE_ARGUMENT: offsets_cache(model.config)}, **how)
+        model.set_attn_implementation("sdpa")
+        want = model.generate(ids, **{CACHE_ARGUMENT: offsets_cache(model.config)}, **how)
+        model.set_attn_implementation("tq4")
+        assert torch.equal(out, want)
+
+
+def test_wrong_arguments():
+    config = make_config("llama")
+    with pytest.raises(ValueError, match="key_scales must come with key_offsets=True"):
+        TurboQuantCache(config, key_scales={0: torch.ones(2, 16)})
+    with pytest.raises(TypeError, match="key_offsets must be a bool"):
+        TurboQuantCache(config, key_offsets=1)
+    cache = offsets_cache(config, key_scales={0: torch.ones(3, 16)})
+    with pytest.raises(ValueError, match=r"key_scales must have shape \[2, 16\], got \[3, 16\]"):
+        cache.update(torch.ones(1, 2, 3, 16), torch.ones(1, 2, 3, 16), 0)
