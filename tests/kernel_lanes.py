@@ -30,11 +30,12 @@ COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++ on Linux to run the kernels' source on a CPU")
 
 _FOLDER = tempfile.TemporaryDirectory(prefix="lanes-")  # of sources and libraries, until the process ends
-# Contraction would hide where a source asks for a fused product; fortified, setjmp serves no stacks of one's own.
-_OPTIONS = ("-std=c++20", "-ffp-contract=off", "-fPIC", "-w", "-U_FORTIFY_SOURCE")
+# Contraction would hide where a source asks for a fused product; fortified, setjmp serves no stacks of one's own; shared memory
+# of an inline function would be that of all libraries.
+_OPTIONS = ("-std=c++20", "-ffp-contract=off", "-fPIC", "-w", "-U_FORTIFY_SOURCE", "-fno-gnu-unique")
 # Calls for each access to memory and for undefined behaviour, which the runtime answers: nothing of g++'s own is linked.
 # Optimizing would take longer than it saves.
-_SILENT = "vptr,return,unreachable,nonnull-attribute"
+_SILENT = "vptr,return,unreachable,nonnull-attribute,builtin"
 _WATCHED = ("-O0", "-g1", "-fsanitize=thread", "-fsanitize=undefined", f"-fno-sanitize={_SILENT}")
 
 
@@ -177,7 +178,7 @@ def build(text: str, kernels: tuple[tuple[str, str], ...], macros: tuple[tuple[s
 
 def store_source() -> str:
     """The text of the store."""
-    return f'#line 1 "store.cu"\n{store.SOURCE.read_text()}'
+    return store.source()
 
 
 def decode_source() -> str:

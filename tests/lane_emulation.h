@@ -27,6 +27,7 @@ struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
+static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -40,6 +41,8 @@ static int __float_as_int(float x) { return (int)__float_as_uint(x); }
 static float __int_as_float(int i) { return __uint_as_float((unsigned)i); }
 static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned long long)a * b >> 32; }
 static int __popc(unsigned x) { return __builtin_popcount(x); }
+static int __clz(unsigned x) { return x ? __builtin_clz(x) : 32; }
+static int __ffs(unsigned x) { return __builtin_ffs(x); }
 static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
   const unsigned long long both = (unsigned long long)b << 32 | a;
   unsigned result = 0;
@@ -53,7 +56,8 @@ static int __shfl_sync(unsigned, int x, int from) { return (int)exchange((unsign
 static float __shfl_sync(unsigned, float x, int from) { return __uint_as_float(exchange(__float_as_uint(x), from & 31)); }
 static float __shfl_xor_sync(unsigned, float x, int d) { return __shfl_sync(0, x, lane_number() ^ d); }
 static int __shfl_up_sync(unsigned, int x, int d) { return __shfl_sync(0, x, lane_number() < d ? lane_number() : lane_number() - d); }
-static bool __any_sync(unsigned, bool p) { return any_lane(p); }
+static unsigned __ballot_sync(unsigned, bool p) { return votes(p); }
+static bool __any_sync(unsigned, bool p) { return votes(p); }
 
 static void multiply_into(float* c, const Operands& operands) {
   const Four sum = multiply({c[0], c[1], c[2], c[3]}, operands);

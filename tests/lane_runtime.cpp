@@ -20,7 +20,7 @@ namespace {
 
 constexpr int WARP = 32, MOST_THREADS = 1024;
 constexpr size_t STACK = 1 << 17;
-enum State { READY, WARP_BARRIER, BLOCK_BARRIER, EXCHANGE, ANY, MULTIPLY, ENDED };
+enum State { READY, WARP_BARRIER, BLOCK_BARRIER, EXCHANGE, VOTE, MULTIPLY, ENDED };
 const char* const WAITING_FOR[] = {"nothing", "__syncwarp", "__syncthreads", "a shuffle", "a vote", "a matrix product", "its end"};
 
 struct Copy { uintptr_t to; int bytes; char data[16]; };
@@ -125,13 +125,13 @@ void multiply_all(Lane* warp) {
 
 // All lanes of a warp have come to the same place: what they came for, then they may go on.
 void complete(Lane* warp) {
-  unsigned values[WARP], any = 0;
-  for (int i = 0; i < WARP; i++) values[i] = warp[i].value, any |= warp[i].value;
+  unsigned values[WARP], votes = 0;
+  for (int i = 0; i < WARP; i++) values[i] = warp[i].value, votes |= (warp[i].value != 0) << i;
   if (warp->state == MULTIPLY) multiply_all(warp);
   for (int i = 0; i < WARP; i++) {
     Lane& lane = warp[i];
     if (lane.state == EXCHANGE) lane.value = values[lane.from];
-    if (lane.state == ANY) lane.value = any;
+    if (lane.state == VOTE) lane.value = votes;
     if (lane.state == WARP_BARRIER) lane.now.warp_barriers++;
     lane.state = READY;
   }
@@ -217,9 +217,9 @@ unsigned exchange(unsigned value, int from) {
   wait(EXCHANGE);
   return current->value;
 }
-bool any_lane(bool mine) {
+unsigned votes(bool mine) {
   current->value = mine;
-  wait(ANY);
+  wait(VOTE);
   return current->value;
 }
 Four multiply(Four c, Operands operands) {

@@ -10,7 +10,7 @@ Index grid_size();
 void wait_for_warp();
 void wait_for_block();
 unsigned exchange(unsigned value, int from);
-bool any_lane(bool mine);
+unsigned votes(bool mine);  // a bit for each lane
 
 // C + A B of a warp, as the PTX manual lays fragments out: A [16, K], B [K, 8].
 enum Numbers { FLOAT16, BFLOAT16, TF32 };

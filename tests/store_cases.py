@@ -66,14 +66,14 @@ def random_store(
         x = torch.randn(tokens * heads, head_dim, generator=generator).to(dtype)
         special = special_vectors(head_dim, dtype, generator)[: len(x)]
         x[torch.randperm(len(x), generator=generator)[: len(special)]] = special
-        return _lay_out(x.view(tokens, heads, head_dim).to(device), layout)
+        return lay_out_rows(x.view(tokens, heads, head_dim).to(device), layout)
 
     return StoreCase(
         vectors(), vectors(), TQ4Codec(head_dim, rotation=rotation, scale=scale, device=device), slots.to(device), cache, memory
     )
 
 
-def _lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:
+def lay_out_rows(x: torch.Tensor, layout: str) -> torch.Tensor:
     tokens, heads, head_dim = x.shape
     if layout == "contiguous":
         return x

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from group_store_contract import GroupStoreContract
 from kernel_lanes import emulated_store, few_objects, needs_compiler  # noqa: F401
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm.cuda import store
@@ -36,3 +37,22 @@ def test_every_byte(generator, head_dim, dtype, scale, layout, slot_dtype):
             slot_dtype=slot_dtype, scale=scale,
         )  # fmt: skip
         check_store(run, case)
+
+
+class TestGroups(GroupStoreContract):
+    """Keys with offsets."""
+
+    @pytest.fixture
+    def device(self):
+        return "cpu"
+
+    @pytest.fixture
+    def store(self):
+        return native_store
+
+
+def native_store(k, v, cache, codec, slots, previous):
+    """The native store's caller, as the operator calls it."""
+    rotation, _, companding, _, centroids, scale = codec.writing
+    tables = (rotation, companding, centroids, scale, cache.page_size, True, codec.key_scales, previous)
+    store.store(k, v, cache.buffer, slots, *tables)

@@ -162,7 +162,8 @@ def _store(
     tables = Tables(centroids, rotation, key_scales)
     if backend == "cuda":
         run = _kernel("turboquant_vllm.cuda.store:store")
-        run(k, v, buffer, slot_mapping, rotation, companding, centroids, scale, page_size)
+        how = (centroids, scale, page_size, has_offsets, key_scales, previous_slots)
+        run(k, v, buffer, slot_mapping, rotation, companding, *how)
     elif backend == "triton":
         run = _kernel("turboquant_vllm.triton.store:store")
         run(k, v, buffer, slot_mapping, rotation, companding, hadamard, centroids, scale, page_size)

@@ -1,8 +1,7 @@
 // Storing keys and values: rotate by a randomized Hadamard matrix, quantise, pack, straight into pages.
 //
-// The caller defines HEAD_DIM (64, 128, 256), BF16 (0: fp16, 1: bf16), SLOT (int or long long),
-// SCALE (0: lengths, 1: least squares, 2: unbiased) and BLOCKS, how many a multiprocessor runs. A warp takes 8 vectors at a time; nothing is
-// shared between warps but the signs of the rotation.
+// A warp takes 8 vectors at a time; nothing is shared between warps but the signs of the rotation. Keys with offsets take
+// another way: `store_keys.cuh`.
 //
 // The rotation is H diag(s) / sqrt(D). H is a Kronecker product over the bits of a coordinate's number, so each bit may be
 // taken where it suits: bits 0, 3, 4, 5 by a matrix instruction with the 16 x 16 Hadamard matrix, whose entries +-1 are
@@ -15,63 +14,6 @@
 //
 // The squared lengths are the diagonal of the 8 vectors' products with each other. For m16n8k8, the two registers of B are an
 // A whose rows g and g + 8 are the two halves of vector g: times either half, one half of the rows is of use.
-typedef unsigned u32;
-typedef unsigned long long u64;
-typedef long long i64;
-
-#define D HEAD_DIM
-#define OUTER (D / 64)
-#define WARPS 4
-#define FULL_MASK 0xffffffffu
-#define INFINITE __uint_as_float(0x7f800000u)
-
-struct StoreParams {
-  const char* k; const char* v; const void* slots; char* pages; const float* rotation; const float* companding; const float* centroids;
-  i64 page_stride;  // this and the other strides in bytes
-  u32 k_token, k_head, v_token, v_head, rows, heads, page_size, num_slots, head_inverse, page_inverse;
-  int head_shift, page_shift;
-};
-
-// ---- PTX
-#if BF16
-#define HALVES "f32.bf16.bf16.f32"
-#else
-#define HALVES "f32.f16.f16.f32"
-#endif
-
-// Volatile, or equal products are computed once and copied, which costs more.
-__device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col." HALVES " {%0,%1,%2,%3},{%4,%5,%6,%7},{%8,%9},{%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ void mma_short(float* c, u32 a0, u32 a1, u32 b) {
-  asm volatile("mma.sync.aligned.m16n8k8.row.col." HALVES " {%0,%1,%2,%3},{%4,%5},{%6},{%0,%1,%2,%3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
-}
-
-__device__ __forceinline__ uint4 load16(const char* x) {
-  uint4 d;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w) : "l"(x));
-  return d;
-}
-
-// y * factor + 1/2, clamped to [0, 1]; 0 for NaN.
-__device__ __forceinline__ float clamped(float y, float factor) {
-  float u; asm("fma.rn.sat.f32 %0, %1, %2, 0f3F000000;" : "=f"(u) : "f"(y), "f"(factor)); return u;
-}
-// The whole part of 8 + u q in the low 4 bits: rounding towards zero drops the fraction, adding 2^23 shifts.
-__device__ __forceinline__ u32 whole_part(float u, float q) {
-  float x; asm("fma.rz.f32 %0, %1, %2, 0f4B000008;" : "=f"(x) : "f"(u), "f"(q)); return __float_as_uint(x);
-}
-__device__ __forceinline__ float inverse_root(float x) {
-  float y; asm("rsqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
-}
-// ---- end of PTX
-
-// Quotient of x < 2^31 by the number whose inverse and shift the host computed.
-__device__ __forceinline__ u32 divide(u32 x, u32 inverse, int shift) { return (u32)(((u64)x * inverse) >> shift); }
 
 // Two entries of the 16 x 16 Hadamard matrix, in row `row`, columns `column` and `column` + 1.
 __device__ __forceinline__ u32 hadamard_pair(int row, int column) {
@@ -81,47 +23,16 @@ __device__ __forceinline__ u32 hadamard_pair(int row, int column) {
   return (one | sign) | (one | (sign ^ ((row & 8) << 12))) << 16;
 }
 
-// The cell of y * factor in the low 4 bits; 0 for NaN.
-__device__ __forceinline__ u32 cell(float y, float factor, const float* curve) {
-  const float u = clamped(y, factor) - 0.5f, w = u * u;
-  float q = fmaf(curve[4], w, curve[3]);
-  q = fmaf(q, w, curve[2]);
-  q = fmaf(q, w, curve[1]);
-  return whole_part(u, fmaf(q, w, curve[0]));
-}
-
-__device__ __forceinline__ float vector_sum(float x) {  // over the lanes that hold a vector
-  for (int d = 4; d < 32; d <<= 1) x += __shfl_xor_sync(FULL_MASK, x, d);
-  return x;
-}
-
-// Bring a vector of extreme length into a range safe to square, by a power of two; its squared length is |y|^2 / D then.
-// y[outer][pair] holds coordinates 64 outer + 8 g + 2 pair and the next, of two vectors: even 0, even 1, odd 0, odd 1.
-__device__ __forceinline__ void rescale(float (*y)[4][4], int v, float& square, float& back) {
-  float largest = 0, sum = 0;
-#pragma unroll
-  for (int i = 0; i < OUTER * 8; i++) largest = fmaxf(largest, fabsf(y[i / 8][i / 2 % 4][v + i % 2 * 2]));
-  for (int d = 4; d < 32; d <<= 1) largest = fmaxf(largest, __shfl_xor_sync(FULL_MASK, largest, d));
-  const float shift = largest > 1e15f ? 7.888609052210118e-31f : largest < 1e-15f ? 1.2676506002282294e30f : 1.0f;
-  back = largest > 1e15f ? 1.2676506002282294e30f : largest < 1e-15f ? 7.888609052210118e-31f : 1.0f;
-#pragma unroll
-  for (int i = 0; i < OUTER * 8; i++) {
-    float& x = y[i / 8][i / 2 % 4][v + i % 2 * 2];
-    x *= shift;
-    sum = fmaf(x, x, sum);
-  }
-  square = vector_sum(sum) * (1.0f / D);
-}
-
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const __grid_constant__ StoreParams p) {
+// Keys or values, by block number `block` of `blocks`.
+__device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u32 block, u32 blocks) {
   __shared__ uint4 signs[D / 8];
-  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3, is_v = blockIdx.y;
+  const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
   const char* from = (is_v ? p.v : p.k) + 16 * c;
   const u32 from_token = is_v ? p.v_token : p.k_token, from_head = is_v ? p.v_head : p.k_head;
-  const u64 chunk = (u64)p.page_size * (D + 8);
+  const u64 chunk = chunk_bytes(p);
   const u64 codes_part = (is_v ? (u64)p.page_size * (D / 2) : 0) + 4 * g, norms_part = (u64)p.page_size * (is_v ? D + 4 : D);
-  const u32 tiles = (p.rows + 7) / 8, step = gridDim.x * WARPS;
-  u32 tile = blockIdx.x * WARPS + (threadIdx.x >> 5);
+  const u32 tiles = (p.rows + 7) / 8, step = blocks * WARPS;
+  u32 tile = block * WARPS + (threadIdx.x >> 5);
 
   uint4 x[OUTER * 2];
   auto load = [&](u32 tile) {
@@ -135,18 +46,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
   load(tile);
 
   // The first row of H is all ones, so the first row of the rotation is s.
-  for (int i = threadIdx.x; i < D / 2; i += WARPS * 32) {
+  for (int i = threadIdx.x; i < D / 2; i += THREADS) {
     const float2 s = ((const float2*)p.rotation)[i];
     ((u32*)signs)[i] = (__float_as_uint(s.x) >> 31 << 15) | (__float_as_uint(s.y) >> 31 << 31);
   }
-  float curve[5];
+  const Quantiser quantiser(p);
   const float unit = D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;  // of y
-  const float scale = p.companding[0] * unit;
-#if SCALE
-  const float level = p.centroids[lane & 15];  // lane i gives level i to all that ask for it
-#endif
-#pragma unroll
-  for (int i = 0; i < 5; i++) curve[i] = p.companding[i + 1];
   u32 a[2][4];  // the matrix and its negative
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -202,51 +107,32 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS) tq4_store(const
 #pragma unroll
     for (int v = 0; v < 2; v++) sum[v] = __shfl_sync(FULL_MASK, gram[0][v] + gram[1][v + 2], 9 * c + 4 * v);
 #if BF16  // squares of fp16 stay in range
-    const bool usual = sum[0] > 1e-30f && sum[0] < 1e30f && sum[1] > 1e-30f && sum[1] < 1e30f;  // false for NaN
-    if (__any_sync(FULL_MASK, !usual)) {
-#pragma unroll
-      for (int v = 0; v < 2; v++) rescale(y, v, sum[v], back[v]);
-    }
+    const bool extreme = __any_sync(FULL_MASK, !(is_usual(sum[0]) && is_usual(sum[1])));
+#else
+    const bool extreme = false;
 #endif
 
 #pragma unroll
     for (int v = 0; v < 2; v++) {
-      const float inverse = sum[v] == 0 ? 0 : inverse_root(sum[v]);
-      const float factor = inverse * scale;
-      float norm = sum[v] * inverse;
-      norm = fmaf(0.5f * inverse, fmaf(-norm, norm, sum[v]), norm) * back[v];  // the approximate root, made exact
+      Vector z;
+#pragma unroll
+      for (int i = 0; i < OUTER * 8; i++) z[i / 8][i % 8] = y[i / 8][i / 2 % 4][v + i % 2 * 2];
+      if (extreme) sum[v] = rescale(z, back[v]) * (1.0f / D);
+      const float inverse = inverse_length(sum[v]), length = root(sum[v], inverse) * back[v];
       const bool live = slot[v] < p.num_slots;
       const u32 page = divide(slot[v], p.page_inverse, p.page_shift), place = slot[v] - page * p.page_size;
       char* to = p.pages + page * p.page_stride + head[v] * chunk;
-      char* codes = to + (codes_part + (u64)place * (D / 2));
-#if SCALE
-      float dot = 0, square = 0;  // of the rotated vector with its levels, of the levels
-#endif
-#pragma unroll
-      for (int o = 0; o < OUTER; o++) {
-        u32 bytes[4];
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-          const u32 even = cell(y[o][i][v], factor, curve), odd = cell(y[o][i][v + 2], factor, curve);
-          bytes[i] = even * 16 + odd;
-#if SCALE
-          const float even_level = __shfl_sync(FULL_MASK, level, even), odd_level = __shfl_sync(FULL_MASK, level, odd);
-          dot = fmaf(y[o][i][v], even_level, fmaf(y[o][i][v + 2], odd_level, dot));
-          square = fmaf(even_level, even_level, fmaf(odd_level, odd_level, square));
-#endif
-        }
-        const u32 low = __byte_perm(bytes[0], bytes[1], 0x0040), high = __byte_perm(bytes[2], bytes[3], 0x0040);
-        if (live) *(u32*)(codes + 32 * o) = __byte_perm(low, high, 0x5410);
-      }
-#if SCALE == 1
-      norm *= vector_sum(dot) * inverse * unit / vector_sum(square);
-#elif SCALE == 2
-      dot = vector_sum(dot);
-      if (norm != 0) norm /= dot * inverse * unit;
-#endif
-      // A vector that is not finite has norm NaN, which attention cannot overlook.
-      if (!(norm < INFINITE)) norm = __uint_as_float(0x7fc00000u);
+      const float norm = quantiser.quantise(z, unit, inverse, length, live, to + (codes_part + (u64)place * (D / 2)));
       if (live && g == 0) *(float*)(to + (norms_part + (u64)place * 4)) = norm;
     }
   }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tq4_store(const __grid_constant__ StoreParams p) {
+#if OFFSETS
+  if (blockIdx.x >= p.value_blocks) return store_groups(p, blockIdx.x - p.value_blocks);
+  store_vectors(p, true, blockIdx.x, p.value_blocks);
+#else
+  store_vectors(p, blockIdx.y, blockIdx.x, gridDim.x);
+#endif
 }

@@ -1,4 +1,7 @@
-"""The native store: keys and values, rotated by a randomized Hadamard matrix and quantised, into pages in one launch."""
+"""The native store: keys and values, rotated by a randomized Hadamard matrix and quantised, into pages in one launch.
+
+What is compiled depends on the device, the head dimension, dtypes, the scale, and whether keys have offsets.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +12,53 @@ import torch
 
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
 
-__all__ = ["SOURCE", "THREADS", "TokenWriter", "blocks_per_multiprocessor", "defines", "store"]
+__all__ = ["THREADS", "TokenWriter", "blocks_per_multiprocessor", "defines", "source", "store"]
 
-SOURCE = Path(__file__).with_name("store.cu")
-PARAMS = "P" * 7 + "q" + "I" * 10 + "i" * 2
+SOURCES = tuple(Path(__file__).with_name(name) for name in ("store.cuh", "key_rows.cuh", "store_keys.cuh", "store.cu"))
+PARAMS = "P" * 9 + "q" + "I" * 13 + "i" * 2
 THREADS = 128
 _SCALES = ("norm", "least_squares", "unbiased")
-_ROWS = 8 * THREADS // 32  # of a block at a time
+_WARPS = THREADS // 32
+_ROWS = 8 * _WARPS  # of a block at a time
+_MOST_TOKENS = 64  # whose runs one block looks for
 
 
-def defines(head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, blocks: int) -> dict[str, int | str]:
-    """Macros of ``store.cu``."""
+@cache
+def source() -> str:
+    """The text of the kernel."""
+    return "".join(f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in SOURCES)
+
+
+def defines(
+    head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, has_offsets: bool, blocks: int
+) -> dict[str, int | str]:
+    """Macros of the source."""
     return {
         "HEAD_DIM": head_dim,
         "BF16": int(dtype == torch.bfloat16),
         "SLOT": "int" if slot_dtype == torch.int32 else "long long",
         "SCALE": _SCALES.index(scale),
+        "OFFSETS": int(has_offsets),
         "BLOCKS": blocks,
     }
 
 
-def blocks_per_multiprocessor(head_dim: int, major: int) -> int:
+def blocks_per_multiprocessor(head_dim: int, major: int, has_offsets: bool) -> int:
     """Blocks that the registers of a multiprocessor of compute capability ``major`` have room for, without spills."""
+    if has_offsets:
+        return {64: 5, 128: 4, 256: 2}[head_dim]
     return {64: 8, 128: 5 if major < 10 else 4, 256: 3}[head_dim]
 
 
 @cache
-def _kernel(index: int, head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str) -> tuple[Kernel, int]:
+def _kernel(
+    index: int, head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, has_offsets: bool
+) -> tuple[Kernel, int]:
     """The kernel, and how many blocks run at once."""
     properties = torch.cuda.get_device_properties(index)
-    blocks = blocks_per_multiprocessor(head_dim, properties.major)
-    macros = defines(head_dim, dtype, slot_dtype, scale, blocks)
-    kernel = load_kernel(SOURCE, "tq4_store", device=index, params=PARAMS, defines=macros)
+    blocks = blocks_per_multiprocessor(head_dim, properties.major, has_offsets)
+    macros = defines(head_dim, dtype, slot_dtype, scale, has_offsets, blocks)
+    kernel = load_kernel(source(), "tq4_store", device=index, params=PARAMS, defines=macros)
     return kernel, properties.multi_processor_count * blocks
 
 
@@ -67,6 +85,9 @@ def store(
     centroids: torch.Tensor,
     scale: str,
     page_size: int,
+    has_offsets: bool = False,
+    key_scales: torch.Tensor | None = None,
+    previous_slots: torch.Tensor | None = None,
 ) -> None:
     """As :func:`turboquant_vllm.reference.store`, with the boundaries as :func:`turboquant_vllm.codebook.companding`.
 
@@ -82,13 +103,21 @@ def store(
         centroids: float32 ``[16]``.
         scale: "norm", "least_squares" or "unbiased".
         page_size: tokens in a page.
+        has_offsets: whether keys have offsets; then page_size is a multiple of 64.
+        key_scales: of such keys, float32 ``[H_kv, D]``, or None.
+        previous_slots: of such keys, int32 or int64 ``[tokens]``, or None.
 
     Raises:
         RuntimeError: compiling or launching failed.
     """
     k, v, slots = aligned(k), aligned(v), slot_mapping.contiguous()
     rotation, companding, centroids = aligned(rotation.contiguous()), companding.contiguous(), centroids.contiguous()
-    kernel, grid, arguments = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size)
+    if key_scales is not None:
+        key_scales = key_scales.contiguous()
+    if previous_slots is not None:
+        previous_slots = previous_slots.to(slots.dtype).contiguous()
+    how = (has_offsets, key_scales, previous_slots)
+    kernel, grid, arguments = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size, *how)
     launch(kernel, grid, (THREADS, 1, 1), 0, None, arguments)
 
 
@@ -99,6 +128,8 @@ class TokenWriter:
         k, v: ``[B, H_kv, D]``: those to come have their dtype, shape and strides.
         slots: int32 or int64 ``[calls, B]``, contiguous: where the tokens of each call go.
         buffer, rotation, companding, centroids, scale, page_size: as for :func:`store`, tables contiguous.
+        has_offsets, key_scales: likewise.
+        previous_slots: as ``slots``, in dtype and strides, or None.
     """
 
     def __init__(
@@ -112,15 +143,21 @@ class TokenWriter:
         centroids: torch.Tensor,
         scale: str,
         page_size: int,
+        has_offsets: bool = False,
+        key_scales: torch.Tensor | None = None,
+        previous_slots: torch.Tensor | None = None,
     ) -> None:
-        found = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size)
-        self._kernel, self._grid, (_, _, self._slots, *self._others) = found
+        how = (has_offsets, key_scales, previous_slots)
+        found = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size, *how)
+        self._kernel, self._grid, (_, _, self._slots, self._previous, *self._others) = found
         self._row_bytes = slots.stride(0) * slots.element_size()
-        self._keep = (slots, buffer, rotation, companding, centroids)
+        self._previous_row_bytes = self._row_bytes if previous_slots is not None else 0
+        self._keep = (slots, buffer, rotation, companding, centroids, key_scales, previous_slots)
 
     def __call__(self, k: int, v: int, call: int) -> None:
         """Store the vectors at these addresses, multiples of 16, in the slots of call number ``call``."""
-        arguments = (k, v, self._slots + call * self._row_bytes, *self._others)
+        slots, previous = self._slots + call * self._row_bytes, self._previous + call * self._previous_row_bytes
+        arguments = (k, v, slots, previous, *self._others)
         launch(self._kernel, self._grid, (THREADS, 1, 1), 0, None, arguments)
 
 
@@ -134,16 +171,23 @@ def _prepare(
     centroids: torch.Tensor,
     scale: str,
     page_size: int,
+    has_offsets: bool,
+    key_scales: torch.Tensor | None,
+    previous_slots: torch.Tensor | None,
 ) -> tuple[Kernel, tuple[int, int, int], tuple[int, ...]]:
     """The kernel, its grid and its arguments."""
     tokens, heads, head_dim = k.shape
     rows = tokens * heads
-    kernel, blocks = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype, scale)
+    kernel, blocks = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype, scale, has_offsets)
     (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_size)
+    previous, scales = (0 if x is None else x.data_ptr() for x in (previous_slots, key_scales))
+    # Half of the blocks for keys, half for values; or for values, and blocks without end for keys.
+    vector_blocks = min(-(-rows // _ROWS), max(1, blocks // 2))
+    span = min(_MOST_TOKENS, _WARPS * -(-rows // (_WARPS * blocks)))
     arguments = (
-        k.data_ptr(), v.data_ptr(), slots.data_ptr(), buffer.data_ptr(), rotation.data_ptr(), companding.data_ptr(),
-        centroids.data_ptr(), buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size,
-        buffer.shape[0] * page_size, head_inverse, page_inverse, head_shift, page_shift,
+        k.data_ptr(), v.data_ptr(), slots.data_ptr(), previous, buffer.data_ptr(), rotation.data_ptr(), companding.data_ptr(),
+        centroids.data_ptr(), scales, buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size,
+        buffer.shape[0] * page_size, head_inverse, page_inverse, tokens, span, vector_blocks, head_shift, page_shift,
     )  # fmt: skip
-    # Half of the blocks for keys, half for values.
-    return kernel, (min(-(-rows // _ROWS), max(1, blocks // 2)), 2, 1), arguments
+    grid = (vector_blocks + -(-tokens // span) * heads, 1, 1) if has_offsets else (vector_blocks, 2, 1)
+    return kernel, grid, arguments
