@@ -1,0 +1,30 @@
+"""Caches of tensors, and fake tensors: what is made under a mode of PyTorch that makes fake ones belongs to that mode alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+
+__all__ = ["keep_real"]
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def keep_real(count: int | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """``functools.lru_cache(count)`` for functions that make tensors: fake ones are neither kept nor made of what was."""
+
+    def decorate(function: Callable[P, T]) -> Callable[P, T]:
+        kept = lru_cache(count)(function)
+
+        @wraps(function)
+        def wrapper(*args: P.args, **kwargs: P.kwargs) -> T:
+            is_real = type(torch.empty(0, device="cpu")) is torch.Tensor
+            return (kept if is_real else function)(*args, **kwargs)  # type: ignore[arg-type]
+
+        return wrapper
+
+    return decorate
