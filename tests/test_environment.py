@@ -20,6 +20,7 @@ from turboquant_vllm import (
     tq4_paged_attention,
     tq4_store,
 )
+from turboquant_vllm.fakes import has_elements
 from turboquant_vllm.prefill import dense_attention
 from turboquant_vllm.quality.formats import TQ4Format
 from turboquant_vllm.quality.measure import bootstrap_interval, compare_windows, token_scores
@@ -274,3 +275,28 @@ def test_fake_tensors_have_the_shape_of_the_result(use: str, inputs: Inputs) -> 
     assert [(x.shape, x.dtype, x.device) for x in got] == [(x.shape, x.dtype, x.device) for x in expected]
     # What was made of fakes is not what later calls find.
     assert all(type(x) is torch.Tensor for x in tensors(USES[use](inputs)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("mode", [lambda: torch.device("meta"), FakeTensorMode], ids=["meta", "fake"])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("skipped", [(), (0,)])
+def test_models_without_elements(mode: Callable[[], Any], static: bool, skipped: tuple[int, ...]) -> None:
+    transformers = pytest.importorskip("transformers")
+    from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache, register
+
+    register()
+    config = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32,
+    )  # fmt: skip
+    with mode():
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="tq4")
+        cache = (TurboQuantStaticCache if static else TurboQuantCache)(
+            model.config, **{"max_cache_len": 64} if static else {}, skip_layers=skipped
+        )
+        for count in (5, 1, 3):
+            logits = model(torch.zeros(2, count, dtype=torch.long), past_key_values=cache).logits
+            assert logits.shape == (2, count, 97)
+            assert not has_elements(logits)
+    assert has_elements(torch.zeros(1))

@@ -1,4 +1,4 @@
-"""Caches of tensors, and fake tensors: what is made under a mode of PyTorch that makes fake ones belongs to that mode alone."""
+"""Tensors without elements: on the device "meta", or fake, which are made under a mode of PyTorch and belong to it alone."""
 
 from __future__ import annotations
 
@@ -8,10 +8,15 @@ from typing import ParamSpec, TypeVar
 
 import torch
 
-__all__ = ["keep_real"]
+__all__ = ["has_elements", "keep_real"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def has_elements(x: torch.Tensor) -> bool:
+    """Whether a program may ask what ``x`` holds."""
+    return type(x) is torch.Tensor and not x.is_meta
 
 
 def keep_real(count: int | None = None) -> Callable[[Callable[P, T]], Callable[P, T]]:

@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from turboquant_vllm import ops
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.fakes import has_elements
 from turboquant_vllm.hf.layers import check_states, to_remove
 from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, packed_places, put_places
 from turboquant_vllm.hf.storage import HALVES, check_sizes, codec_for, natively_stored, store_tokens
@@ -40,7 +41,7 @@ def check_room(layer: PagedLayer | DenseStaticLayer, count: int, *, wait: bool) 
     Raises:
         ValueError: they do not.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_elements(layer.cumulative_length):
         return
     length, seen = layer.cumulative_length, 0
     if not layer.empty:
