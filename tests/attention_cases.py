@@ -167,7 +167,7 @@ def random_groups(
 def levels_and_rotation(head_dim: int, device: str | torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     centroids = torch.tensor(lloyd_max(head_dim).centroids, dtype=torch.float32, device=device)
     rotation = haar(head_dim) if head_dim & (head_dim - 1) else randomized_hadamard(head_dim)
-    return centroids, rotation.to(device)
+    return centroids, torch.tensor(rotation, device=device)
 
 
 def lay_out(x: torch.Tensor, layout: str) -> torch.Tensor:

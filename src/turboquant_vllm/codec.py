@@ -131,7 +131,7 @@ class TQ4Codec:
             which makes <x, x'> = |x|^2, so that inner products are right on average, and changes models least
             (docs/quality.md). Any codec of the same seed and rotation reads all three: keys and values may be written by
             two codecs that differ in this alone.
-        device: where rotation and levels are kept; tensors to compress must be there too.
+        device: where rotation and levels are kept; tensors to compress must be there too. None: PyTorch's default device.
 
     Attributes:
         rotation: float32 ``[head_dim, head_dim]``, orthogonal.
@@ -178,10 +178,11 @@ class TQ4Codec:
         self.rotation_kind = rotation_kind(head_dim, rotation)
         matrix = (randomized_hadamard if self.rotation_kind == "hadamard" else haar)(head_dim, seed)
         book = lloyd_max(head_dim, 4)
-        self.rotation = matrix.to(device=device, copy=True)
-        self.centroids = torch.tensor(book.centroids, dtype=torch.float32, device=device)
-        self.boundaries = torch.tensor(book.boundaries, dtype=torch.float32, device=device)
-        self.companding = torch.tensor(companding(book.boundaries), dtype=torch.float32, device=device)
+        tables = (matrix, book.centroids, book.boundaries, companding(book.boundaries))
+        device = torch.get_default_device() if device is None else device
+        self.rotation, self.centroids, self.boundaries, self.companding = (
+            torch.tensor(table, dtype=torch.float32, device=device) for table in tables
+        )
 
     def __repr__(self) -> str:
         return (

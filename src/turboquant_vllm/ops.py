@@ -8,6 +8,7 @@ with ``torch.compile`` and importing this package load neither Triton nor a comp
     turboquant::store               keys, values -> slots of pages      the backend that it is told
     turboquant::triton_attention    attention, packed or dense K and V  Triton
     turboquant::triton_paged        attention over pages, into out      Triton
+    turboquant::reference_paged     the same                            the reference, which asks tensors for lengths
     turboquant::cuda_decode         attention of few rows, packed K, V  CUDA C++, compiled at first use
     turboquant::cuda_paged          the same over pages                 CUDA C++
 """
@@ -66,6 +67,8 @@ def why_not_cuda(device: torch.device) -> str:
     """Why the native CUDA kernels do not run on tensors of ``device``; empty where they do. Compiles nothing."""
     if device.type != "cuda" or torch.version.hip:
         return f"the CUDA kernels do not run on {device.type} tensors here"
+    if not torch.cuda.is_available():  # a fake tensor may be on a GPU that is not there
+        return "no CUDA device is available"
     properties = torch.cuda.get_device_properties(device)  # torch.compile knows this one as a constant
     if (capability := (properties.major, properties.minor)) < (8, 0):
         return f"the CUDA kernels need compute capability 8.0, this device has {capability[0]}.{capability[1]}"
@@ -285,6 +288,7 @@ for _name, _run, _options in (
     )
 for _name, _run, _options in (
     ("cuda_paged", _paged_call("turboquant_vllm.cuda.paged:decode_pages"), ""),
+    ("reference_paged", _paged_call("turboquant_vllm.reference:fill_paged_attention"), ""),
     (
         "triton_paged",
         _paged_call("turboquant_vllm.triton.route:attention_over_pages"),

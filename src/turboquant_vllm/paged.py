@@ -71,7 +71,11 @@ class PagedTQ4Cache:
             )
         if torch.compiler.is_compiling():
             return  # a tensor that is traced has no address
-        for what, place in (("address", self.buffer.data_ptr()), ("storage offset", self.buffer.storage_offset())):
+        try:
+            address = self.buffer.data_ptr()
+        except RuntimeError:  # nor has a fake one
+            return
+        for what, place in (("address", address), ("storage offset", self.buffer.storage_offset())):
             if place % _ALIGNMENT:
                 raise ValueError(f"buffer must begin on a {_ALIGNMENT}-byte boundary, got {what} {place % _ALIGNMENT} past one")
 

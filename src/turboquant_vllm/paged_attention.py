@@ -8,7 +8,7 @@ from typing import Literal, overload
 
 import torch
 
-from turboquant_vllm import ops, reference
+from turboquant_vllm import ops
 from turboquant_vllm.attention import BACKENDS
 from turboquant_vllm.checks import (
     PagedShape,
@@ -25,7 +25,7 @@ from turboquant_vllm.lengths import HostLengths
 from turboquant_vllm.limits import most_rows_over_pages, why_not_decode_pages
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.pieces import cut_sequences, native_calls, rows_left
-from turboquant_vllm.records import Masks, Sequences
+from turboquant_vllm.records import Sequences
 
 __all__ = ["choose_paged_backend", "tq4_paged_attention", "why_not_paged"]
 
@@ -182,13 +182,12 @@ def tq4_paged_attention(
 
     host = (None, None) if lengths is None else (lengths.seq_lens, lengths.cu_seqlens_q)
     sequences = Sequences(block_table, seq_lens, cu_seqlens_q, bounds[0], bounds[1], *host)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
+    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
+    pages, how = (cache.buffer, cache.page_size, cache.num_kv_heads), (*tables[:2], scale, causal)
     if name == "reference":
-        result, lse = reference.paged_attention(q, cache, sequences, tables, scale, Masks(causal, **masks))
-        out = result if out is None else out.copy_(result)
+        torch.ops.turboquant.reference_paged(q, *pages, *sequences[:3], *how, *bounds, out, lse, **masks, **offsets)
     else:
-        out = torch.empty(q.shape, dtype=q.dtype, device=q.device) if out is None else out
-        lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-        pages, how = (cache.buffer, cache.page_size, cache.num_kv_heads), (*tables[:2], scale, causal)
         least = 1  # rows of a sequence that is Triton's
         if name == "cuda":
             least = rows_left(shape, bounds[0], lengths)

@@ -11,6 +11,8 @@ Arithmetic is float32, or float64 where the first argument is float64.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from turboquant_vllm.paged import PagedTQ4Cache
@@ -24,6 +26,7 @@ __all__ = [
     "compress_keys",
     "decompress",
     "decompress_keys",
+    "fill_paged_attention",
     "merge_attention_states",
     "paged_attention",
     "store",
@@ -182,6 +185,13 @@ def paged_attention(
         some, some_lse = attention(query, gather(cache.keys), gather(cache.values), tables, sm_scale, own)
         out[tokens], lse[tokens] = some[0].transpose(0, 1), some_lse[0].T
     return out, lse
+
+
+def fill_paged_attention(q: torch.Tensor, *call: Any) -> None:
+    """As :func:`paged_attention`, into ``out`` and ``lse``, the last two arguments."""
+    *inputs, out, lse = call
+    for target, found in zip((out, lse), paged_attention(q, *inputs), strict=True):
+        target.copy_(found)
 
 
 def merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

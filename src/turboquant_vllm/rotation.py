@@ -6,6 +6,8 @@ A rotation makes the coordinates of any fixed vector look like those of a random
 The randomized Hadamard matrix is H diag(s) / sqrt(D) with H the Sylvester-Hadamard matrix and s seeded signs. All its
 entries are +-1/sqrt(D), so it is the same to the last bit on every machine, and a product with its signs is exact in
 half precision. It exists for powers of two; other dimensions use the Q factor of a seeded Gaussian matrix.
+
+Matrices are NumPy's: what is kept for later callers depends neither on PyTorch's default device nor on its fake tensors.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ from functools import lru_cache
 from typing import Literal
 
 import numpy as np
-import torch
 
 from turboquant_vllm.checks import check_head_dim
 
@@ -43,8 +44,8 @@ def rotation_kind(head_dim: int, rotation: str = "auto") -> RotationKind:
 
 
 @lru_cache(maxsize=64, typed=True)
-def randomized_hadamard(head_dim: int, seed: int = 0) -> torch.Tensor:
-    """Randomized Hadamard matrix, float32 ``[head_dim, head_dim]`` on the CPU; do not write to it.
+def randomized_hadamard(head_dim: int, seed: int = 0) -> np.ndarray:
+    """Randomized Hadamard matrix, float32 ``[head_dim, head_dim]``; read-only.
 
     Args:
         head_dim: a power of two, at least 2.
@@ -52,20 +53,19 @@ def randomized_hadamard(head_dim: int, seed: int = 0) -> torch.Tensor:
     """
     check_head_dim(head_dim)
     rotation_kind(head_dim, "hadamard")
-    signs = torch.from_numpy(_signs(head_dim, seed))
-    index = torch.arange(head_dim)
+    index = np.arange(head_dim)
     # Sylvester's construction in one line: H[i, j] = (-1)^(number of ones in i & j).
     overlap = index[:, None] & index[None, :]
-    parity = torch.zeros_like(overlap)
+    parity = np.zeros_like(overlap)
     for bit in range(head_dim.bit_length()):
         parity ^= (overlap >> bit) & 1
-    entry = torch.tensor(1 / math.sqrt(head_dim), dtype=torch.float32)
-    return (1 - 2 * parity) * signs * entry
+    entry = np.float32(1 / math.sqrt(head_dim))
+    return _read_only(np.where(parity, -entry, entry) * _signs(head_dim, seed))
 
 
 @lru_cache(maxsize=64, typed=True)
-def haar(head_dim: int, seed: int = 0) -> torch.Tensor:
-    """Haar-distributed rotation, float32 ``[head_dim, head_dim]`` on the CPU; do not write to it.
+def haar(head_dim: int, seed: int = 0) -> np.ndarray:
+    """Haar-distributed rotation, float32 ``[head_dim, head_dim]``; read-only.
 
     The QR factorisation of a seeded Gaussian matrix in float64, its columns' signs fixed by R's diagonal. The last bits
     may differ between linear-algebra libraries.
@@ -74,7 +74,12 @@ def haar(head_dim: int, seed: int = 0) -> torch.Tensor:
     gaussian = np.random.Generator(np.random.PCG64(seed)).standard_normal((head_dim, head_dim))
     q, r = np.linalg.qr(gaussian)
     q *= np.where(np.diagonal(r) < 0, -1.0, 1.0)
-    return torch.from_numpy(np.ascontiguousarray(q)).float()
+    return _read_only(q.astype(np.float32, order="C"))
+
+
+def _read_only(matrix: np.ndarray) -> np.ndarray:
+    matrix.setflags(write=False)
+    return matrix
 
 
 def _signs(count: int, seed: int) -> np.ndarray:

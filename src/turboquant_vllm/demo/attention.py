@@ -102,7 +102,7 @@ class Observer:
 
     def __init__(self, bins: int = 160, limit: float = 0.5) -> None:
         self.limit = limit
-        self.histogram = {"keys": torch.zeros(bins), "values": torch.zeros(bins)}
+        self.histogram = {name: torch.zeros(bins, device="cpu") for name in ("keys", "values")}
         self.bytes = 0
         self._attention: dict[int, list[float]] = {}
         self._vectors: dict[str, list[float]] = {"keys": [0.0, 0.0], "values": [0.0, 0.0]}
@@ -127,7 +127,7 @@ class Observer:
         for name, dense, packed in (("keys", key, keys[1]), ("values", value, values[1])):
             squares = dense.square().sum(-1)
             error = (dense - codec.decompress(packed)).square().sum(-1) / squares
-            _add(self._vectors[name], error.sum(), torch.tensor(float(error.numel())))
+            _add(self._vectors[name], error.sum(), torch.tensor(float(error.numel()), device="cpu"))
             coordinates = dense / squares.sqrt().unsqueeze(-1) @ codec.rotation.T
             bins = self.histogram[name].numel()
             self.histogram[name] += torch.histc(coordinates, bins, -self.limit, self.limit).cpu()

@@ -48,7 +48,7 @@ def held_out_windows(tokenizer: Tokenizer, length: int, count: int) -> torch.Ten
         Token ids int64 `[count, length + 1]`: inputs and, shifted by one, targets.
     """
     found = text.windows(text.encode(text.gather()["test"], tokenizer), length)
-    return found[torch.linspace(0, len(found) - 1, min(count, len(found))).long()]
+    return found[torch.linspace(0, len(found) - 1, min(count, len(found)), device=found.device).long()]
 
 
 def compare(

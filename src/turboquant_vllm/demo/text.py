@@ -118,7 +118,9 @@ def encode(documents: Iterable[Document], tokenizer: Tokenizer) -> torch.Tensor:
     if separator is None:
         raise ValueError(f"tokenizer: expected one that knows {END_OF_TEXT!r}, got one without it")
     encodings = tokenizer.encode_batch([document.text for document in documents])
-    return torch.tensor([token for encoding in encodings for token in (separator, *encoding.ids)], dtype=torch.int64)
+    return torch.tensor(
+        [token for encoding in encodings for token in (separator, *encoding.ids)], dtype=torch.int64, device="cpu"
+    )
 
 
 def windows(tokens: torch.Tensor, length: int) -> torch.Tensor:

@@ -235,13 +235,14 @@ class PackedLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences of an index, int64 ``[n]``, or of a mask, bool ``[B]``."""
         if self.storage is not None:
-            sequences = torch.arange(self.storage.buffer.shape[0])
-            self.storage.select(sequences[torch.as_tensor(indices).cpu()])
+            sequences = torch.arange(self.storage.buffer.shape[0], device="cpu")
+            self.storage.select(sequences[torch.as_tensor(indices, device="cpu")])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times, one behind the other."""
         if self.storage is not None:
-            self.storage.select(torch.arange(self.storage.buffer.shape[0]).repeat_interleave(repeats))
+            sequences = torch.arange(self.storage.buffer.shape[0], device=self.storage.device)
+            self.storage.select(sequences.repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Move the storage to the CPU."""

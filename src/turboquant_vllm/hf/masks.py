@@ -15,6 +15,7 @@ import torch
 from transformers import masking_utils
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 
+from turboquant_vllm.fakes import has_elements
 from turboquant_vllm.hf.pages import find_spans
 from turboquant_vllm.hf.tensors import CausalMask, additive
 
@@ -59,7 +60,7 @@ def attention_mask(
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         # A cache of fixed size in use: its keys do not end with the last query.
         mask = write()
-        one = q_length == 1 and not torch.compiler.is_compiling()
+        one = q_length == 1 and not torch.compiler.is_compiling() and has_elements(mask)
         spans = find_spans(mask, dtype, windows=mask_function is not causal_mask_function) if one else None
         return additive(mask, dtype) if spans is None else spans
     kind, size = _kind(mask_function)
@@ -81,7 +82,7 @@ def _visible(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> to
     missing = kv_length - visible.shape[1]
     if missing > 0:
         visible = torch.nn.functional.pad(visible, (0, missing))
-    return None if bool(visible.all()) else visible
+    return None if has_elements(visible) and bool(visible.all()) else visible
 
 
 def _kind(function: Callable[..., Any]) -> tuple[str, int | None]:

@@ -13,6 +13,7 @@ from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
 from turboquant_vllm import ops
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.fakes import has_elements
 from turboquant_vllm.hf.layers import check_states, to_remove
 from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, packed_places, put_places
 from turboquant_vllm.hf.storage import HALVES, check_sizes, codec_for, natively_stored, store_tokens
@@ -40,7 +41,7 @@ def check_room(layer: PagedLayer | DenseStaticLayer, count: int, *, wait: bool) 
     Raises:
         ValueError: they do not.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not has_elements(layer.cumulative_length):
         return
     length, seen = layer.cumulative_length, 0
     if not layer.empty:
@@ -250,7 +251,8 @@ class PagedLayer(CacheLayerMixin):
         _, batch, num_heads, count, head_dim = packed.shape
         self._allocate(batch, num_heads, head_dim, dtype, packed.device)
         assert self.buffer is not None
-        put_places(self.buffer, self.block_table, torch.arange(length - count, length), packed)
+        positions = torch.arange(length - count, length, device=packed.device)
+        put_places(self.buffer, self.block_table, positions, packed)
         self.cumulative_length.fill_(length)
         self.empty, self.first = length == 0, length - count
 
@@ -299,7 +301,8 @@ class PagedLayer(CacheLayerMixin):
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence ``repeats`` times, one behind the other."""
         if self.buffer is not None:
-            self.batch_select_indices(torch.arange(self.block_table.shape[0]).repeat_interleave(repeats))
+            sequences = torch.arange(self.block_table.shape[0], device=self.device)
+            self.batch_select_indices(sequences.repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Nothing: the pages must stay where they are."""
@@ -318,6 +321,7 @@ class DenseStaticLayer(StaticLayer):
 
     def __init__(self, index: int, max_cache_len: int, *, window: int | None = None, exact_prefill: bool = True) -> None:
         super().__init__(max_cache_len=whole_pages(max_cache_len))
+        self.cumulative_length = torch.zeros((), dtype=torch.long, device="cpu")  # whatever the default device is
         self.index, self.window, self.exact_prefill = index, window, exact_prefill
         self.empty = True
         self.first = 0  # as of a PagedLayer

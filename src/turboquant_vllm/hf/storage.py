@@ -7,7 +7,6 @@ places.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from turboquant_vllm import ops
 from turboquant_vllm.codec import TQ4Codec, TQ4Keys, TQ4Tensor
 from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.cuda.store import TokenWriter, store
+from turboquant_vllm.fakes import keep_real
 from turboquant_vllm.limits import DECODE_HEAD_DIMS, why_not_store
 from turboquant_vllm.paged import chunk_bytes, page_views
 from turboquant_vllm.records import GROUP, Operand
@@ -32,14 +32,14 @@ _WHOLE = 4  # capacities are multiples of this: parts of a page begin on 16-byte
 _FEW_TOKENS = 64
 
 
-@cache
+@keep_real()
 def codec_for(head_dim: int, seed: int, device: torch.device) -> TQ4Codec:
     """The codec that all layers of that head dimension on that device share."""
     with torch.inference_mode(False):
         return TQ4Codec(head_dim, seed=seed, device=device)
 
 
-@lru_cache(maxsize=4)
+@keep_real(4)
 def _slots(batch: int, capacity: int, device: torch.device) -> torch.Tensor:
     """Slots of the tokens of all sequences, int32 ``[capacity, batch]``; layers of the same size share it."""
     with torch.inference_mode(False):
@@ -137,7 +137,8 @@ class PackedStorage:
         for name in ("num_heads", "has_offsets", "start", "stop"):
             setattr(self, name, state[name])
         buffer = state["buffer"]
-        self.codec = codec_for(*state["codec"], buffer.device).with_key_scales(state["key_scales"])
+        head_dim, seed = state["codec"]
+        self.codec = codec_for(head_dim, seed, buffer.device).with_key_scales(state["key_scales"])
         with torch.inference_mode(False):
             self._use(buffer.clone() if buffer.is_inference() else buffer, state["capacity"])
 

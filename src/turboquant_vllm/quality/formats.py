@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from functools import cache
 
 import torch
 
 from turboquant_vllm.codec import TQ4Codec
+from turboquant_vllm.fakes import keep_real
 
 __all__ = ["Format", "TQ4Format"]
 
@@ -20,7 +20,7 @@ __all__ = ["Format", "TQ4Format"]
 Format = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-@cache
+@keep_real()
 def _codec(head_dim: int, seed: int, rotation: str, scale: str, device: torch.device) -> TQ4Codec:
     return TQ4Codec(head_dim, seed=seed, rotation=rotation, scale=scale, device=device)
 

@@ -232,9 +232,9 @@ def _windows(tokenizer: Any, text: Path | None, context: int, count: int) -> tor
     if len(ids) <= length:
         name = "the standard library" if text is None else text
         raise ValueError(f"text: expected more tokens than the context of {context}, got {len(ids)} in {name}")
-    found = windows(torch.tensor(ids), length)
-    found = found[torch.linspace(0, len(found) - 1, min(count, len(found))).long()]
-    return torch.cat([torch.tensor(begin, dtype=found.dtype).expand(len(found), -1), found], 1)
+    found = windows(torch.tensor(ids, device="cpu"), length)
+    found = found[torch.linspace(0, len(found) - 1, min(count, len(found)), device="cpu").long()]
+    return torch.cat([torch.tensor(begin, dtype=found.dtype, device="cpu").expand(len(found), -1), found], 1)
 
 
 def _span(layers: Collection[int]) -> str:

@@ -31,8 +31,7 @@ Exact = Callable[["PagedLayer", torch.Tensor, torch.Tensor, torch.Tensor, Run, t
 @cache
 def codec_for(head_dim: int, device: torch.device) -> TQ4Codec:
     """The codec of all layers of this head dimension on ``device``: the same on every rank and in every process."""
-    with torch.device("cpu"):  # a server may have made its GPU the default device
-        return TQ4Codec(head_dim, seed=0, device=device)
+    return TQ4Codec(head_dim, seed=0, device=device)
 
 
 def exact_attention(layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run, out: torch.Tensor) -> None:
