@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 from turboquant_vllm.checks import MAX_HEAD_DIM
 from turboquant_vllm.codec import TQ4Keys, TQ4Tensor, other_table
 from turboquant_vllm.files import header_number, read_header, read_tensors, write_tensors
-from turboquant_vllm.hf.layers import MIN_HEAD_DIM, PackedLayer
+from turboquant_vllm.hf.layers import DTYPES, MIN_HEAD_DIM, PackedLayer
 from turboquant_vllm.hf.static import DenseStaticLayer, PagedLayer
 from turboquant_vllm.hf.storage import codec_for
 from turboquant_vllm.records import GROUP
@@ -24,7 +24,7 @@ from turboquant_vllm.records import GROUP
 __all__ = ["fill_layers", "read_cache", "write_cache"]
 
 _FORMAT = "turboquant-hf-cache"
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)}
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _LONGEST = 2**63 - 1  # what a length on a device can be
 _PARTS: dict[str, tuple[str, ...]] = {"packed": ("codes", "norms"), "dense": ("keys", "values"), "none": ()}
 _TABLES = ("rotation", "centroids")

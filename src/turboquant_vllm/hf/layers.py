@@ -17,7 +17,7 @@ from turboquant_vllm.hf.storage import PackedStorage, codec_for
 from turboquant_vllm.hf.tensors import PackedTensor
 from turboquant_vllm.records import GROUP
 
-__all__ = ["PackedLayer", "PackedSlidingLayer", "check_states", "expected_shapes", "to_remove"]
+__all__ = ["DTYPES", "PackedLayer", "PackedSlidingLayer", "check_states", "expected_shapes", "to_remove"]
 
 MIN_HEAD_DIM = 16  # of a codec
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
