@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-<<<<<<< HEAD
-from collections.abc import Collection
-from dataclasses import dataclass, field
-=======
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
->>>>>>> cli
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +14,7 @@ import torch
 from turboquant_vllm.demo.output import one_line
 from turboquant_vllm.quality.attention import Model, cache_format, no_loading_bar
 
-<<<<<<< HEAD
-__all__ = ["CachedLayers", "check_cache", "load"]
-=======
-__all__ = ["Loaded", "check_cache", "check_tokens", "load"]
->>>>>>> cli
+__all__ = ["CachedLayers", "Loaded", "check_cache", "check_tokens", "load"]
 
 _NEEDED = ("transformers", "tokenizers")
 _POINTER = b"version https://git-lfs"
@@ -47,7 +39,7 @@ def load(name: str, device: torch.device, *, trust_remote_code: bool = False) ->
             code of its own and ``trust_remote_code`` is not set.
     """
     if missing := [needed for needed in _NEEDED if importlib.util.find_spec(needed) is None]:
-        raise ImportError(f"verify needs {', '.join(missing)}: pip install turboquant-vllm[hf]")
+        raise ImportError(f"reading a model needs {', '.join(missing)}: pip install turboquant-vllm[hf]")
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()
