@@ -1,12 +1,14 @@
 """What offsets, outlying keys and channel scales do to real models: the study behind the key format.
 
     PYTHONPATH=src python benchmarks/quality_keys.py prompt FOLDER --text FILE --calibrate FILE --out RESULTS.json
+    PYTHONPATH=src python benchmarks/quality_keys.py rules FOLDER --text FILE --calibrate FILE --out RESULTS.json
     PYTHONPATH=src python benchmarks/quality_keys.py decode FOLDER --text FILE --calibrate FILE --out RESULTS.json
     PYTHONPATH=src python benchmarks/quality_keys.py bias --out RESULTS.json
 
-Formats are emulated (`quality_keys_format.py`), so that what the library does not do can be measured, too. "prompt" reads windows of a text
-with caches that are written by one call; "decode" reads prompts and then goes on token by token, or by a few, with rules for
-groups that begin so; "bias" plants a bias in random keys. KL and 1 - TVD compare with the exact cache's next-token distributions.
+Formats are emulated (`quality_keys_format.py`), so that what the library does not do can be measured, too. "prompt" reads
+windows of a text with caches that one call writes. "rules" asks what becomes of groups that begin with a few keys, by how far
+the weights of attention move (`quality_keys_rules.py`); "decode" the same by how far the next-token distributions do, a call
+for each token. "bias" plants a bias in random keys. KL and 1 - TVD compare with the exact cache.
 """
 
 from __future__ import annotations
@@ -96,7 +98,7 @@ def fp8(layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor)
 
 
 class Growing:
-    """Attention over keys that come call by call: the rows of the batch are windows of text, once for each rule and once exact."""
+    """Attention over keys that come call by call; the batch holds the windows of text once exactly, then once for each rule."""
 
     def __init__(self, rules: list[tuple[Rule, bool]], windows: int, room: int, w: dict[int, torch.Tensor]) -> None:
         self._rules, self._windows, self._w = [rule for rule, _ in rules for _ in range(windows)], windows, w
@@ -228,11 +230,16 @@ def rules_for(prompt: int, step: int) -> list[tuple[Rule, bool]]:
 
 
 @torch.inference_mode()
-def measure_decode(model: Model, scales: Scales, ids: torch.Tensor, case: tuple[int, int, int]) -> list[dict[str, Any]]:
+def measure_decode(
+    model: Model, scales: Scales, ids: torch.Tensor, case: tuple[int, int, int], few: bool
+) -> list[dict[str, Any]]:
     """Teacher-forced reading behind a prompt: each token once exactly and once by each rule."""
     prompt, more, step = case
     ids = ids[:, : prompt + more + 1]
     rules = rules_for(prompt, step)
+    if few:
+        again = [] if prompt >= 64 else [(Rule(again=(1, 2, 3)), values) for values in (False, True)]
+        rules = [(Rule(), False), (Rule(), True), *again]
     count = len(ids)
     scores = [Scores() for _ in rules]
     cache = DynamicCache()
@@ -270,7 +277,8 @@ def bias_rows(seeds: range) -> Iterator[dict[str, Any]]:
         c, s = (y[-x.shape[-2] :] for y in (cos, sin))
         return torch.cat([a * c - b * s, b * c + a * s], -1)
 
-    for name, channels in (("none", ()), ("slow", (30, 60, 94, 124)), ("slow", (30, 94)), ("fast", (10, 74)), ("fast", (10,))):
+    biases = (("none", ()), ("slow", (30, 60, 94, 124)), ("slow", (30, 94)), ("fast", (10, 74)), ("fast", (10,)))
+    for name, channels in biases:
         for cached in [None, KeyFormat(0, "ones")] + [
             KeyFormat(g, s, b) for g in (64, 128) for s in ("ones", "text") for b in ("rotated", "model")
         ]:
@@ -307,6 +315,7 @@ def main() -> None:
     parser.add_argument("--contexts", default="56x64,512x16,2048x8", help="lengths and numbers of windows")
     parser.add_argument("--chosen", default="", help="numbers of the formats, or of the decode's cases; default: all")
     parser.add_argument("--tokens", type=int, default=8192, help="tokens of one batch of prompts")
+    parser.add_argument("--few", action="store_true", help="the rule that the library follows, and little else")
     parser.add_argument("--more", type=int, default=512, help="tokens behind the prompt, at most, for rules")
     parser.add_argument("--every", type=int, default=1, help="look at every so many layers only, for rules")
     parser.add_argument("--rows", type=int, default=8, help="windows of the decode")
@@ -340,7 +349,7 @@ def main() -> None:
         windows = windows_of(tokenizer, args.text, 1024, args.rows, model.device)
         for case in (CASES[x] for x in chosen or range(len(CASES))):
             if args.what == "decode":
-                found(measure_decode(model, scales, windows, case), case)
+                found(measure_decode(model, scales, windows, case, args.few), case)
             else:
                 rules = [rule for rule, values in rules_for(case[0], case[2]) if not values]
                 found(

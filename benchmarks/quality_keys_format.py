@@ -1,7 +1,8 @@
-"""Keys with offsets and outlying keys, emulated in PyTorch: what a reader of such a cache gets, for a whole prompt and token by token.
+"""Keys with offsets and outlying keys, emulated in PyTorch: what a reader gets of a whole prompt, and token by token.
 
-A key k is scaled and rotated, y = (w * k) @ rotation.T. Keys of a group of neighbouring tokens share an offset o; one of them, the outlying key,
-has its y - o in 8 bits, and all have it in TQ4. Everything here works on y: scores are ((q / w) @ rotation.T) . y'.
+A key k is scaled and rotated, y = (w * k) @ rotation.T. Keys of a group of neighbouring tokens share an offset o; one of them,
+the outlying key, has its y - o in 8 bits, and all have it in TQ4. Everything here works on y: scores are
+((q / w) @ rotation.T) . y'.
 """
 
 from __future__ import annotations
@@ -45,11 +46,12 @@ class Rule:
     The offset is (count * p + sum of the keys but the outlying one) / (count + their number), p a vector of the group before.
 
     Attributes:
-        prior: p: "mean" and "rest", the mean of the group before as it reads back, with and without its outlying key; "offset", its offset.
-        count: how many keys p counts as. Without a group before it counts as none; an offset of no key at all is zero.
+        prior: p: "mean" and "rest", the mean of the group before as it reads back, with and without its outlying key;
+            "offset", its offset.
+        count: how many keys p counts as. Without a group before it counts as none; an offset of no key is zero.
         all_keys: the outlying key counts as well.
-        again: where there is no group before, the first group is begun anew, from its keys as they read back, by a call that finds so
-            many keys in it.
+        again: where there is no group before, the first group is begun anew, from its keys as they read back, by a call that
+            finds so many keys in it.
     """
 
     prior: Literal["mean", "rest", "offset", "zero"] = "rest"

@@ -1,7 +1,8 @@
 """Rules for groups that begin with a few keys, by what they do to attention: one reading of a text serves all of them.
 
-The model reads a text once, exactly. Its keys are then written call by call under each rule, and each query attends to the keys as they are read at
-its time. What is measured is how far that moves the weights of attention: KL of one query of one head, in nats.
+The model reads a text once, exactly. Its keys are then written call by call under each rule, and each query attends to the
+keys as they are read at its time. What is measured is how far that moves the weights of attention: KL of one query of one head,
+in nats.
 """
 
 from __future__ import annotations

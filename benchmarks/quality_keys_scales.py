@@ -50,7 +50,7 @@ def _pairs(x: torch.Tensor) -> torch.Tensor:
 
 
 def _halves_averaged(layer: Any, heads: int, dim: int) -> torch.Tensor:
-    """Scales from the norms of queries and keys, or else from the rows of their projections, the same for both halves of a pair."""
+    """Scales from the norms of queries and keys, or else from their projections, the same for both channels of a pair."""
     attention = layer.self_attn
     one = 1.0 if "Gemma3RMS" in type(layer.input_layernorm).__name__ else 0.0
     if hasattr(attention, "q_norm"):

@@ -83,7 +83,8 @@ def test_scales_from_weights_are_those_of_what_attention_sees(name: str, randn: 
     assert found[0].dtype == torch.float32
     # Mean squares over 4096 random directions are off by sqrt(2 / 4096) = 2 %, the fourth root of their ratio by 0.8 %, and
     # four times that for some channel of a few hundred. Behind a norm of queries and keys, the ratio of means stands for the
-    # mean of a ratio: off by the share that a channel has of its head's square, some tens of percent at most, a fourth of it here.
+    # mean of a ratio: off by the share that a channel has of its head's square, at most some tens of percent, a fourth of
+    # it here.
     norms = any("q_norm" in parameter for parameter, _ in model.named_parameters())
     error = (found[0] / measured).log().abs()
     assert error.square().mean().sqrt() < (0.06 if norms else 0.02) < measured.log().std() / 4

@@ -173,10 +173,9 @@ def calibrate(
             )
         read = f"{found['tokens']:,} tokens of {found['source']}" if found["tokens"] else "the weights"
         with printing():
-            print(
-                f"{found['out']}: scales from {found['smallest']:.3g} to {found['largest']:.3g} for {found['layers']} layers of "
-                f"{found['kv_heads']} x {found['head_dim']}, from {read}, in {found['seconds']} s"
-            )
+            span = f"{found['smallest']:.3g} to {found['largest']:.3g}"
+            layers = f"{found['layers']} layers of {found['kv_heads']} x {found['head_dim']}"
+            print(f"{found['out']}: scales from {span} for {layers}, from {read}, in {found['seconds']} s")
 
 
 def _layers(dense: str) -> list[int]:

@@ -35,8 +35,8 @@ def load(name: str, device: torch.device, *, trust_remote_code: bool = False) ->
     Raises:
         ImportError: transformers is missing.
         FileNotFoundError: there is no such folder, or no such model on the hub or in its cache.
-        ValueError: what is there is no causal language model, its files are damaged or do not fit its configuration, or it needs
-            code of its own and ``trust_remote_code`` is not set.
+        ValueError: what is there is no causal language model, its files are damaged or do not fit its configuration, or it
+            needs code of its own and ``trust_remote_code`` is not set.
     """
     if missing := [needed for needed in _NEEDED if importlib.util.find_spec(needed) is None]:
         raise ImportError(f"reading a model needs {', '.join(missing)}: pip install turboquant-vllm[hf]")
