@@ -14,7 +14,7 @@ from turboquant_vllm.paged import chunk_bytes
 from turboquant_vllm.records import GROUP, Operand
 from turboquant_vllm.reference_keys import PRIOR_WEIGHT, _Run, _runs, read_rotated, rotate_keys
 
-# What rounding in float32 changes in a vector that is scaled and rotated, or in a mean of such: a few times 2^-24 for each of the
+# What rounding in float32 changes in a vector that is scaled and rotated, or in a mean of such: a few 2^-24 for each of the
 # additions that a coordinate goes through, relative to the vectors' length.
 ROUNDING = 2e-6
 
@@ -92,9 +92,7 @@ class GroupedPages:
         else:
             store(k, v, self.cache_in(self.memory), self.codec, *call[2:])
 
-    def check(
-        self, store: Store, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, previous: torch.Tensor | None
-    ) -> None:
+    def check(self, store: Store, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor, previous: torch.Tensor | None) -> None:
         """Run ``store`` and look at every byte of the memory that the pages are in; the same call again writes the same."""
         before, start = self.memory.clone(), self.memory.clone()
         store(k, v, self.cache_in(self.memory), self.codec, slots, previous)
@@ -187,9 +185,7 @@ def _priors(
     return [read.sum(0) / max(len(read), 1)]
 
 
-def _check_offset(
-    new: PagedTQ4Cache, own: torch.Tensor, priors: list[torch.Tensor | None], at: tuple[int, int, int]
-) -> None:
+def _check_offset(new: PagedTQ4Cache, own: torch.Tensor, priors: list[torch.Tensor | None], at: tuple[int, int, int]) -> None:
     page, head, group = at
     assert new.keys.groups is not None
     assert new.keys.steps is not None
@@ -255,4 +251,3 @@ def _check_run(
         assert abs(step * 127 - outlier.abs().max()) <= tolerance + ROUNDING * outlier.abs().max() + 127 * 2.0**-149
         assert abs(steps[head, group, 2] - farthest) <= tolerance
         old_norms[head, earlier] = norms[head, earlier]
-

@@ -157,7 +157,12 @@ class GroupStoreContract:
 
     def test_extreme_keys(self, store, codec, generator, dtype):
         k = special_vectors(64, dtype, generator)
-        k = torch.cat([k, torch.randn(3, 64, generator=generator).to(dtype)]).repeat(1, HEADS).view(12, HEADS, 64).transpose(0, 1)
+        k = (
+            torch.cat([k, torch.randn(3, 64, generator=generator).to(dtype)])
+            .repeat(1, HEADS)
+            .view(12, HEADS, 64)
+            .transpose(0, 1)
+        )
         for chunks in ([12], [1] * 12, [3, 9]):
             pages = GroupedPages(generator, codec, [12], dtype=dtype)
             for chunk in k.split(chunks, 1):

@@ -1,4 +1,4 @@
-"""The command line: `turboquant info`, `turboquant demo` and `turboquant verify`; needs the extra `cli`."""
+"""The command line: `turboquant info`, `demo`, `verify` and `calibrate`; needs the extra `cli`."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ def _application() -> typer.Typer:
     app.command()(info)
     app.command()(demo)
     app.command()(verify)
+    app.command()(calibrate)
     return app
 
 
@@ -140,6 +141,42 @@ def verify(
         if unwritten is not None:
             raise unwritten
     raise typer.Exit(0 if figures["passed"] else 1)
+
+
+def calibrate(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text to read; default: Python's documentation and library.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File; default: turboquant.safetensors in the model's folder.")] = None,
+    from_weights: Annotated[bool, typer.Option("--from-weights", help="Read no text: seconds, but less good.")] = False,
+    context: Annotated[int | None, typer.Option(help="Tokens read at a time; default: the model's, at most 2048.")] = None,
+    windows: Annotated[int | None, typer.Option(help="How many times CONTEXT tokens to read.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")] = False,
+) -> None:
+    """Measure the channel scales with which a model's keys lose least in 4 bits, and write them to a file.
+
+    Caches and the vLLM plugin find the file in the model's folder, or take its path. Exit status 2: nothing was written.
+    """
+    with _one_line_for_errors(_NO_MEASUREMENT):
+        from turboquant_vllm.verify import report, run_calibrate
+
+        with report.shown_progress() as progress:
+            found = run_calibrate(
+                model,
+                text,
+                out,
+                from_weights=from_weights,
+                context=context,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                progress=progress,
+                **({} if windows is None else {"count": windows}),
+            )
+        read = f"{found['tokens']:,} tokens of {found['source']}" if found["tokens"] else "the weights"
+        with printing():
+            span = f"{found['smallest']:.3g} to {found['largest']:.3g}"
+            layers = f"{found['layers']} layers of {found['kv_heads']} x {found['head_dim']}"
+            print(f"{found['out']}: scales from {span} for {layers}, from {read}, in {found['seconds']} s")
 
 
 def _layers(dense: str) -> list[int]:

@@ -39,7 +39,7 @@ def load(name: str, device: torch.device, *, trust_remote_code: bool = False) ->
             needs code of its own and ``trust_remote_code`` is not set.
     """
     if missing := [needed for needed in _NEEDED if importlib.util.find_spec(needed) is None]:
-        raise ImportError(f"verify needs {', '.join(missing)}: pip install turboquant-vllm[hf]")
+        raise ImportError(f"reading a model needs {', '.join(missing)}: pip install turboquant-vllm[hf]")
     from transformers import AutoTokenizer
 
     folder = Path(name).expanduser()

@@ -18,11 +18,12 @@ import torch
 
 import turboquant_vllm
 from turboquant_vllm.demo.run import pick_device
-from turboquant_vllm.demo.text import gather, windows
+from turboquant_vllm.demo.text import gather
 from turboquant_vllm.quality.attention import LayerErrors, Model, cache_format
 from turboquant_vllm.quality.formats import TQ4Format
 from turboquant_vllm.quality.measure import TokenScores, bootstrap_interval, compare_windows, perplexity
 from turboquant_vllm.verify.loading import CachedLayers, check_cache, check_tokens, load
+from turboquant_vllm.verify.text import longest_context, read_text, token_windows
 
 __all__ = ["DEFAULT_CONTEXT", "DEFAULT_WINDOWS", "Progress", "run_verify"]
 
@@ -84,7 +85,7 @@ def run_verify(
     layers = check_cache(loaded, model, dense_layers)
     if unknown := sorted(set(dense_layers) - layers.packed.keys()):
         raise ValueError(f"dense layers: expected some of the cached {_span(layers.packed)}, got {unknown[0]}")
-    context = _context(loaded, context)
+    context = longest_context(loaded.config, context, DEFAULT_CONTEXT)
     read = _windows(tokenizer, text, context, count)
     check_tokens(loaded, read)
     read = read.to(loaded.device)
@@ -203,38 +204,12 @@ class _Passes:
         return logits
 
 
-def _context(model: Model, context: int | None) -> int:
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if context is None:
-        return min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
-    if context < 2:
-        raise ValueError(f"context: expected at least 2 tokens, got {context}")
-    if longest and context > longest:
-        raise ValueError(f"context: expected at most the model's {longest} tokens, got {context}")
-    return context
-
-
 def _windows(tokenizer: Any, text: Path | None, context: int, count: int) -> torch.Tensor:
     if text is None:
-        content = "\n".join(document.text for document in gather()["test"])
-    elif not text.is_file():
-        raise FileNotFoundError(f"text: expected a file, found none at {text}")
+        content, name = "\n".join(document.text for document in gather()["test"]), "the standard library"
     else:
-        try:
-            content = text.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text: expected UTF-8 in {text}, got {error.reason} at byte {error.start}") from error
-    ids = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
-    # Where the tokenizer begins every text with a token, each window begins with it too: models are at a loss without.
-    first = tokenizer.bos_token_id
-    begin = [] if first is None or tokenizer("a")["input_ids"][:1] != [first] else [first]
-    length = context - len(begin)
-    if len(ids) <= length:
-        name = "the standard library" if text is None else text
-        raise ValueError(f"text: expected more tokens than the context of {context}, got {len(ids)} in {name}")
-    found = windows(torch.tensor(ids, device="cpu"), length)
-    found = found[torch.linspace(0, len(found) - 1, min(count, len(found)), device="cpu").long()]
-    return torch.cat([torch.tensor(begin, dtype=found.dtype, device="cpu").expand(len(found), -1), found], 1)
+        content, name = read_text(text), str(text)
+    return token_windows(tokenizer, content, name, context, count)
 
 
 def _span(layers: Collection[int]) -> str:
