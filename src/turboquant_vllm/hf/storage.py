@@ -275,7 +275,7 @@ class PackedStorage:
 
     def _backend(self, keys: torch.Tensor) -> str:
         """What writes keys with offsets."""
-        return "reference"
+        return "cuda" if self._native and keys.dtype in HALVES else "reference"
 
     def _allocate(self, batch: int, capacity: int) -> None:
         width = self.num_heads * chunk_bytes(capacity, self.codec.head_dim, self.has_offsets)
