@@ -35,7 +35,7 @@ from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStatic
 
 DTYPE = torch.bfloat16
 WARMUP = 4  # tokens, compiling among them
-RUNS = 3  # of which the fastest counts: other work on the host's cores slows down what waits for the host
+RUNS = 3  # of which the fastest counts: what else the host does slows down steps that wait for it
 CASES = [(8, 32768), (1, 8192), (8, 8192), (1, 32768), (1, 131072), (8, 131072)]
 HOST_CASES = [(8, 8192), (1, 8192)]
 MEMORY_TOKENS = 131072
@@ -147,7 +147,9 @@ class Clock(StoppingCriteria):
 
 
 @torch.inference_mode()
-def tokens_per_second(model: Any, cache: Any, batch: int, tokens: int, steps: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+def tokens_per_second(
+    model: Any, cache: Any, batch: int, tokens: int, steps: int, runs: int
+) -> tuple[float, torch.Tensor, torch.Tensor]:
     """Tokens a second of `generate` on a full cache, all sequences together; logits ``[B, S, vocabulary]`` and the tokens
     ``[B, S]`` of its first steps.
 
@@ -155,7 +157,7 @@ def tokens_per_second(model: Any, cache: Any, batch: int, tokens: int, steps: in
     """
     first = generate(model, cache, batch, tokens + 1, WARMUP, return_dict_in_generate=True, output_logits=True)
     seconds = []
-    for run in range(RUNS):
+    for run in range(runs):
         clock = Clock()
         length = tokens + 1 + WARMUP + run * (steps + 1)
         generate(model, cache, batch, length, steps + 1, stopping_criteria=[clock])
@@ -171,46 +173,67 @@ def error_of(model: Any, logits: torch.Tensor, ids: torch.Tensor, tokens: int, p
     return relative_error(logits, exact_logits(model, keys, values, ids, codec if packed else None))
 
 
-def measure(
-    model: Any, attention: str, make: Any, batch: int, tokens: int, steps: int
-) -> tuple[float | None, float | None, dict[str, Any]]:
-    """Tokens a second, the logits' error, and what else a row says of a cache; None where memory does not suffice.
+# Tokens a second, the logits' error, and what else a row says of a cache; None where memory does not suffice.
+Found = tuple[float | None, float | None, dict[str, Any]]
 
-    With and without cuDNN's attention, whichever is faster: it makes a plan for each new length, which can take longer than all
-    else, so that a few steps show it.
-    """
-    best: tuple[float | None, float | None, dict[str, Any]] = (None, None, {})
-    for cudnn in (False, True) if attention == "sdpa" and model.device.type == "cuda" else (True,):
-        torch.backends.cuda.enable_cudnn_sdp(cudnn)
-        torch._dynamo.reset()
-        model.set_attn_implementation(attention)
-        cache = None
-        try:
-            release()
-            cache = make(tokens)
-            fill(cache, model, batch, tokens)
-            speed, logits, ids = tokens_per_second(model, cache, batch, tokens, steps)
-            more = {"cudnn": cudnn, "bytes": bytes_of(cache), "peak_bytes": peak_bytes()}
-            packed, cache = hasattr(cache, "packed_layers"), None
-            release()
-            best = max(best, (speed, error_of(model, logits, ids, tokens, packed), more), key=lambda found: found[0] or 0.0)
-        except torch.OutOfMemoryError:
-            pass
-        cache = None
+
+def measure(
+    model: Any, attention: str, make: Any, batch: int, tokens: int, steps: int, runs: int, cudnn: bool, check: bool
+) -> Found:
+    """What is found of a new cache; its logits are looked at if ``check``."""
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
+    torch._dynamo.reset()
+    model.set_attn_implementation(attention)
+    cache: Any = None
+    found: Found = (None, None, {})
+    try:
         release()
+        cache = make(tokens)
+        fill(cache, model, batch, tokens)
+        speed, logits, ids = tokens_per_second(model, cache, batch, tokens, steps, runs)
+        more = {"cudnn": cudnn, "bytes": bytes_of(cache), "peak_bytes": peak_bytes()}
+        packed, cache = hasattr(cache, "packed_layers"), None
+        release()
+        found = speed, error_of(model, logits, ids, tokens, packed) if check else None, more
+    except torch.OutOfMemoryError:
+        pass
+    cache = None
+    release()
     torch.backends.cuda.enable_cudnn_sdp(True)
-    return best
+    return found
+
+
+def faster(a: Found, b: Found) -> Found:
+    """The faster of two runs, with the larger error."""
+    speed, _, more = max(a, b, key=lambda found: found[0] or 0.0)
+    return speed, max((error for _, error, _ in (a, b) if error is not None), default=None), more
+
+
+def measure_in_turn(
+    model: Any, caches: dict[str, tuple[str, Any]], batch: int, tokens: int, steps: int, turns: int
+) -> list[Found]:
+    """What is found of each cache, whose runs take turns, since the host is slower at times.
+
+    Dense attention first runs with cuDNN's, too: it makes a plan for each new length, which can take longer than all else.
+    """
+    found: list[Found] = [(None, None, {}) for _ in caches]
+    for turn in range(turns):
+        for i, (attention, make) in enumerate(caches.values()):
+            for cudnn in (False, True) if attention == "sdpa" and turn == 0 else (False,):
+                sizes = (batch, tokens, steps, RUNS // turns)
+                found[i] = faster(found[i], measure(model, attention, make, *sizes, cudnn, check=turn == 0))
+    return found
 
 
 def decode_rows(
-    model: Any, caches: dict[str, tuple[str, Any]], steps: int, cases: list[tuple[int, int]], most_layers: int
+    model: Any, caches: dict[str, tuple[str, Any]], steps: int, cases: list[tuple[int, int]], most_layers: int, turns: int
 ) -> Iterator[dict[str, Any]]:
     """A row for each case: tokens a second with the dense cache and with ours."""
     all_layers = model.model.layers
     for batch, tokens in cases:
         layers = fitting_layers(model, batch, tokens, min(most_layers, len(all_layers)))
         use_layers(model, all_layers, layers)
-        found = [measure(model, attention, make, batch, tokens, steps) for attention, make in caches.values()]
+        found = measure_in_turn(model, caches, batch, tokens, steps, turns)
         (dense, dense_error, dense_more), (ours, our_error, our_more) = found
         wrong = our_error is not None and dense_error is not None and not our_error < LARGEST_RATIO * dense_error
         if wrong or dense_error is None:
@@ -323,8 +346,8 @@ def main(arguments: list[str] | None = None) -> None:
     }
     parts: dict[str, Callable[[], Any]] = {
         "memory": lambda: memory_rows(model, options.memory_tokens),
-        "eager": lambda: decode_rows(model, eager, options.steps, options.cases, options.layers),
-        "compiled": lambda: decode_rows(model, compiled, options.steps, options.cases, options.compiled_layers),
+        "eager": lambda: decode_rows(model, eager, options.steps, options.cases, options.layers, RUNS),
+        "compiled": lambda: decode_rows(model, compiled, options.steps, options.cases, options.compiled_layers, 1),
         "host": lambda: host_rows(model, eager, options.host_cases, options.layers),
     }
     env, rows = environment(transformers=transformers.__version__), []

@@ -90,6 +90,21 @@ def test_a_layer(window, head_dim, dtype, counts, options, generator):
         compare(got.transpose(1, 2), want, dtype)
 
 
+def test_keys_and_values_that_a_model_changes_about(generator):
+    layers = [PackedLayer(0, seed=0) for _ in range(2)]
+    for layer in layers:
+        for count in (3, 1):
+            keys, values = torch.randn(2, BATCH, HEADS, count, 64, generator=generator).half()
+            layer.update(as_models_make_them(keys), as_models_make_them(values))
+    query = torch.randn(BATCH, HEADS * GROUP, 1, 64, generator=generator).half()
+    (keys, values), (others, _) = ((layer.keys, layer.values) for layer in layers)
+    for pair in ((keys, values), (values, keys), (keys, keys), (keys, others)):
+        got, _ = attention.attention_forward(torch.nn.Module(), query, *pair, None, scaling=0.2)
+        (k, codec), (v, _) = (unpack(x) for x in pair)
+        want, _ = reference.attention(query.double(), Operand(*k), Operand(*v), codec.tables, 0.2)
+        compare(got.transpose(1, 2), want, torch.float16)
+
+
 def test_a_layer_of_fixed_size(generator):
     layer = PagedLayer(0, 300, seed=0)
     codec, seen = codec_for(128, 0, torch.device("cpu")), []
