@@ -166,6 +166,21 @@ def test_public_functions(interpreter, generator, packed, sm_scale):
     check_gate(out, expected(case)[0], pytorch_attention(case), out.dtype)
 
 
+def test_sums_over_many_tiles_do_not_shrink(interpreter, generator):
+    # Values are summed in units of their largest norm: this one times its reciprocal is not one.
+    norm = next(x for x in (1 + torch.rand(1000, generator=generator)).unbind() if x * (1 / x) < 1)
+    sizes = {"num_kv_heads": 1, "group": 1, "head_dim": 32, "kv_len": 1 << 14}
+    case = random_case(generator, dtype=FULL, **sizes)
+    # All weights are one and all values the same powers of two, so that nothing else rounds much.
+    levels = 2.0 ** -torch.arange(8.0)
+    v = case.v[:, :, :1].expand_as(case.v).contiguous()
+    v_norms = torch.full_like(case.v_norms, norm.item())
+    case = case.replace(q=torch.zeros_like(case.q), v=v, v_norms=v_norms, centroids=torch.cat([-levels, levels.flip(0)]))
+    out, _ = interpreter.call("triton.launch:attention", *case.arguments)
+    want, _ = expected(case)
+    assert (out.double() - want).abs().max() <= 4 * 2.0**-24 * want.abs().max()
+
+
 CODECS = [(16, "haar"), (20, "haar"), (64, "hadamard"), (96, "haar"), (128, "hadamard"), (256, "hadamard")]
 
 

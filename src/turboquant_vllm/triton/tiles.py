@@ -182,7 +182,8 @@ def attend(start, stop, n_end, q, row_scale, first, last, softcap, state, keys, 
             largest = tl.max(tl.where(tl.abs(norms) < float("inf"), tl.abs(norms), 0.0), 0)
             new_scale = tl.maximum(value_scale, largest)
             shrink = 1.0 / new_scale
-            keep *= value_scale * shrink
+            # One, and not a number near it, where the scale stays: else what is summed would shrink a little with every tile.
+            keep *= tl.where(new_scale > value_scale, value_scale * shrink, 1.0)
             value_scale = new_scale
             p *= per_row(norms * shrink, not SWAP)
             if MASKED:
