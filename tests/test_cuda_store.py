@@ -22,10 +22,11 @@ REGISTERS = 65536
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_compiles_without_spills(arch, head_dim, dtype, slot_dtype, scale):
-    blocks = store.blocks_per_multiprocessor(head_dim, int(arch[3:]) // 10)
-    defines = store.defines(head_dim, dtype, slot_dtype, scale, blocks)
-    compiled = runtime.compile_cubin(store.SOURCE.read_text(), arch=arch, name="store.cu", defines=defines)
+@pytest.mark.parametrize("has_offsets", [False, True], ids=["plain", "offsets"])
+def test_compiles_without_spills(arch, head_dim, dtype, slot_dtype, scale, has_offsets):
+    blocks = store.blocks_per_multiprocessor(head_dim, int(arch[3:]) // 10, has_offsets)
+    defines = store.defines(head_dim, dtype, slot_dtype, scale, has_offsets, blocks)
+    compiled = runtime.compile_cubin(store.source(), arch=arch, name="store.cu", defines=defines)
     used = runtime.resource_usage(compiled)["tq4_store"]
     assert used.spill_stores == used.spill_loads == used.stack_frame == 0, used
     assert used.registers * store.THREADS * blocks <= REGISTERS, used
