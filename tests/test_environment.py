@@ -283,7 +283,7 @@ def test_fake_tensors_have_the_shape_of_the_result(use: str, inputs: Inputs) -> 
 @pytest.mark.parametrize("skipped", [(), (0,)])
 def test_models_without_elements(mode: Callable[[], Any], static: bool, skipped: tuple[int, ...]) -> None:
     transformers = pytest.importorskip("transformers")
-    from turboquant_vllm.hf import TurboQuantCache, TurboQuantStaticCache, register
+    from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache, register
 
     register()
     config = transformers.LlamaConfig(
@@ -296,7 +296,7 @@ def test_models_without_elements(mode: Callable[[], Any], static: bool, skipped:
             model.config, **{"max_cache_len": 64} if static else {}, skip_layers=skipped
         )
         for count in (5, 1, 3):
-            logits = model(torch.zeros(2, count, dtype=torch.long), past_key_values=cache).logits
+            logits = model(torch.zeros(2, count, dtype=torch.long), **{CACHE_ARGUMENT: cache}).logits
             assert logits.shape == (2, count, 97)
             assert not has_elements(logits)
     assert has_elements(torch.zeros(1))

@@ -48,7 +48,7 @@ def swap_sequences(layer):
 
 
 def swap_heads(layer):
-    keys, key_norms, _, _ = layer.storage.parts
+    keys, key_norms, *_ = layer.storage.keys
     for x in (keys, key_norms):
         x.copy_(x.flip(1))
 
@@ -62,12 +62,12 @@ def lose_the_last_token(layer):
 
 
 def shift_codes(layer):
-    codes = layer.storage.parts[2]
+    codes = layer.storage.values.data
     codes[:, :, 1:] = codes[:, :, :-1].clone()
 
 
 def scale_the_values_of_a_head(layer):
-    layer.storage.parts[3][:, 0].mul_(1.1)
+    layer.storage.values.norms[:, 0].mul_(1.1)
 
 
 def test_a_right_cache_passes(model, largest):

@@ -141,7 +141,7 @@ def _distances(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor,
     # p (e + d) where d is positive, else q (-e + d (1 + e)): arithmetic without branches, which are several times slower.
     terms = torch.copysign(e + size, d).addcmul_(d.clamp(max=0), e)
     kl = terms.mul_(larger).sum(-1)
-    return kl + torch.where(surprise, math.inf, 0.0), tvd  # NaN stays NaN
+    return kl + torch.zeros_like(kl).masked_fill(surprise, math.inf), tvd  # NaN stays NaN
 
 
 @torch.inference_mode()
