@@ -196,12 +196,12 @@ __device__ __forceinline__ u32 sum_but_outlier(Shared& s, u32 count, Vector& sum
   u32 without = NOWHERE;
   __syncthreads();  // what was gathered before has been read
 #pragma unroll 1
-  for (;;) {
+  for (int pass = 0;; pass++) {
     u32 finite = 0;
-    if (without == NOWHERE || without / FEW % WARPS == warp) finite = sum_rows(s, count, without);
+    if (pass == 0 || without / FEW % WARPS == warp) finite = sum_rows(s, count, without);
     __syncthreads();
     const u32 good = gather(s, sum);
-    if (without != NOWHERE) return good;
+    if (pass == 1) return good;
     if (good < 2) break;
     const float share = reciprocal(good);
     Farthest farthest = {-1, NOWHERE};

@@ -37,6 +37,7 @@ __device__ __forceinline__ bool follows(u32 before, u32 slot) { return before < 
 // The last slot before a row that is in the cache. One warp.
 __device__ __forceinline__ u32 slot_before(const StoreParams& p, u32 row) {
   const u32 lane = threadIdx.x & 31;
+#pragma unroll 1
   for (u32 gone = 0; gone < row; gone += 128) {
     u32 found = NOWHERE;
 #pragma unroll
@@ -54,6 +55,7 @@ __device__ __forceinline__ u32 slot_before(const StoreParams& p, u32 row) {
 __device__ __forceinline__ Rows list_rows(const StoreParams& p, u32 start, u32 step, u32 left, Row* list) {
   const u32 lane = threadIdx.x & 31, lower = (1u << lane) - 1;
   Rows rows = {0, NOWHERE, NOWHERE};
+#pragma unroll 1
   for (u32 gone = 0; gone < left; gone += 32) {
     const u32 number = start + step * (gone + lane), slot = gone + lane < left ? slot_of(p, number) : NOWHERE;
     const u32 kept = __ballot_sync(FULL_MASK, slot != NOWHERE);
