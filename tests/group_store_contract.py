@@ -7,7 +7,8 @@ import torch
 
 from compression_checks import special_vectors
 from group_store_cases import GroupedPages
-from turboquant_vllm import TQ4Codec
+from turboquant_vllm import PagedTQ4Cache, TQ4Codec
+from turboquant_vllm.paged import chunk_bytes
 from turboquant_vllm.records import GROUP
 
 HEADS = 2
@@ -70,8 +71,8 @@ class GroupStoreContract:
         for count in (70, 57, 1, 1, 1, 66):
             pages.write(store, *(k[:, :count] for k in left))
             left = [k[:, count:] for k in left]
-        short = GroupedPages(generator, codec, [130], page_size=64, dtype=dtype, has_previous=False)
-        for count in (65, 3):  # where a page begins nothing is before it
+        short = GroupedPages(generator, codec, [140], page_size=64, dtype=dtype, has_previous=False)
+        for count in (67, 61, 4):  # where a page begins nothing is before it
             short.write(store, keys_like_a_models(generator, count, 64))
 
     def test_previous_slots_that_are_elsewhere(self, store, codec, generator, dtype):
@@ -147,7 +148,7 @@ class GroupStoreContract:
             pages.write(store, torch.full((HEADS, count, 64), value))
             pages.write(store, torch.full((HEADS, 1, 64), value))
 
-    @pytest.mark.parametrize("magnitude", [1e-36, 1e-25, 1e25])
+    @pytest.mark.parametrize("magnitude", [1e-38, 1e-25, 1e25])
     def test_magnitudes(self, store, codec, generator, magnitude):
         k = keys_like_a_models(generator, 70, 64).double() * magnitude
         pages = GroupedPages(generator, codec, [70], dtype=torch.bfloat16)
@@ -188,6 +189,41 @@ class GroupStoreContract:
         k[:, 17] = value * torch.randn(HEADS, 64, generator=generator)
         pages = GroupedPages(generator, codec, [GROUP], dtype=dtype)
         pages.write(store, k)
+
+    @pytest.mark.parametrize("page_size", [64, 2**26])
+    def test_places_beyond_32_bits(self, store, device, generator, dtype, page_size):
+        # The last of 2^26 places of 76 bytes: of many pages, or of one. On a CPU what nobody touches takes no memory.
+        codec, num_pages = TQ4Codec(64, device=device), 2**26 // page_size
+        width = chunk_bytes(page_size, 64, True)
+        if device != "cpu" and torch.cuda.mem_get_info()[0] < num_pages * width + 2**30:
+            pytest.skip("needs 6 GiB of free GPU memory")
+        memory = torch.empty(num_pages, width, dtype=torch.uint8, device=device)
+        far = PagedTQ4Cache.of_checked(memory, page_size, 1, 64, True)
+        near = PagedTQ4Cache.allocate(2, page_size=64, num_kv_heads=1, head_dim=64, has_offsets=True, device=device)
+        k = keys_like_a_models(generator, 101, 64, 1).transpose(0, 1).to(dtype).to(device)
+        place = torch.arange(101, device=device)
+        for some in (slice(0, 66), slice(66, 67), slice(67, 101)):
+            for cache in (near, far):
+                slots = place + cache.num_slots - 128
+                store(k[some], k[some], cache, codec, slots[some], torch.where(place > 0, slots - 1, -1)[some])
+
+        def found(cache: PagedTQ4Cache) -> list[torch.Tensor]:
+            """Both groups, and of each tensor of tokens the 101 that have been written."""
+            parts = [x for part in (cache.keys, cache.values) for x in part if x is not None]
+            last = [x[-2:].transpose(0, 1).flatten(1, 2) for x in parts]
+            return [x[:, -128:-27] if i in (0, 1, 4, 5) else x[:, -2:] for i, x in enumerate(last)]
+
+        for x, y in zip(found(far), found(near), strict=True):
+            assert torch.equal(x, y)
+
+    def test_runs_begin_anywhere(self, store, codec, generator, dtype):
+        pages = GroupedPages(generator, codec, [30], dtype=dtype)
+        pages.write(store, keys_like_a_models(generator, 10, 64))
+        for before in (25, 28, 30, 31, 33):  # a warp looks at 32 rows at a time
+            positions = [*[-1] * before, *range(10, 17), *[-1] * 50]
+            k = torch.randn(len(positions), HEADS, 64, generator=generator).to(dtype).to(codec.device)
+            slots, previous = (torch.tensor([pages.slot(0, i - back) for i in positions]) for back in (0, 1))
+            pages.check(store, k, k, slots.to(k.device), previous.to(k.device))
 
     def test_long_padding(self, store, codec, generator, dtype):
         pages = GroupedPages(generator, codec, [80], dtype=dtype)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from group_store_contract import GroupStoreContract
-from kernel_lanes import emulated_store, few_objects, needs_compiler  # noqa: F401
+from group_store_cases import GroupedPages
+from group_store_contract import HEADS, GroupStoreContract, keys_like_a_models
+from kernel_lanes import build_store, emulated_store, few_objects, needs_compiler  # noqa: F401
 from store_cases import StoreCase, check_store, random_store
+from turboquant_vllm import ops, tq4_store
 from turboquant_vllm.cuda import store
+from turboquant_vllm.cuda.store import TokenWriter
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_store")]
 
@@ -47,12 +50,55 @@ class TestGroups(GroupStoreContract):
         return "cpu"
 
     @pytest.fixture
-    def store(self):
+    def store(self, monkeypatch):
+        monkeypatch.setattr(ops, "why_not_cuda", lambda device: "")
         return native_store
+
+    @pytest.mark.parametrize("blocks", [1, 1000])
+    def test_bits_do_not_depend_on_the_grid(self, store, codec, generator, dtype, monkeypatch, blocks):
+        pages, other = (GroupedPages(torch.Generator().manual_seed(5), codec, [200, 90, 90], dtype=dtype) for _ in range(2))
+        left = [keys_like_a_models(generator, n, 64) for n in (200, 90, 90)]
+        for counts in ((70, 20, 64), (3, 50, 1), (100, 1, 20)):
+            chunks = [k[:, :n] for k, n in zip(left, counts, strict=True)]
+            left = [k[:, n:] for k, n in zip(left, counts, strict=True)]
+            state = generator.get_state()
+            for some, number in ((pages, 4), (other, blocks)):
+                some.generator = generator.set_state(state)
+                monkeypatch.setattr("turboquant_vllm.cuda.store._kernel", lambda index, *key, n=number: (build_store(*key), n))
+                some.write(store, *chunks, check=False)
+        assert torch.equal(pages.memory, other.memory)
+
+    @pytest.mark.parametrize("has_previous", [True, False])
+    def test_one_token_after_the_other(self, store, codec, generator, dtype, has_previous):
+        # As a growing cache lays them out: one page for each sequence.
+        batch, tokens, page_size = 3, 70, 128
+        first, second = (
+            GroupedPages(generator, codec, [page_size] * batch, page_size=page_size, dtype=dtype) for _ in range(2)
+        )
+        second.tables = first.tables
+        k, v = (torch.randn(tokens, batch, HEADS, 64, generator=generator).to(dtype) for _ in range(2))
+        slots = torch.tensor([[first.slot(i, t) for i in range(batch)] for t in range(tokens)])
+        previous = torch.where(torch.arange(tokens)[:, None] % page_size > 0, slots - 1, -1) if has_previous else None
+        rotation, _, companding, _, centroids, scale = codec.writing
+        cache = first.cache_in(first.memory)
+        tables = (rotation, companding, centroids, scale, page_size, True, codec.key_scales, previous)
+        writer = TokenWriter(k[0], v[0], slots, cache.buffer, *tables)
+        for t in (*range(60, 70), 64, 0, 1):
+            writer(k[t].data_ptr(), v[t].data_ptr(), t)
+            before = None if previous is None else previous[t]
+            store(k[t], v[t], second.cache_in(second.memory), codec, slots[t], before)
+        assert torch.equal(first.memory, second.memory)
+
+    def test_slots_of_different_types(self, store, codec, generator, dtype):
+        pages, other = (GroupedPages(generator, codec, [100], dtype=dtype) for _ in range(2))
+        other.tables = pages.tables
+        k = keys_like_a_models(generator, 100, 64).transpose(0, 1).to(dtype)
+        slots, previous = (torch.tensor([pages.slot(0, i - back) for i in range(100)]) for back in (0, 1))
+        pages.check(store, k, k, slots.int(), previous)
+        store(k, k, other.cache_in(other.memory), codec, slots, previous.int())
+        assert torch.equal(pages.memory, other.memory)
 
 
 def native_store(k, v, cache, codec, slots, previous):
-    """The native store's caller, as the operator calls it."""
-    rotation, _, companding, _, centroids, scale = codec.writing
-    tables = (rotation, companding, centroids, scale, cache.page_size, True, codec.key_scales, previous)
-    store.store(k, v, cache.buffer, slots, *tables)
+    """The public function, with the native kernel."""
+    tq4_store(k, v, cache, codec, slots, previous_slots=previous, backend="cuda")
