@@ -46,7 +46,7 @@ def defines(
 def blocks_per_multiprocessor(head_dim: int, major: int, has_offsets: bool) -> int:
     """Blocks that the registers of a multiprocessor of compute capability ``major`` have room for, without spills."""
     if has_offsets:
-        return {64: 5, 128: 4, 256: 2}[head_dim]
+        return {64: 5 if major > 8 else 4, 128: 4, 256: 3}[head_dim]
     return {64: 8 if major < 10 else 7, 128: 5 if major < 10 else 4, 256: 3}[head_dim]
 
 
