@@ -15,7 +15,7 @@ from attention_cases import compare
 from compression_checks import check_compress
 from kernel_lanes import emulated_decode, emulated_store, few_objects, needs_compiler  # noqa: F401
 from turboquant_vllm import ops, reference
-from turboquant_vllm.cuda.store import store
+from turboquant_vllm.cuda.store import TokenWriter, store
 from turboquant_vllm.hf import attention
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 from turboquant_vllm.hf.masks import attention_mask
@@ -103,6 +103,35 @@ def test_keys_and_values_that_a_model_changes_about(generator):
         (k, codec), (v, _) = (unpack(x) for x in pair)
         want, _ = reference.attention(query.double(), Operand(*k), Operand(*v), codec.tables, 0.2)
         compare(got.transpose(1, 2), want, torch.float16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_a_layer_whose_keys_have_offsets(head_dim, generator, monkeypatch):
+    scales = torch.exp(0.4 * torch.randn(HEADS, head_dim, generator=generator))
+    layer, other = (PackedLayer(0, seed=3, key_offsets=True, key_scales=scales) for _ in range(2))
+    seen = torch.randn(2, BATCH, HEADS, 140, head_dim, generator=generator) + 6 * torch.randn(head_dim, generator=generator)
+    seen, calls = seen.to(torch.bfloat16), []
+    monkeypatch.setattr(TokenWriter, "__call__", _counted(TokenWriter.__call__, calls))
+    for some in seen.split((61, 1, 1, 1, 1, 70, 1, 1, 3), 3):
+        layer.update(*some)
+        some = torch.cat((some, some), 4)[..., :head_dim]  # which lies otherwise, so that nothing is taken for known
+        other.update(*(x.clone() if i % 2 else x for i, x in enumerate(some)))
+    assert calls
+    for got, want in zip(layer.export()[:2], other.export()[:2], strict=True):
+        for x, y in zip(got, want, strict=True):
+            assert torch.equal(x, y)
+    keys = layer.export()[0]
+    codec = codec_for(head_dim, 3, torch.device("cpu")).with_key_scales(scales)
+    error, best = ((codec.decompress(x, torch.float64) - seen[0]).square().sum() for x in (keys, codec.compress_keys(seen[0])))
+    assert error < 2 * best
+
+
+def _counted(call, calls):
+    def run(self, *args):
+        calls.append(args)
+        call(self, *args)
+
+    return run
 
 
 def test_a_layer_of_fixed_size(generator):

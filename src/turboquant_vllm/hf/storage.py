@@ -89,11 +89,10 @@ def store_tokens(
         keys, values = keys.contiguous(), values.contiguous()
         return store_tokens(keys, values, slots, buffer, codec, page_size, backend, has_offsets)
     for k, v, to in calls:
-        # The operator would take longer than its kernel.
-        if backend == "cuda" and not has_offsets and not torch.compiler.is_compiling():
-            store(k, v, buffer, to, codec.rotation, codec.companding, codec.centroids, codec.scale, page_size)
-            continue
         offsets = (True, codec.key_scales) if has_offsets else ()
+        if backend == "cuda" and not torch.compiler.is_compiling():  # the operator would take longer than its kernel
+            store(k, v, buffer, to, codec.rotation, codec.companding, codec.centroids, codec.scale, page_size, *offsets)
+            continue
         torch.ops.turboquant.store.default(k, v, buffer, to, *codec.writing, page_size, backend, *offsets)
 
 
@@ -171,7 +170,7 @@ class PackedStorage:
         batch, num_heads, count, head_dim = keys.shape
         check_sizes((batch, num_heads, head_dim), (self.buffer.shape[0], self.num_heads, self.codec.head_dim))
         first = self._take(count)
-        if count == 1 and self._native and not self.has_offsets:
+        if count == 1 and self._native:
             self._expect_more(keys, values)
         if self.has_offsets:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)[first : self.stop]
@@ -261,6 +260,7 @@ class PackedStorage:
         if keys.dtype in HALVES and not graph and not why_not_store(k, v, True, 0):
             slots, codec = _slots(self.buffer.shape[0], self.capacity, self.buffer.device), self.codec
             how = (codec.rotation, codec.companding, codec.centroids, codec.scale, self.capacity)
+            how = (*how, True, codec.key_scales) if self.has_offsets else how
             self._writer = TokenWriter(k, v, slots, self.buffer, *how)
 
     def _put(self, first: int, codes: torch.Tensor, norms: torch.Tensor) -> None:
