@@ -1,4 +1,4 @@
-"""What a caller has set for all of PyTorch changes nothing: default devices and dtypes, patched constructors, fake tensors."""
+"""What a caller has set for all of PyTorch changes nothing: default devices, dtypes, autocast, patched constructors, fakes."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ class Inputs:
             for layer in range(3):
                 k, v = again.update(self.key[:, :, :1], self.value[:, :, :1], layer)
                 found += [k[:, :, :60].clone(), v[:, :, :60].clone()]
-                if name == "growing":
+                if name == "growing" and layer < 2:  # the dense layer has PyTorch's attention, as autocast has it
                     found.append(attention_forward(torch.nn.Module(), self.q[:, :, -1:], k, v, None)[0])
         return found
 
@@ -195,6 +195,9 @@ CONTEXTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
     "inference": torch.inference_mode,
+    "autocast to bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
+    "autocast to float16": lambda: torch.autocast("cpu", torch.float16),
+    "autocast without a cache": lambda: torch.autocast("cpu", torch.bfloat16, cache_enabled=False),
 }
 
 

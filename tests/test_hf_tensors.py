@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 from turboquant_vllm import TQ4Codec
-from turboquant_vllm.hf.pages import PagedTensor
+from turboquant_vllm.hf.pages import PagedTensor, find_spans
 from turboquant_vllm.hf.static import PagedLayer
 from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor
 
@@ -39,7 +39,13 @@ def mask(x: torch.Tensor) -> DeferredTensor:
     )
 
 
-kinds = pytest.mark.parametrize("make", [packed, paged, mask])
+def spans(x: torch.Tensor) -> DeferredTensor:
+    found = find_spans(torch.arange(x.shape[2]).expand(3, 1, 1, -1) < 5, torch.float32)
+    assert found is not None
+    return found
+
+
+kinds = pytest.mark.parametrize("make", [packed, paged, mask, spans])
 
 
 @pytest.fixture

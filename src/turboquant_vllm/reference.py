@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from turboquant_vllm.autocast import without_autocast
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.records import GROUP, NO_MASKS, Masks, Operand, Sequences, Tables
 from turboquant_vllm.reference_codes import compress, compute_dtype, decompress, unpack_codes
@@ -34,6 +35,7 @@ __all__ = [
 ]
 
 
+@without_autocast
 def store(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -69,6 +71,7 @@ def store(
         codes[page, :, place], norms[page, :, place] = packed
 
 
+@without_autocast
 def attention(
     q: torch.Tensor,
     k: Operand,
@@ -152,6 +155,7 @@ def attention(
     return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, num_heads, q_len)
 
 
+@without_autocast
 def paged_attention(
     q: torch.Tensor, cache: PagedTQ4Cache, sequences: Sequences, tables: Tables, sm_scale: float, masks: Masks = NO_MASKS
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -194,6 +198,7 @@ def fill_paged_attention(q: torch.Tensor, *call: Any) -> None:
         target.copy_(found)
 
 
+@without_autocast
 def merge_attention_states(outs: torch.Tensor, lses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Join attention over disjoint sets of keys into attention over their union.
 

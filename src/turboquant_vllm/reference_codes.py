@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import torch
 
+from turboquant_vllm.autocast import without_autocast
+
 __all__ = ["compress", "compress_rotated", "compute_dtype", "decompress", "scaled", "unpack_codes"]
 
 # Vectors outside this range are scaled by a power of two before their squares are summed, so that none over- or underflows.
 _LARGE, _SMALL, _SHIFT = 1e15, 1e-15, 2.0**100
 
 
+@without_autocast
 def compress(
     x: torch.Tensor,
     rotation: torch.Tensor,
@@ -74,6 +77,7 @@ def _quantise(
     return codes, torch.where(norms.isfinite(), norms, float("nan"))
 
 
+@without_autocast
 def decompress(
     codes: torch.Tensor, norms: torch.Tensor, centroids: torch.Tensor, rotation: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turboquant_vllm.autocast import without_autocast
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.records import GROUP, Operand, Tables
 from turboquant_vllm.reference_codes import compress_rotated, compute_dtype, scaled, unpack_codes
@@ -36,6 +37,7 @@ PRIOR_WEIGHT = 8
 _STEPS = 127  # of 8 bits, to either side
 
 
+@without_autocast
 def rotate_keys(k: torch.Tensor, tables: Tables) -> torch.Tensor:
     """``(w * k) @ rotation.T`` of keys ``[..., H_kv, N, D]``, in float32, or float64 for such keys."""
     assert tables.rotation is not None
@@ -45,6 +47,7 @@ def rotate_keys(k: torch.Tensor, tables: Tables) -> torch.Tensor:
     return k @ tables.rotation.to(k.dtype).T
 
 
+@without_autocast
 def rotate_queries(q: torch.Tensor, num_kv_heads: int, tables: Tables) -> torch.Tensor:
     """``(q / w) @ rotation.T`` of queries ``[B, H_q, N_q, D]``, in float32, or float64 for such queries."""
     assert tables.rotation is not None
@@ -66,6 +69,7 @@ def read_rotated(k: Operand, centroids: torch.Tensor, dtype: torch.dtype) -> tor
     return offsets[..., group, :] + torch.where(norms < 0, outliers, levels * norms)
 
 
+@without_autocast
 def decompress_keys(k: Operand, tables: Tables, dtype: torch.dtype) -> torch.Tensor:
     """Keys ``k' [..., H_kv, N, D]`` in ``dtype``; ``k`` begins where a group does. float64 computes in float64."""
     assert tables.centroids is not None
@@ -77,6 +81,7 @@ def decompress_keys(k: Operand, tables: Tables, dtype: torch.dtype) -> torch.Ten
     return keys.to(dtype)
 
 
+@without_autocast
 def compress_keys(k: torch.Tensor, tables: Tables, boundaries: torch.Tensor, scale: str) -> Operand:
     """Compress whole keys, whose first token begins a group.
 
@@ -107,6 +112,7 @@ def compress_keys(k: torch.Tensor, tables: Tables, boundaries: torch.Tensor, sca
     return Operand(whole, norms.reshape(*lead, -1)[..., :count].contiguous(), torch.stack([offset, outlier.codes], -2), steps)
 
 
+@without_autocast
 def store_keys(
     k: torch.Tensor,
     cache: PagedTQ4Cache,

@@ -129,8 +129,7 @@ class SpanMask(DeferredTensor):
 
     @staticmethod
     def __new__(cls, spans: torch.Tensor, tokens: int, dtype: torch.dtype) -> SpanMask:
-        make: Any = torch.Tensor._make_wrapper_subclass
-        self: SpanMask = make(cls, (spans.shape[1] - 1, 1, 1, tokens), dtype=dtype, device=spans.device)
+        self: SpanMask = cls._make((spans.shape[1] - 1, 1, 1, tokens), dtype, spans.device)
         self.spans = spans
         return self
 
