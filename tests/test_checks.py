@@ -70,7 +70,7 @@ VALUES: list[tuple[Callable[[], Arguments], str]] = [
     (lambda: {"q": q(B, 5, N_Q, D)}, "q must have a multiple of k.codes's 2 heads, got 5"),
     (lambda: {"q": q(B, 1, N_Q, D)}, "q must have a multiple of k.codes's 2 heads, got 1"),
     (lambda: {"q": q(B, 0, N_Q, D)}, "q must have a multiple of k.codes's 2 heads, got 0"),
-    (lambda: {"sm_scale": math.nan}, "sm_scale must be finite, got nan"),
+    (lambda: {"sm_scale": math.nan}, "sm_scale must be finite in float32, from -1.7e+38 to 1.7e+38, got nan"),
     (lambda: {"k": packed(B, 0, N_KV, 32), "v": packed(B, 0, N_KV, 32)}, "q must have a multiple of k.codes's 0 heads, got 4"),
     (lambda: {"k": packed(3, H_KV, N_KV, 32)}, "k.codes must have shape [2, num_kv_heads, kv_len, 32], got [3, 2, 9, 32]"),
     (lambda: {"k": packed(B, H_KV, N_KV, 31)}, "k.codes must have shape [2, num_kv_heads, kv_len, 32], got [2, 2, 9, 31]"),

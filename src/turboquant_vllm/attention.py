@@ -11,6 +11,7 @@ from turboquant_vllm.checks import (
     AttentionShape,
     check_attention,
     check_device,
+    check_flag,
     check_groups,
     check_key_scales,
     check_masks,
@@ -130,6 +131,7 @@ def tq4_attention(
             check_device(what, x, q.device, "q")
         offsets = {"k_groups": k.groups, "k_steps": k.steps, "key_scales": tables.key_scales}
     scale = check_sm_scale(sm_scale, shape.head_dim)
+    check_flag("return_lse", return_lse)
     masks = check_masks(is_causal, sliding_window, softcap, sinks, shape.num_heads, q.device)
     name, reason = choose_backend(q, shape, backend, (k.codes, values), has_offsets=bool(offsets))
     if reason:

@@ -32,6 +32,7 @@ __all__ = [
     "check_paged_attention",
     "check_paged_contents",
     "check_rotation",
+    "check_seed",
     "check_shape",
     "check_sm_scale",
     "check_states",
@@ -42,6 +43,10 @@ MAX_HEAD_DIM = 256
 DECODE_MAX_ROWS = 32  # query rows (tokens x heads of a group) per key/value head that a decode kernel takes in one go
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SLOT_DTYPES = (torch.int32, torch.int64)
+_LARGEST_SCALE = 2.0**127  # kernels multiply it by log2(e), in float32
+# A score over the cap must not be so small that a GPU takes it for zero: 2^-126 times the cap is then less than 2^-24.
+_LEAST_CAP, _LARGEST_CAP = 2.0**-100, 2.0**100
+_WIDEST = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -89,8 +94,16 @@ def check_head_dim(head_dim: int, *, minimum: int = 2) -> None:
 
 def check_flag(name: str, value: object) -> None:
     """``value`` must be a bool."""
-    if not isinstance(value, bool):
+    if not isinstance(value, (bool, torch.SymBool)):
         raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def check_seed(seed: object) -> None:
+    """``seed`` must be a non-negative int."""
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if seed < 0:
+        raise ValueError(f"seed must not be negative, got {seed}")
 
 
 def check_count(name: str, value: object, minimum: int, maximum: int | None = None, *, multiple: int = 1) -> None:
@@ -183,8 +196,10 @@ def check_sm_scale(sm_scale: float | None, head_dim: int) -> float:
         return 1 / math.sqrt(head_dim)
     if isinstance(sm_scale, bool) or not isinstance(sm_scale, (int, float)):
         raise TypeError(f"sm_scale must be a float or None, got {type(sm_scale).__name__}")
-    if not -math.inf < sm_scale < math.inf:
-        raise ValueError(f"sm_scale must be finite, got {sm_scale}")
+    if not -_LARGEST_SCALE <= sm_scale <= _LARGEST_SCALE:
+        raise ValueError(
+            f"sm_scale must be finite in float32, from {-_LARGEST_SCALE:.2g} to {_LARGEST_SCALE:.2g}, got {sm_scale}"
+        )
     return float(sm_scale)
 
 
@@ -200,22 +215,23 @@ def check_masks(
 ) -> dict[str, Any]:
     """Those of ``sliding_window``, ``softcap`` and ``sinks`` that are given, by name, as the operators take them.
 
-    ``sliding_window`` must be a positive int, and needs causal attention; ``softcap`` a positive, finite number; ``sinks``
-    float32 ``[num_heads]`` on ``device``.
+    ``sliding_window`` must be a positive int, and needs causal attention; ``softcap`` a positive number of float32's range;
+    ``sinks`` float32 ``[num_heads]`` on ``device``. A window that is wider than 64 bits is taken for one that is wider than any
+    cache.
     """
-    if not isinstance(is_causal, (bool, torch.SymBool)):
-        raise TypeError(f"{causal_name} must be a bool, got {type(is_causal).__name__}")
+    check_flag(causal_name, is_causal)
     masks: dict[str, Any] = {}
     if sliding_window is not None:
         check_count("sliding_window", sliding_window, 1)
         if not is_causal:
             raise ValueError(f"sliding_window must come with {causal_name}=True, got {is_causal}")
-        masks["sliding_window"] = sliding_window
+        masks["sliding_window"] = min(sliding_window, _WIDEST)
     if softcap is not None:
         if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
             raise TypeError(f"softcap must be a float or None, got {type(softcap).__name__}")
-        if not 0 < softcap < math.inf:
-            raise ValueError(f"softcap must be positive and finite, got {softcap}")
+        if not _LEAST_CAP <= softcap <= _LARGEST_CAP:
+            span = f"from {_LEAST_CAP:.2g} to {_LARGEST_CAP:.2g}"
+            raise ValueError(f"softcap must be positive and finite in float32, {span}, got {softcap}")
         masks["softcap"] = float(softcap)
     if sinks is not None:
         check_dtype("sinks", sinks, (torch.float32,))

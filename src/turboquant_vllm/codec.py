@@ -25,6 +25,7 @@ from turboquant_vllm.checks import (
     check_head_dim,
     check_key_scales,
     check_packed,
+    check_seed,
     check_shape,
 )
 from turboquant_vllm.codebook import companding, lloyd_max
@@ -166,10 +167,7 @@ class TQ4Codec:
         device: torch.device | str | None = None,
     ) -> None:
         check_head_dim(head_dim, minimum=16)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
+        check_seed(seed)
         if scale not in SCALES:
             raise ValueError(f"scale must be one of {', '.join(map(repr, SCALES))}, got {scale!r}")
         self.head_dim = head_dim

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Literal, overload
 
@@ -13,6 +12,7 @@ from turboquant_vllm.attention import BACKENDS, NO_OFFSETS
 from turboquant_vllm.checks import (
     PagedShape,
     check_count,
+    check_flag,
     check_key_scales,
     check_masks,
     check_paged_attention,
@@ -21,6 +21,7 @@ from turboquant_vllm.checks import (
     check_windows,
 )
 from turboquant_vllm.codec import TQ4Codec
+from turboquant_vllm.environment import checks_contents
 from turboquant_vllm.lengths import HostLengths
 from turboquant_vllm.limits import most_rows_over_pages, why_not_decode_pages
 from turboquant_vllm.paged import PagedTQ4Cache
@@ -138,8 +139,9 @@ def tq4_paged_attention(
         RuntimeError: the named backend cannot run here.
 
     The contents of ``block_table``, ``seq_lens`` and ``cu_seqlens_q`` are looked at only where the environment variable
-    ``TURBOQUANT_DEBUG`` is 1, which waits for the GPU: then an entry out of range raises ValueError. Otherwise such an entry
-    is taken for the nearest that is in range, so the result is of no use but nothing outside the tensors is read or written.
+    ``TURBOQUANT_DEBUG`` is 1 or true, which waits for the GPU: then an entry out of range raises ValueError. Otherwise such an
+    entry is taken for the nearest that is in range, so the result is of no use but nothing outside the tensors is read or
+    written.
     """
     if not isinstance(cache, PagedTQ4Cache):
         raise TypeError(f"cache must be a PagedTQ4Cache, got {type(cache).__name__}")
@@ -157,6 +159,7 @@ def tq4_paged_attention(
         check_key_scales(codec.key_scales, shape.num_kv_heads, shape.head_dim)
         tables, offsets = codec.key_tables, {"has_offsets": True, "key_scales": codec.key_scales}
     scale = check_sm_scale(sm_scale, shape.head_dim)
+    check_flag("return_lse", return_lse)
     one_window = None if isinstance(sliding_window, torch.Tensor) else sliding_window
     masks = check_masks(causal, one_window, softcap, sinks, shape.num_heads, q.device, causal_name="causal")
     if isinstance(sliding_window, torch.Tensor):
@@ -170,7 +173,7 @@ def tq4_paged_attention(
         if bound is not None:
             check_count(name, bound, 0)
         bounds.append(limit if bound is None else min(bound, limit))
-    if not torch.compiler.is_compiling() and os.environ.get("TURBOQUANT_DEBUG") == "1":
+    if not torch.compiler.is_compiling() and checks_contents():
         check_paged_contents(shape, cache.num_pages, block_table, seq_lens, cu_seqlens_q, *bounds)
         if lengths is not None:
             lengths.check_contents(seq_lens, cu_seqlens_q, shape.group)

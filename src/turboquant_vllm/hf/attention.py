@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from typing import Any
 
@@ -172,7 +171,7 @@ def _decode(
         keys = Operand(key.codes, key.norms, key.groups, key.steps)
         tables = Tables(key.centroids, key.rotation, key.key_scales)
         operands = Operands(keys, Operand(value.codes, value.norms), tables)
-    scale = 1 / math.sqrt(query.shape[3]) if sm_scale is None else sm_scale
+    scale = check_sm_scale(sm_scale, query.shape[3])
     masks = Masks(is_causal, window, softcap, sinks)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     for launch in operands.prepare(query, key.count, scale, masks, out, None, first=key.first):

@@ -10,13 +10,16 @@ import torch
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
-from turboquant_vllm.checks import check_count, check_flag
+from turboquant_vllm.checks import check_count, check_flag, check_seed
 from turboquant_vllm.hf.files import fill_layers, read_cache, write_cache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 from turboquant_vllm.hf.packing import warn_if_all_dense, why_dense
 from turboquant_vllm.hf.static import DenseStaticLayer, PagedLayer
 
 __all__ = ["TurboQuantCache", "TurboQuantStaticCache"]
+
+
+_LONGEST = 2**31 - 64  # lengths are 32-bit numbers, also rounded up to pages
 
 
 class _SavedCache:
@@ -119,6 +122,7 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         if key_scales and not key_offsets:
             raise ValueError("key_scales must come with key_offsets=True, got False")
         check_seed(seed)
+        check_flag("exact_prefill", exact_prefill)
         DynamicCache.__init__(self, config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
         self.seed = seed
         skipped = check_layers("skip_layers", skip_layers, len(self.layers))
@@ -170,13 +174,14 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
         exact_prefill: bool = True,
     ) -> None:
         check_config(config)
-        check_count("max_cache_len", max_cache_len, 1)
+        check_count("max_cache_len", max_cache_len, 1, _LONGEST)
         if getattr(config, "is_encoder_decoder", False):
             raise ValueError(
                 "config: expected a model without an encoder for a cache of fixed size (cross-attention would see places that "
                 "are not in use), got is_encoder_decoder=True; EncoderDecoderCache(TurboQuantCache(config), ...) works"
             )
         check_seed(seed)
+        check_flag("exact_prefill", exact_prefill)
         StaticCache.__init__(self, config=config, max_cache_len=max_cache_len)
         self.seed = seed
         skipped = check_layers("skip_layers", skip_layers, len(self.layers))
@@ -210,14 +215,6 @@ def layer_bytes(layer: Any) -> int:
     if isinstance(layer, (PackedLayer, PagedLayer)):
         return layer.nbytes
     return sum(x.nbytes for x in (getattr(layer, "keys", None), getattr(layer, "values", None)) if x is not None)
-
-
-def check_seed(seed: object) -> None:
-    """``seed`` must be a non-negative int."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if seed < 0:
-        raise ValueError(f"seed must not be negative, got {seed}")
 
 
 def check_layers(name: str, layers: Iterable[int], count: int) -> set[int]:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from turboquant_vllm import ops, reference
-from turboquant_vllm.checks import MAX_HEAD_DIM, check_sm_scale
+from turboquant_vllm.checks import MAX_HEAD_DIM, check_masks, check_sm_scale
 from turboquant_vllm.records import NO_TABLES, Masks, Operand
 
 __all__ = ["dense_attention"]
@@ -38,12 +38,13 @@ def dense_attention(
         mask: instead of ``is_causal`` and ``sliding_window``; bool or additive, broadcast to ``[B, H_q, N_q, N_kv]``.
     """
     q_len, kv_len, head_dim = query.shape[2], key.shape[2], query.shape[3]
-    plain = sliding_window is None and softcap is None and sinks is None
-    if mask is None and plain and (not is_causal or q_len == kv_len):
+    given = check_masks(is_causal, sliding_window, softcap, sinks, query.shape[1], query.device)
+    scale = check_sm_scale(sm_scale, head_dim)
+    if mask is None and not given and (not is_causal or q_len == kv_len):
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, scale=sm_scale, is_causal=is_causal, enable_gqa=grouped)
     if mask is None and value.shape[-1] == head_dim:
-        scale, masks = check_sm_scale(sm_scale, head_dim), Masks(is_causal, sliding_window, softcap, sinks)
+        masks = Masks(is_causal, **given)
         if query.dtype != torch.float64 and head_dim <= MAX_HEAD_DIM and head_dim % 2 == 0 and ops.triton_runs_on(query.device):
             run: Any = torch.ops.turboquant.triton_attention
             return run(query, key, None, value, None, None, None, scale, *masks[:4])[0]
@@ -51,8 +52,8 @@ def dense_attention(
     if mask is None and is_causal:
         mask = torch.ones(q_len, kv_len, dtype=torch.bool, device=query.device).tril(kv_len - q_len)
         if sliding_window is not None:
-            mask = mask.triu(kv_len - q_len - sliding_window + 1)
-    return _masked(query, key, value, mask, sm_scale=sm_scale, softcap=softcap, sinks=sinks)
+            mask = mask.triu(kv_len - q_len - given["sliding_window"] + 1)
+    return _masked(query, key, value, mask, sm_scale=scale, softcap=softcap, sinks=sinks)
 
 
 def _masked(
@@ -61,7 +62,7 @@ def _masked(
     value: torch.Tensor,
     mask: torch.Tensor | None,
     *,
-    sm_scale: float | None,
+    sm_scale: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -70,7 +71,7 @@ def _masked(
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=sm_scale, enable_gqa=group > 1)
     key, value = (x.repeat_interleave(group, 1) if group > 1 else x for x in (key, value))
-    scores = (query @ key.mT) * check_sm_scale(sm_scale, query.shape[-1])
+    scores = (query @ key.mT) * sm_scale
     if query.dtype != torch.float64:
         scores = scores.float()
     if softcap is not None:

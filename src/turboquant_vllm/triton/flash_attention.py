@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turboquant_vllm.checks import check_attention, check_sm_scale
+from turboquant_vllm.checks import check_attention, check_flag, check_sm_scale
 
 __all__ = ["triton_flash_attention"]
 
@@ -31,4 +31,5 @@ def triton_flash_attention(
     """
     shape, _, _ = check_attention(q, k, None, v, None, None, None, packed=(False, False))
     scale = check_sm_scale(sm_scale, shape.head_dim)
+    check_flag("is_causal", is_causal)
     return torch.ops.turboquant.triton_attention(q, k, None, v, None, None, None, scale, is_causal)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turboquant_vllm.checks import check_attention, check_sm_scale
+from turboquant_vllm.checks import check_attention, check_flag, check_sm_scale
 
 __all__ = ["triton_flash_attention_tq4"]
 
@@ -45,5 +45,6 @@ def triton_flash_attention_tq4(
         q, k_packed, k_norms, v, None, centroids, rotation, names=("k_packed", "v"), packed=(True, False)
     )
     scale = check_sm_scale(sm_scale, shape.head_dim)
+    check_flag("is_causal", is_causal)
     run = torch.ops.turboquant.triton_attention
     return run(q, k_packed, norms, v, None, centroids, rotation, scale, is_causal)[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turboquant_vllm.checks import check_attention, check_sm_scale
+from turboquant_vllm.checks import check_attention, check_flag, check_sm_scale
 
 __all__ = ["triton_flash_attention_tq4_kv"]
 
@@ -48,5 +48,6 @@ def triton_flash_attention_tq4_kv(
         q, k_packed, k_norms, v_packed, v_norms, centroids, rotation, names=names, packed=(True, True)
     )
     scale = check_sm_scale(sm_scale, shape.head_dim)
+    check_flag("is_causal", is_causal)
     run = torch.ops.turboquant.triton_attention
     return run(q, k_packed, k_norms_, v_packed, v_norms_, centroids, rotation, scale, is_causal)[0]

@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from turboquant_vllm import ops, reference
+from turboquant_vllm.checks import check_masks, check_sm_scale
 from turboquant_vllm.codec import TQ4Codec
 from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS, most_rows_over_pages
 from turboquant_vllm.paged import PagedTQ4Cache
@@ -83,7 +84,9 @@ class PagedLayer:
         exact: Exact | None = exact_attention,
     ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.sm_scale, self.sliding_window, self.softcap, self.sinks = sm_scale, sliding_window, softcap, sinks
+        masks = check_masks(True, sliding_window, softcap, None, num_heads, torch.device("cpu"))
+        self.sliding_window, self.softcap = masks.get("sliding_window"), masks.get("softcap")
+        self.sm_scale, self.sinks = check_sm_scale(sm_scale, head_dim), sinks
         self.exact = exact
         self._pages: tuple[weakref.ref[torch.Tensor], PagedTQ4Cache] | None = None
 
