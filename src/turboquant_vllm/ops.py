@@ -28,9 +28,7 @@ from turboquant_vllm import reference
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.records import Masks, Operand, Sequences, Tables
 
-__all__ = ["has_triton", "triton_runs_on", "why_not_cuda", "why_not_triton"]
-
-_LIBRARY = Library("turboquant", "DEF")
+__all__ = ["define_operator", "has_triton", "open_library", "triton_runs_on", "why_not_cuda", "why_not_triton"]
 
 
 def _find(module: str) -> bool:
@@ -84,18 +82,27 @@ def _kernel(path: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)
 
 
-def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+def open_library(module: dict[str, Any]) -> Library:
+    """A library for the operators of a module with these globals; where it is loaded again, what it defined before ends."""
+    if (before := module.get("_LIBRARY")) is not None:
+        before._destroy()
+    return Library("turboquant", "FRAGMENT")
+
+
+def define_operator(library: Library, name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
     """Register one operator: ``run`` for every device, ``fake`` for tracing, and a backward that says there is none."""
-    _LIBRARY.define(f"{name}{schema}")
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"turboquant::{name}", fake, lib=_LIBRARY)
+    if hasattr(torch.ops.turboquant, name):
+        return  # a copy of this package that was taken from sys.modules has defined it, and lives on in it
+    library.define(f"{name}{schema}")
+    library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"turboquant::{name}", fake, lib=library)
     if "!" in schema:
         return  # what writes into its arguments can have no autograd rule
 
     def backward(ctx: Any, *grads: Any) -> Any:
         raise NotImplementedError(f"turboquant::{name} has no backward: a quantised cache is for inference")
 
-    torch.library.register_autograd(f"turboquant::{name}", backward, lib=_LIBRARY)
+    torch.library.register_autograd(f"turboquant::{name}", backward, lib=library)
 
 
 def _compress(
@@ -249,20 +256,24 @@ def _attention_fake(q: torch.Tensor, *args: Any, **options: Any) -> Any:
     return q.new_empty(q.shape), q.new_empty(q.shape[:-1], dtype=torch.float32)
 
 
-_define(
+_LIBRARY = open_library(globals())
+define_operator(
+    _LIBRARY,
     "compress",
     "(Tensor x, Tensor rotation, Tensor boundaries, Tensor companding, bool hadamard, Tensor? centroids=None, "
     "str scale='norm') -> (Tensor, Tensor)",
     _compress,
     _compress_fake,
 )
-_define(
+define_operator(
+    _LIBRARY,
     "decompress",
     "(Tensor codes, Tensor norms, Tensor centroids, Tensor rotation, bool hadamard, ScalarType dtype) -> Tensor",
     _decompress,
     _decompress_fake,
 )
-_define(
+define_operator(
+    _LIBRARY,
     "store",
     "(Tensor k, Tensor v, Tensor(a!) buffer, Tensor slot_mapping, Tensor rotation, Tensor boundaries, Tensor companding, "
     "bool hadamard, Tensor centroids, str scale, int page_size, str backend, "
@@ -278,7 +289,8 @@ for _name, _run, _options in (
         ", *, bool pre_rotated=False, bool rotated_output=False",
     ),
 ):
-    _define(
+    define_operator(
+        _LIBRARY,
         _name,
         "(Tensor q, Tensor k, Tensor? k_norms, Tensor v, Tensor? v_norms, Tensor? centroids, Tensor? rotation, "
         "float sm_scale, bool is_causal, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, "
@@ -295,7 +307,8 @@ for _name, _run, _options in (
         ", *, int min_rows=1, int[]? seq_lens_cpu=None, int[]? cu_seqlens_q_cpu=None",
     ),
 ):
-    _define(
+    define_operator(
+        _LIBRARY,
         _name,
         "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
         "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "

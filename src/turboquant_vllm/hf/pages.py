@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.library import Library
 
 from turboquant_vllm import reference
 from turboquant_vllm.checks import check_sm_scale
 from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
 from turboquant_vllm.hf.tensors import DeferredTensor, additive
+from turboquant_vllm.ops import define_operator, open_library
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
 from turboquant_vllm.records import Masks, Sequences, Tables
@@ -253,18 +253,20 @@ def _attend_pages_fake(query: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty(query.shape)
 
 
-_LIBRARY = Library("turboquant", "FRAGMENT")
-_LIBRARY.define(
-    "attend_pages(Tensor query, Tensor buffer, Tensor block_table, int heads, Tensor spans, Tensor rotation, "
-    "Tensor centroids, float? sm_scale, float? softcap, Tensor? sinks) -> Tensor"
+_LIBRARY = open_library(globals())
+define_operator(
+    _LIBRARY,
+    "attend_pages",
+    "(Tensor query, Tensor buffer, Tensor block_table, int heads, Tensor spans, Tensor rotation, Tensor centroids, "
+    "float? sm_scale, float? softcap, Tensor? sinks) -> Tensor",
+    _attend_pages,
+    _attend_pages_fake,
 )
-_LIBRARY.define(
-    "read_pages(Tensor buffer, Tensor block_table, int heads, int which, int tokens, Tensor rotation, Tensor centroids, "
-    "bool signs, ScalarType dtype) -> Tensor"
+define_operator(
+    _LIBRARY,
+    "read_pages",
+    "(Tensor buffer, Tensor block_table, int heads, int which, int tokens, Tensor rotation, Tensor centroids, bool signs, "
+    "ScalarType dtype) -> Tensor",
+    _read_pages,
+    _read_pages_fake,
 )
-for _name, _run, _fake in (
-    ("attend_pages", _attend_pages, _attend_pages_fake),
-    ("read_pages", _read_pages, _read_pages_fake),
-):
-    _LIBRARY.impl(_name, _run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"turboquant::{_name}", _fake, lib=_LIBRARY)
