@@ -90,15 +90,12 @@ class GroupStoreContract:
         pages = GroupedPages(generator, codec, [64 * 5], page_size=64, dtype=dtype)
         k = keys_like_a_models(generator, 320, 64)
         pages.write(store, k[:, :300])
-        slots = torch.tensor([pages.slot(0, i) for i in range(1, 320, 7)], device=codec.device)
-        new = k[:, 1:320:7].transpose(0, 1).to(dtype).to(codec.device)
-        pages.check(store, new, new, slots, slots - 1)
-        slots = torch.tensor([pages.slot(0, i) for i in range(0, 320, 16)], device=codec.device)
-        new = k[:, ::16].transpose(0, 1).to(dtype).to(codec.device)
-        previous = torch.tensor([pages.slot(0, i - 1) for i in range(0, 320, 16)], device=codec.device)
-        # Each group begins behind one that this call begins, too, but has not gone on with to its end.
-        previous[4::4] = slots[3:-1:4]
-        pages.check(store, new, new, slots, previous)
+        # Groups that begin have their own tests: behind one that is written in the same call, places must not be left out.
+        for some in (range(1, 320, 7), range(16, 320, 16)):
+            positions = [i for i in some if i % GROUP]
+            slots, previous = (torch.tensor([pages.slot(0, i - n) for i in positions], device=codec.device) for n in (0, 1))
+            new = k[:, positions].transpose(0, 1).to(dtype).to(codec.device)
+            pages.check(store, new, new, slots, previous)
 
     def test_a_later_key_that_lies_farther_takes_the_place(self, store, codec, generator, dtype):
         k = torch.randn(HEADS, 64, 64, generator=generator)
