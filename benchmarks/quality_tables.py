@@ -244,13 +244,14 @@ def draw(folder: Path) -> None:
     figure.savefig(folder / "quality.png", metadata={"Software": None})
 
 
-def fill(page: str) -> str:
-    """The page with every table made anew."""
+def fill(page: str, tables: dict[str, Callable[[], str]] | None = None, script: str = "quality_tables") -> str:
+    """The page with every table of a script made anew."""
+    made = TABLES if tables is None else tables
 
     def replace(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{TABLES[match[2]]()}\n{match[3]}"
+        return f"{match[1]}\n{made[match[2]]()}\n{match[3]}"
 
-    pattern = r"(<!-- python benchmarks/quality_tables\.py (\w+) -->)\n.*?(<!-- end -->)"
+    pattern = rf"(<!-- python benchmarks/{script}\.py (\w+) -->)\n.*?(<!-- end -->)"
     return re.sub(pattern, replace, page, flags=re.DOTALL)
 
 
