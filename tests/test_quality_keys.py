@@ -26,10 +26,13 @@ def some_keys(randn: Randn, length: int) -> torch.Tensor:
     return keys
 
 
-def assert_same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """But for coordinates within rounding of a boundary between two codes or two steps."""
-    different = (ours - theirs).abs() > 1e-4 * theirs.abs().max()
-    assert different.float().mean() < 2e-3
+def assert_same(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
+    """But for what rounding makes of it: a step of an offset's coordinate more or less, which moves some of that channel's codes.
+
+    One channel of 64 has an eighth of the error's length; a code that moves is off by up to twice what it was.
+    """
+    assert (ours - theirs).norm() < 0.25 * (theirs - exact).norm()
+    assert (ours - theirs).abs().median() <= 1e-5 * exact.abs().max()
 
 
 @pytest.mark.parametrize("length", [1, 20, 64, 256])
@@ -37,7 +40,8 @@ def test_whole_prompts_are_what_the_codec_writes(randn: Randn, length: int) -> N
     keys = some_keys(randn, length)
     codec = TQ4Codec(64).with_key_scales(randn(2, 64).exp())
     theirs = read_rotated(codec._check_keys(codec.compress_keys(keys)), codec.centroids, torch.float32)
-    assert_same(read_back(rotate_keys(keys, codec.key_tables), KeyFormat()), theirs)
+    y = rotate_keys(keys, codec.key_tables)
+    assert_same(read_back(y, KeyFormat()), theirs, y)
 
 
 @pytest.mark.parametrize(("prompt", "step"), [(64, 1), (128, 1), (1, 1), (70, 1), (64, 4), (150, 7)])
@@ -52,7 +56,7 @@ def test_growing_keys_are_what_the_store_writes(randn: Randn, prompt: int, step:
         tq4_store(new, new, cache, codec, torch.arange(first, last), backend="reference")
         read = ours.write(y[None, :, first:last])[0]
     theirs = read_rotated(cache.keys.each(lambda x: x[0]), codec.centroids, torch.float32)[:, :length]
-    assert_same(read[:, :64], theirs[:, :64])
+    assert_same(read[:, :64], theirs[:, :64], y[:, :64])
     # Of a group that begins with several keys, or in the same call as the group before ends, the library finds the offset in
     # slightly another way, which may be no better or worse: the noise of codes alone makes a hundredth.
     mine, library = ((x - y).norm() for x in (read, theirs))
