@@ -103,7 +103,7 @@ def decompress_kernel(codes, norms, centroids, rotation, out, tiles, heads, toke
     outer = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
     even = piece_matrices(rotation, 2 * byte, outer, D, 1, 0, DP, D, HADAMARD, DTYPE, PARTS, PIECES)  # [DP // 2, CHUNK]
     odd = piece_matrices(rotation, 2 * byte + 1, outer, D, 1, 0, DP, D, HADAMARD, DTYPE, PARTS, PIECES)
-    scale = level_scale(centroids)
+    scale = level_scale(centroids, DTYPE)
     unit = matrix_unit(D, HADAMARD) * scale
     table = ()
     if PRMT:

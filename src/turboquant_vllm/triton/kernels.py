@@ -97,7 +97,8 @@ def unpack_kernel(codes, norms, value_norms, centroids, out, tokens, capacity, n
     n = (tl.program_id(1) * BN + tl.arange(0, BN)).to(tl.int64)  # [BN]
     batch_head = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, DP)
-    scale = level_scale(centroids)
+    DTYPE: tl.constexpr = out.dtype.element_ty
+    scale = level_scale(centroids, DTYPE)
     inverse = 1.0 / scale
     batch, head = batch_head // num_kv_heads, batch_head % num_kv_heads
     base = codes + batch * c_b + head * c_h
@@ -105,7 +106,6 @@ def unpack_kernel(codes, norms, value_norms, centroids, out, tokens, capacity, n
     if value_norms is not None:
         partner = load_norms(value_norms + batch * v_b + head * v_h + n * v_n, n, tokens, True)  # [BN]
         norm = tl.where(tl.abs(partner) < float("inf"), norm, 0.0 if VALUES else float("nan"))
-    DTYPE: tl.constexpr = out.dtype.element_ty
     table = ()
     if PRMT:
         table = level_table(centroids, inverse, DTYPE)
@@ -160,7 +160,7 @@ def attend_rows(start, stop, kv_len, offset, window, softcap, q, q_scale, source
     level_unit = 1.0
     table = ()
     if keys[4] is not None or values[4] is not None:
-        level_unit = level_scale(centroids)
+        level_unit = level_scale(centroids, DTYPE)
         if PRMT and (keys[0].dtype.element_ty.is_int() or values[0].dtype.element_ty.is_int()):
             table = level_table(centroids, 1.0 / level_unit, DTYPE)
     if keys[4] is not None:

@@ -61,10 +61,22 @@ def power_of_two(x):
 
 
 @triton.jit
-def level_scale(centroids):
-    """A power of two near the largest magnitude among the levels; tables hold levels over it, which fit half precision."""
+def level_scale(centroids, DTYPE: tl.constexpr):
+    """What tables of ``DTYPE`` hold levels over, which fit half precision then: a power of two near the largest magnitude.
+
+    bfloat16 rounds a level by up to 2^-8 of it, and alike wherever it is, so that no sum over keys or coordinates averages that
+    out. Of sixteen scales from the power of two to twice it, that is taken which rounds the levels least.
+    """
     values = tl.abs(tl.load(centroids + tl.arange(0, 16)))
-    return power_of_two(tl.maximum(tl.max(values, 0), 1e-30))
+    scale = power_of_two(tl.maximum(tl.max(values, 0), 1e-30))
+    if DTYPE == tl.bfloat16:
+        step = tl.arange(0, 16)
+        scales = scale * tl.exp2(step.to(tl.float32) * (1 / 16))
+        ratios = values[None, :] * (1.0 / scales)[:, None]  # [16, 16]
+        relative = ratios.to(DTYPE).to(tl.float32) / tl.maximum(ratios, 1e-30) - 1.0
+        best = tl.argmin(tl.sum(tl.where(ratios == 0.0, 0.0, relative * relative), 1), 0)
+        scale = tl.sum(tl.where(step == best, scales, 0.0), 0)
+    return scale
 
 
 @triton.jit

@@ -58,7 +58,7 @@ def unpack_both_kernel(k, k_norms, v, v_norms, centroids, rotation, block_table,
     size = tl.maximum(tl.max(tl.abs(tl.load(rotation + inner, mask=inner < D, other=0.0)), 0), 1e-30)
     even = _matrix(rotation, 2 * byte, outer, 1.0 / size, D, DTYPE)  # [DP // 2, CHUNK]
     odd = _matrix(rotation, 2 * byte + 1, outer, 1.0 / size, D, DTYPE)
-    scale = level_scale(centroids)
+    scale = level_scale(centroids, DTYPE)
     inverse = 1.0 / scale
     unit = size * scale * (1 / LIFT)
     table = ()
