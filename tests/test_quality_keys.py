@@ -27,7 +27,7 @@ def some_keys(randn: Randn, length: int) -> torch.Tensor:
 
 
 def assert_same(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor) -> None:
-    """But for what rounding makes of it: a step of an offset's coordinate more or less, which moves some of that channel's codes.
+    """But for what rounding makes of it: a step of an offset's coordinate more or less, which moves some codes of that channel.
 
     One channel of 64 has an eighth of the error's length; a code that moves is off by up to twice what it was.
     """

@@ -219,8 +219,12 @@ class TQ4Codec:
             key_scales = key_scales.detach().to(self.device, torch.float32).contiguous()
             if not (key_scales.isfinite() & (key_scales > 0)).all():
                 raise ValueError("key_scales must be positive and finite, got others")
+        return self.with_checked_scales(key_scales)
+
+    def with_checked_scales(self, key_scales: torch.Tensor | None) -> TQ4Codec:
+        """As :meth:`with_key_scales`, of float32 scales that have been checked; waits for no GPU."""
         other = copy.copy(self)
-        other.key_scales = key_scales
+        other.key_scales = None if key_scales is None else key_scales.to(self.device, non_blocking=True)
         return other
 
     @staticmethod

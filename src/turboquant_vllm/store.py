@@ -40,8 +40,8 @@ def tq4_store(
         previous_slots: where the cache has offsets, int32 or int64 ``[tokens]``: the slot of the token before each in its
             sequence, negative where there is none. A key that begins a group is coded around the mean of the group before; None
             finds that in the same page alone. Tokens of one group of 64 must stand one behind the other, in the order of their
-            slots, and a group's first token be written before its others; tokens that are left out may stand anywhere. A call that
-            begins a group has, of the group before, nothing, or all from some place on to its end; elsewise the offset is any.
+            slots, and a group's first token be written before its others; tokens that are left out may stand anywhere. A call
+            that begins a group has of the group before nothing, or all from some place on; the offset is not defined else.
         backend: "cuda" (randomized Hadamard, head_dim 64, 128 or 256, fp16 and bf16), "triton", "reference", or "auto", the
             first of these that can serve the call. "reference" waits for the GPU.
 

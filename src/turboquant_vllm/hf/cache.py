@@ -14,6 +14,7 @@ from turboquant_vllm.checks import check_count, check_flag, check_seed
 from turboquant_vllm.hf.files import fill_layers, read_cache, write_cache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 from turboquant_vllm.hf.packing import warn_if_all_dense, why_dense
+from turboquant_vllm.hf.scales import KeyScales, key_scales_for, split_model
 from turboquant_vllm.hf.static import DenseStaticLayer, PagedLayer
 
 __all__ = ["TurboQuantCache", "TurboQuantStaticCache"]
@@ -46,23 +47,23 @@ class _SavedCache:
 
         Args:
             path: the file.
-            config: of the model that filled the cache.
+            config: of the model that filled the cache, or the model.
             device: of layers that are kept dense. Packed ones are read into the CPU's memory, and each moves to the device
                 of its layer when it is used.
-            options: further arguments of the class; seed and skip_layers are those of the file.
+            options: further arguments of the class; seed, skip_layers and key scales are those of the file.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: not such a file, another version, a wrong checksum, or the cache of another kind of model.
         """
-        check_config(config)
+        check_config(split_model(config)[0])
         seed, descriptions, tensors = read_cache(path)
-        expected = len(DynamicCache(config=config).layers)
+        expected = len(DynamicCache(config=split_model(config)[0]).layers)
         if len(descriptions) != expected:
             raise ValueError(f"{path}: expected {expected} layers, got {len(descriptions)}")
         skipped = [index for index, layer in enumerate(descriptions) if layer.get("kind") == "dense"]
-        if any(layer.get("offsets") for layer in descriptions):
-            options = {"key_offsets": True, **options}
+        if packed := [layer for layer in descriptions if layer.get("kind") == "packed" and layer.get("length")]:
+            options = {"key_offsets": any(layer.get("offsets") for layer in packed), "key_scales": {}, **options}
         cache = cls(config, **{**options, "seed": seed, "skip_layers": skipped})
         fill_layers(path, cache.layers, seed, descriptions, tensors, device)
         return cache
@@ -89,7 +90,7 @@ class TurboQuantCache(_SavedCache, DynamicCache):
     all layers, a UserWarning says why.
 
     Args:
-        config: of the model, ``model.config``.
+        config: of the model, ``model.config``; or the model itself, whose weights then give the key scales that no file has.
         seed: of the rotations, a non-negative int.
         skip_layers: layers to keep dense; negative numbers count from the end.
         exact_prefill: the tokens of the first call see one another exactly, as their keys and values are at hand then; all
@@ -97,12 +98,15 @@ class TurboQuantCache(_SavedCache, DynamicCache):
             chunks changes nothing.
         key_offsets: keep keys around offsets that groups of 64 tokens share, and one outlying key of each group in 8 bits: what
             pretrained models need (:mod:`turboquant_vllm.reference_keys`), for 4 bytes more a token and head at head_dim 128.
-        key_scales: with offsets, the key scales of layers, ``[H_kv, D]`` by layer; others have ones.
+            False: plain TQ4.
+        key_scales: with offsets, the channel scales of keys: ``[H_kv, D]`` by layer (others have ones), or the path of a file
+            of ``turboquant calibrate``. None: those of "turboquant.safetensors" in the folder that the model came from, else
+            from the weights, which are read once, of the model or of that folder; else ones, which the log says.
         offloading, offload_only_non_sliding: as for ``DynamicCache``: keep all layers but the current one on the CPU.
 
     Raises:
-        TypeError, ValueError: ``config`` is none, ``skip_layers`` or ``seed`` is out of range, or the model's attention is
-            "flex_attention".
+        TypeError, ValueError: ``config`` is none, ``skip_layers`` or ``seed`` is out of range, the model's attention is
+            "flex_attention", or key scales are another model's.
     """
 
     def __init__(
@@ -112,15 +116,13 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         seed: int = 0,
         skip_layers: Iterable[int] = (),
         exact_prefill: bool = True,
-        key_offsets: bool = False,
-        key_scales: Mapping[int, torch.Tensor] | None = None,
+        key_offsets: bool = True,
+        key_scales: KeyScales | None = None,
         offloading: bool = False,
         offload_only_non_sliding: bool = False,
     ) -> None:
+        config, model = split_model(config)
         check_config(config)
-        check_flag("key_offsets", key_offsets)
-        if key_scales and not key_offsets:
-            raise ValueError("key_scales must come with key_offsets=True, got False")
         check_seed(seed)
         check_flag("exact_prefill", exact_prefill)
         DynamicCache.__init__(self, config=config, offloading=offloading, offload_only_non_sliding=offload_only_non_sliding)
@@ -128,12 +130,14 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         skipped = check_layers("skip_layers", skip_layers, len(self.layers))
         reasons = why_dense(config)
         warn_if_all_dense(reasons, type(self).__name__)
+        scales = _scales(config, model, key_offsets, key_scales, reasons)
         for index, reason in enumerate(reasons):
             if reason or index in skipped:
                 continue
             window = getattr(self.layers[index], "sliding_window", None)
-            scales = None if key_scales is None else key_scales.get(index)
-            options: dict[str, Any] = {"exact_prefill": exact_prefill, "key_offsets": key_offsets, "key_scales": scales}
+            options: dict[str, Any] = {
+                "exact_prefill": exact_prefill, "key_offsets": key_offsets, "key_scales": scales.get(index)
+            }  # fmt: skip
             if window is None:
                 self.layers[index] = PackedLayer(index, seed=seed, **options)
             else:
@@ -156,9 +160,9 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
     graphs. Layers with a sliding window have room for little more than the window.
 
     Args:
-        config: of the model, ``model.config``.
+        config: as for :class:`TurboQuantCache`.
         max_cache_len: tokens that fit, prompt and continuation together; rounded up to a multiple of 64.
-        seed, skip_layers, exact_prefill: as for :class:`TurboQuantCache`.
+        seed, skip_layers, exact_prefill, key_offsets, key_scales: as for :class:`TurboQuantCache`.
 
     Raises:
         TypeError, ValueError: as for :class:`TurboQuantCache`; ``max_cache_len`` is out of range; the model has an encoder.
@@ -172,7 +176,10 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
         seed: int = 0,
         skip_layers: Iterable[int] = (),
         exact_prefill: bool = True,
+        key_offsets: bool = True,
+        key_scales: KeyScales | None = None,
     ) -> None:
+        config, model = split_model(config)
         check_config(config)
         check_count("max_cache_len", max_cache_len, 1, _LONGEST)
         if getattr(config, "is_encoder_decoder", False):
@@ -188,13 +195,29 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
         reasons = why_dense(config)
         warn_if_all_dense(reasons, type(self).__name__)
         windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
+        scales = _scales(config, model, key_offsets, key_scales, reasons)
         for index, reason in enumerate(reasons):
             if reason:
                 continue
             if index in skipped:
                 self.layers[index] = DenseStaticLayer(index, max_cache_len, window=windows[index], exact_prefill=exact_prefill)
                 continue
-            self.layers[index] = PagedLayer(index, max_cache_len, window=windows[index], seed=seed, exact_prefill=exact_prefill)
+            self.layers[index] = PagedLayer(
+                index, max_cache_len, window=windows[index], seed=seed, exact_prefill=exact_prefill, key_offsets=key_offsets,
+                key_scales=scales.get(index),
+            )  # fmt: skip
+
+
+def _scales(
+    config: Any, model: Any, key_offsets: bool, key_scales: KeyScales | None, reasons: list[Any]
+) -> Mapping[int, torch.Tensor]:
+    """Key scales by layer, of a cache some of whose layers are packed."""
+    check_flag("key_offsets", key_offsets)
+    if not key_offsets:
+        if key_scales:
+            raise ValueError("key_scales must come with key_offsets=True, got False")
+        return {}
+    return {} if all(reasons) else key_scales_for(config, model, key_scales)
 
 
 def check_config(config: Any) -> None:

@@ -121,18 +121,16 @@ def fill_layers(
 def _restore(path: Any, index: int, layer: Any, packed: TQ4Tensor, found: dict[str, Any], tensors: Tensors) -> None:
     """Fill a packed layer, whose keys have offsets if the file's have."""
     dtype, length, offsets = _DTYPES[found["dtype"]], found["length"], bool(found.get("offsets"))
-    expected = getattr(layer, "key_offsets", False)
+    expected = layer.key_offsets
     if offsets != expected:
         names = ("without offsets", "with offsets")
         raise ValueError(
             f"{path}: layer {index}: expected keys {names[expected]}, got keys {names[offsets]}: key_offsets={offsets}"
         )
-    if not offsets:
-        layer.restore(packed, dtype, length)
-        return
+    keys, values = (TQ4Tensor(*part) for part in zip(packed.codes, packed.norms, strict=True))
     layer.key_scales = tensors.get(f"{index}.key_scales")
-    keys = TQ4Keys(packed.codes[0], packed.norms[0], tensors[f"{index}.groups"], tensors[f"{index}.steps"])
-    layer.restore_keys(keys, TQ4Tensor(packed.codes[1], packed.norms[1]), dtype, length)
+    shared = (tensors[f"{index}.groups"], tensors[f"{index}.steps"]) if offsets else ()
+    layer.restore(TQ4Keys(*keys, *shared) if shared else keys, values, dtype, length)
 
 
 def _describe(index: int, layer: Any) -> dict[str, Any]:

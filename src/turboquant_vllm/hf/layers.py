@@ -91,10 +91,8 @@ class PackedLayer(CacheLayerMixin):
         check_states(self.index, key_states, value_states)
         batch, num_heads, _, head_dim = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        codec = codec_for(head_dim, self.seed, self.device)
-        if self.key_scales is not None:
-            check_key_scales(self.key_scales, num_heads, head_dim)
-            codec = codec.with_key_scales(self.key_scales)
+        check_key_scales(self.key_scales, num_heads, head_dim)
+        codec = codec_for(head_dim, self.seed, self.device, self.key_scales)
         self.storage = PackedStorage(codec, batch, num_heads, self.key_offsets)
 
     def update(
@@ -209,18 +207,12 @@ class PackedLayer(CacheLayerMixin):
         packed: Any = TQ4Keys(*keys) if self.key_offsets else TQ4Tensor(*keys[:2])  # type: ignore[arg-type]
         return packed, TQ4Tensor(*values[:2]), self.get_seq_length()  # type: ignore[arg-type]
 
-    def restore_keys(self, keys: TQ4Keys, values: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
-        """As :meth:`restore`, of keys with offsets."""
+    def restore(self, keys: TQ4Tensor | TQ4Keys, values: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
+        """Take over keys and values ``[B, H_kv, n, D]`` that are what is left of ``length`` tokens."""
         self.dtype = dtype
-        codec = codec_for(keys.head_dim, self.seed, keys.device).with_key_scales(self.key_scales)
-        self.storage = PackedStorage(codec, keys.shape[0], keys.shape[1], has_offsets=True)
-        self.storage.put_keys(keys, values)
-
-    def restore(self, packed: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
-        """Take over keys and values ``[2, B, H_kv, n, D]`` that are what is left of ``length`` tokens."""
-        self.dtype = dtype
-        self.storage = PackedStorage(codec_for(packed.head_dim, self.seed, packed.device), *packed.shape[1:3])
-        self.storage.put(packed)
+        codec = codec_for(values.head_dim, self.seed, values.device, self.key_scales)
+        self.storage = PackedStorage(codec, values.norms.shape[0], values.norms.shape[1], self.key_offsets)
+        self.storage.put(keys, values)
 
     def crop(self, tokensto_remove: int) -> None:
         """Remove the last ``-tokensto_remove`` tokens, or all beyond the first ``tokensto_remove`` if that is positive."""
@@ -307,12 +299,8 @@ class PackedSlidingLayer(PackedLayer):
     def get_seq_length(self) -> int:
         return self.length
 
-    def restore(self, packed: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
-        super().restore(packed, dtype, length)
-        self.length = length
-
-    def restore_keys(self, keys: TQ4Keys, values: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
-        super().restore_keys(keys, values, dtype, length)
+    def restore(self, keys: TQ4Tensor | TQ4Keys, values: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
+        super().restore(keys, values, dtype, length)
         self.length = length
 
     def get_max_length(self) -> int:

@@ -8,12 +8,12 @@ import torch
 
 from turboquant_vllm import reference
 from turboquant_vllm.checks import check_sm_scale
-from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.codec import TQ4Codec, TQ4Keys, TQ4Tensor
 from turboquant_vllm.hf.tensors import DeferredTensor, additive
 from turboquant_vllm.ops import define_operator, open_library
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.paged_attention import tq4_paged_attention
-from turboquant_vllm.records import Masks, Sequences, Tables
+from turboquant_vllm.records import GROUP, Masks, Operand, Sequences, Tables
 from turboquant_vllm.rotation import RotationKind
 
 __all__ = [
@@ -21,12 +21,13 @@ __all__ = [
     "PagedTensor",
     "SpanMask",
     "attend_pages",
+    "cache_of",
     "find_spans",
     "packed_places",
     "put_places",
 ]
 
-PAGE_SIZE = 64
+PAGE_SIZE = GROUP  # a page holds one group of keys with offsets
 
 
 class PagedTensor(DeferredTensor):
@@ -39,6 +40,8 @@ class PagedTensor(DeferredTensor):
         length: int64 scalar, the tokens of each sequence that are in use.
         which: 0 for keys, 1 for values.
         heads: H_kv.
+        has_offsets: whether the pages' keys have offsets.
+        key_scales: of such keys, ``[H_kv, D]``, or None.
     """
 
     buffer: torch.Tensor
@@ -46,9 +49,11 @@ class PagedTensor(DeferredTensor):
     length: torch.Tensor
     rotation: torch.Tensor
     centroids: torch.Tensor
+    key_scales: torch.Tensor | None
     kind: RotationKind
     which: int
     heads: int
+    has_offsets: bool
 
     @staticmethod
     def __new__(
@@ -63,12 +68,14 @@ class PagedTensor(DeferredTensor):
         heads: int,
         tokens: int,
         dtype: torch.dtype,
+        has_offsets: bool = False,
+        key_scales: torch.Tensor | None = None,
     ) -> PagedTensor:
         shape = (block_table.shape[0], heads, tokens, rotation.shape[0])
         self: PagedTensor = cls._make(shape, dtype, buffer.device)
         self.buffer, self.block_table, self.length = buffer, block_table, length
         self.rotation, self.centroids, self.kind = rotation, centroids, kind
-        self.which, self.heads = which, heads
+        self.which, self.heads, self.has_offsets, self.key_scales = which, heads, has_offsets, key_scales
         return self
 
     @staticmethod
@@ -81,25 +88,27 @@ class PagedTensor(DeferredTensor):
         heads: int,
         tokens: int,
         dtype: torch.dtype,
+        has_offsets: bool,
     ) -> PagedTensor:
         """The first ``tokens`` places of each sequence, to be read in ``dtype``."""
-        tables = (codec.rotation, codec.centroids, codec.rotation_kind)
-        return PagedTensor(buffer, block_table, length, *tables, which, heads, tokens, dtype)
+        tables, scales = (codec.rotation, codec.centroids, codec.rotation_kind), codec.key_scales
+        return PagedTensor(buffer, block_table, length, *tables, which, heads, tokens, dtype, has_offsets, scales)
 
     def dense(self) -> torch.Tensor:
         """The vectors decompressed, ``[B, H_kv, n, D]``; places that no token has may hold anything."""
-        tables = (self.rotation, self.centroids, self.kind == "hadamard")
+        tables = (self.rotation, self.centroids, self.kind == "hadamard", self.has_offsets, self.key_scales)
         read = torch.ops.turboquant.read_pages
         return read(self.buffer, self.block_table, self.heads, self.which, self.shape[2], *tables, self.dtype)
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = ["buffer", "block_table", "length", "rotation", "centroids"]
-        return names, (self.kind, self.which, self.heads, self.shape[2], self.dtype)
+        names += [] if self.key_scales is None else ["key_scales"]
+        return names, (self.kind, self.which, self.heads, self.shape[2], self.dtype, self.has_offsets)
 
     @staticmethod
     def __tensor_unflatten__(inner: dict[str, torch.Tensor], context: Any, size: Any, stride: Any) -> PagedTensor:
         own = (inner["buffer"], inner["block_table"], inner["length"])
-        return PagedTensor(*own, inner["rotation"], inner["centroids"], *context)
+        return PagedTensor(*own, inner["rotation"], inner["centroids"], *(*context, inner.get("key_scales")))
 
 
 def attend_pages(
@@ -112,7 +121,7 @@ def attend_pages(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of one query a sequence, ``[B, H_q, 1, D]``, to the places that the mask shows."""
-    tables = (key.buffer, key.block_table, key.heads, mask.spans, key.rotation, key.centroids)
+    tables = (key.buffer, key.block_table, key.heads, mask.spans, key.rotation, key.centroids, key.has_offsets, key.key_scales)
     return torch.ops.turboquant.attend_pages(query, *tables, sm_scale, softcap, sinks)
 
 
@@ -178,26 +187,31 @@ def read_spans(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     return spans[0, :-1], spans[1], spans[2, :-1] if spans.shape[0] == 3 else None
 
 
-def packed_places(buffer: torch.Tensor, block_table: torch.Tensor, heads: int, which: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes ``[B, H_kv, N, D // 2]`` and norms ``[B, H_kv, N]`` of all places of all sequences: a copy."""
-    cache = _cache(buffer, heads)
-    codes, norms = ((cache.k_codes, cache.k_norms), (cache.v_codes, cache.v_norms))[which]
+def packed_places(part: Operand, block_table: torch.Tensor) -> TQ4Tensor | TQ4Keys:
+    """Keys or values ``[B, H_kv, N, D]`` of all places of all sequences, from the pages' ``part``: a copy."""
     table = block_table.long()
-    return codes[table].transpose(1, 2).flatten(2, 3), norms[table].transpose(1, 2).flatten(2, 3)
+    found = [x[table].transpose(1, 2).flatten(2, 3) for x in part if x is not None]
+    return TQ4Tensor(*found) if part.groups is None else TQ4Keys(*found)
 
 
-def put_places(buffer: torch.Tensor, block_table: torch.Tensor, positions: torch.Tensor, packed: TQ4Tensor) -> None:
-    """Write keys and values ``[2, B, H_kv, n, D]`` to places ``positions [n]`` of all sequences."""
-    cache = _cache(buffer, packed.codes.shape[2])
-    pages, places = block_table[:, positions // PAGE_SIZE].long(), positions % PAGE_SIZE
-    for which, (codes, norms) in enumerate(((cache.k_codes, cache.k_norms), (cache.v_codes, cache.v_norms))):
-        codes[pages, :, places] = packed.codes[which].transpose(1, 2)
-        norms[pages, :, places] = packed.norms[which].transpose(1, 2)
+def put_places(
+    cache: PagedTQ4Cache, block_table: torch.Tensor, positions: torch.Tensor, keys: TQ4Tensor | TQ4Keys, values: TQ4Tensor
+) -> None:
+    """Write keys and values ``[B, H_kv, n, D]`` to places ``positions [n]`` of all sequences.
+
+    Where keys have offsets the first of them begins a group, and they are one behind the other.
+    """
+    where = block_table[:, positions // PAGE_SIZE].long(), slice(None), positions % PAGE_SIZE
+    groups = block_table[:, positions[::GROUP] // PAGE_SIZE].long(), slice(None), positions[::GROUP] % GROUP
+    for part, given in zip((cache.keys, cache.values), (keys, values), strict=True):
+        for i, (to, x) in enumerate(zip(part, given, strict=False)):
+            assert to is not None
+            to[where if i < 2 else groups] = x.transpose(1, 2)
 
 
-def _cache(buffer: torch.Tensor, heads: int) -> PagedTQ4Cache:
-    head_dim = buffer.shape[1] // (heads * PAGE_SIZE) - 8
-    return PagedTQ4Cache(buffer, page_size=PAGE_SIZE, num_kv_heads=heads, head_dim=head_dim)
+def cache_of(buffer: torch.Tensor, heads: int, head_dim: int, has_offsets: bool) -> PagedTQ4Cache:
+    """The pages of a layer, ``buffer [pages, page_bytes]``."""
+    return PagedTQ4Cache(buffer, page_size=PAGE_SIZE, num_kv_heads=heads, head_dim=head_dim, has_offsets=has_offsets)
 
 
 # The operators, opaque to torch.compile
@@ -212,14 +226,18 @@ def _read_pages(
     rotation: torch.Tensor,
     centroids: torch.Tensor,
     signs: bool,
+    has_offsets: bool,
+    key_scales: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    codes, norms = (x[:, :, :tokens] for x in packed_places(buffer, block_table, heads, which))
-    return torch.ops.turboquant.decompress(codes, norms, centroids, rotation, signs, dtype)
+    cache = cache_of(buffer, heads, rotation.shape[0], has_offsets)
+    packed = packed_places((cache.keys, cache.values)[which], block_table)
+    codec = TQ4Codec.reader(rotation, centroids, "hadamard" if signs else "haar", key_scales)
+    return codec.decompress(packed, dtype)[:, :, :tokens]
 
 
 def _read_pages_fake(*args: Any) -> torch.Tensor:
-    buffer, block_table, heads, _, tokens, rotation, _, _, dtype = args
+    buffer, block_table, heads, _, tokens, rotation, _, _, _, _, dtype = args
     return buffer.new_empty((block_table.shape[0], heads, tokens, rotation.shape[0]), dtype=dtype)
 
 
@@ -231,19 +249,22 @@ def _attend_pages(
     spans: torch.Tensor,
     rotation: torch.Tensor,
     centroids: torch.Tensor,
+    has_offsets: bool,
+    key_scales: torch.Tensor | None,
     sm_scale: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    cache = _cache(buffer, heads)
+    cache = cache_of(buffer, heads, rotation.shape[0], has_offsets)
     stops, rows, counts = read_spans(spans)
     q = query[:, :, 0]
     if query.dtype == torch.float64:  # which no kernel takes
         scale = check_sm_scale(sm_scale, query.shape[-1])
         sequences = Sequences(block_table, stops, rows, 1, block_table.shape[1] * cache.page_size)
         masks = Masks(True, softcap=softcap, sinks=sinks, windows=counts)
-        return reference.paged_attention(q, cache, sequences, Tables(centroids, rotation), scale, masks)[0].unsqueeze(2)
-    codec = TQ4Codec.reader(rotation, centroids, "haar")
+        tables = Tables(centroids, rotation, key_scales)
+        return reference.paged_attention(q, cache, sequences, tables, scale, masks)[0].unsqueeze(2)
+    codec = TQ4Codec.reader(rotation, centroids, "haar", key_scales)
     options: dict[str, Any] = {"sliding_window": counts, "softcap": softcap, "sinks": sinks}
     out = tq4_paged_attention(q, cache, codec, block_table, stops, rows, sm_scale=sm_scale, max_query_len=1, **options)
     return out.unsqueeze(2)
@@ -258,7 +279,7 @@ define_operator(
     _LIBRARY,
     "attend_pages",
     "(Tensor query, Tensor buffer, Tensor block_table, int heads, Tensor spans, Tensor rotation, Tensor centroids, "
-    "float? sm_scale, float? softcap, Tensor? sinks) -> Tensor",
+    "bool has_offsets, Tensor? key_scales, float? sm_scale, float? softcap, Tensor? sinks) -> Tensor",
     _attend_pages,
     _attend_pages_fake,
 )
@@ -266,7 +287,7 @@ define_operator(
     _LIBRARY,
     "read_pages",
     "(Tensor buffer, Tensor block_table, int heads, int which, int tokens, Tensor rotation, Tensor centroids, bool signs, "
-    "ScalarType dtype) -> Tensor",
+    "bool has_offsets, Tensor? key_scales, ScalarType dtype) -> Tensor",
     _read_pages,
     _read_pages_fake,
 )

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from transformers.cache_utils import CacheLayerMixin, StaticLayer
 
-from turboquant_vllm import ops
-from turboquant_vllm.codec import TQ4Codec, TQ4Tensor
+from turboquant_vllm.checks import check_key_scales
+from turboquant_vllm.codec import TQ4Codec, TQ4Keys, TQ4Tensor
 from turboquant_vllm.fakes import has_elements
 from turboquant_vllm.hf.layers import check_states, to_remove
-from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, packed_places, put_places
-from turboquant_vllm.hf.storage import HALVES, check_sizes, codec_for, natively_stored, store_tokens
+from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, cache_of, packed_places, put_places
+from turboquant_vllm.hf.storage import check_sizes, codec_for, natively_stored, store_backend, store_tokens
 from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.records import GROUP
 
 __all__ = ["DenseStaticLayer", "PagedLayer"]
 
@@ -64,17 +65,28 @@ class PagedLayer(CacheLayerMixin):
         window: how many tokens a query sees, itself included; None for all.
         seed: of the rotation.
         exact_prefill: whether the first call's own tokens are seen exactly by that call.
+        key_offsets: whether keys have offsets.
+        key_scales: with offsets, ``[H_kv, D]``, or None for ones.
     """
 
     is_compileable = True
     is_croppable = True
 
     def __init__(
-        self, index: int, max_cache_len: int, *, window: int | None = None, seed: int, exact_prefill: bool = True
+        self,
+        index: int,
+        max_cache_len: int,
+        *,
+        window: int | None = None,
+        seed: int,
+        exact_prefill: bool = True,
+        key_offsets: bool = False,
+        key_scales: torch.Tensor | None = None,
     ) -> None:
         # Whole pages: a token too many is then outside of the block table, which no device overlooks.
         self.index, self.max_cache_len, self.window = index, whole_pages(max_cache_len), window
         self.seed, self.exact_prefill = seed, exact_prefill
+        self.key_offsets, self.key_scales = key_offsets, key_scales
         self.empty = True
         self.first = 0  # tokens before this one were never here: they had left the window of the cache that was restored
         self.cumulative_length = torch.zeros((), dtype=torch.long)
@@ -120,6 +132,8 @@ class PagedLayer(CacheLayerMixin):
         check_room(self, count, wait=False)
         self._check_chunk(count, first and self.exact_prefill)
         skipped = max(0, count - self._places) if first and self.exact_prefill else 0
+        if self.key_offsets:  # a group is written from its beginning on
+            skipped = -(-skipped // GROUP) * GROUP
         positions = torch.arange(skipped, count, device=self.device) + self.cumulative_length
         self._write(key_states[:, :, skipped:], value_states[:, :, skipped:], positions)
         self.cumulative_length.add_(count)
@@ -137,36 +151,44 @@ class PagedLayer(CacheLayerMixin):
     def _write(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
         assert self.codec is not None
         assert self.buffer is not None
-        slots = self.block_table.T[positions // PAGE_SIZE] * PAGE_SIZE + (positions % PAGE_SIZE)[:, None]
-        if keys.dtype in HALVES and self._native:
-            backend = "cuda"
-        elif keys.dtype != torch.float64 and ops.triton_runs_on(keys.device):
-            backend = "triton"
-        else:
-            backend = "reference"
-        store_tokens(keys, values, slots, self.buffer, self.codec, PAGE_SIZE, backend)
+        backend = store_backend(keys.dtype, self._native, keys.device, self.key_offsets)
+        slots, previous = self._slots(positions), None
+        if self.key_offsets:
+            before = positions - 1
+            previous = torch.where(before[:, None] >= 0, self._slots(before.clamp(min=0)), -1)
+        store_tokens(keys, values, slots, self.buffer, self.codec, PAGE_SIZE, backend, self.key_offsets, previous)
+
+    def _slots(self, positions: torch.Tensor) -> torch.Tensor:
+        """Of tokens ``[n]`` of each sequence, int64 ``[n, B]``."""
+        return self.block_table.T[positions // PAGE_SIZE] * PAGE_SIZE + (positions % PAGE_SIZE)[:, None]
 
     def _paged(self, which: int) -> PagedTensor:
         assert self.buffer is not None
         assert self.codec is not None
         return PagedTensor.of(
             self.buffer, self.block_table, self.cumulative_length, self.codec, which, self.num_heads, self.max_cache_len,
-            self.dtype,
+            self.dtype, self.key_offsets,
         )  # fmt: skip
+
+    def _pages(self) -> PagedTQ4Cache:
+        assert self.buffer is not None
+        assert self.codec is not None
+        return cache_of(self.buffer, self.num_heads, self.codec.head_dim, self.key_offsets)
 
     def _allocate(self, batch: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> None:
         needed = self.max_cache_len if self.window is None else min(self.max_cache_len, self.window + MAX_CHUNK)
         self._places = whole_pages(needed)  # tokens of a sequence that there are pages for
         pages, table_pages = self._places // PAGE_SIZE, self.max_cache_len // PAGE_SIZE
-        width = PagedTQ4Cache.page_bytes(PAGE_SIZE, num_heads, head_dim)
+        width = PagedTQ4Cache.page_bytes(PAGE_SIZE, num_heads, head_dim, self.key_offsets)
         self.num_heads = num_heads
+        check_key_scales(self.key_scales, num_heads, head_dim)
         with torch.inference_mode(False):
             self.buffer = torch.zeros((batch * pages, width), dtype=torch.uint8, device=device)
             turns = torch.arange(table_pages, dtype=torch.int32, device=device) % pages
             self.block_table = turns + torch.arange(batch, dtype=torch.int32, device=device)[:, None] * pages
             self.cumulative_length = torch.zeros((), dtype=torch.long, device=device)
         self.dtype = dtype
-        self.codec = codec_for(head_dim, self.seed, device)
+        self.codec = codec_for(head_dim, self.seed, device, self.key_scales)
         self._settle(device)
 
     def _settle(self, device: torch.device) -> None:
@@ -174,15 +196,16 @@ class PagedLayer(CacheLayerMixin):
         assert self.codec is not None
         self.device, self._native = device, natively_stored(self.codec)
         if not torch.compiler.is_compiling():
-            for x in (self.buffer, self.block_table, self.cumulative_length):
-                torch._dynamo.mark_static_address(x)
+            for x in (self.buffer, self.block_table, self.cumulative_length, self.codec.key_scales):
+                if x is not None:
+                    torch._dynamo.mark_static_address(x)
 
     def _move(self, device: torch.device) -> None:
         assert self.buffer is not None
         assert self.codec is not None
         self.buffer = self.buffer.to(device, non_blocking=True)
         self.block_table, self.cumulative_length = self.block_table.to(device), self.cumulative_length.to(device)
-        self.codec = codec_for(self.codec.head_dim, self.seed, device)
+        self.codec = codec_for(self.codec.head_dim, self.seed, device, self.codec.key_scales)
         self._settle(device)
 
     # What there is
@@ -230,29 +253,35 @@ class PagedLayer(CacheLayerMixin):
         check_room(self, query_length, wait=True)
         return (query_length if self.empty and self.exact_prefill else self.max_cache_len), 0
 
-    def export(self) -> tuple[TQ4Tensor, TQ4Tensor, int]:
-        """Keys and values ``[B, H_kv, n, D]`` that later calls can see, and how many tokens there were; waits for a GPU."""
-        assert self.buffer is not None
+    def export(self) -> tuple[TQ4Tensor | TQ4Keys, TQ4Tensor, int]:
+        """Keys and values ``[B, H_kv, n, D]`` that later calls can see, keys with offsets from where a group begins, and how
+        many tokens there were; waits for a GPU."""
         length = int(self.cumulative_length)
-        kept = length if self.window is None else min(length, self.window - 1)
-        tokens = slice(length - kept, length)
-        keys, values = (
-            TQ4Tensor(*(x[:, :, tokens] for x in packed_places(self.buffer, self.block_table, self.num_heads, which)))
-            for which in (0, 1)
-        )
-        return keys, values, length
+        first = 0 if self.window is None else self._first_seen(length)
+        cache, tokens = self._pages(), slice(first, length)
+        keys, values = (packed_places(part, self.block_table) for part in (cache.keys, cache.values))
+        if isinstance(keys, TQ4Keys):
+            groups = slice(first // GROUP, -(-length // GROUP))
+            own = (*(x[:, :, tokens] for x in keys[:2]), *(x[:, :, groups] for x in keys[2:]))
+            return TQ4Keys(*own), TQ4Tensor(*(x[:, :, tokens] for x in values)), length
+        return TQ4Tensor(*(x[:, :, tokens] for x in keys)), TQ4Tensor(*(x[:, :, tokens] for x in values)), length
+
+    def _first_seen(self, length: int) -> int:
+        """The first token that is read behind ``length`` tokens, where there is a window."""
+        assert self.window is not None
+        first = max(0, length - (self.window - 1))
+        return first // GROUP * GROUP if self.key_offsets else first
 
     # What changes it
 
-    def restore(self, packed: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
-        """Take over keys and values ``[2, B, H_kv, n, D]`` that are what is left of ``length`` tokens."""
+    def restore(self, keys: TQ4Tensor | TQ4Keys, values: TQ4Tensor, dtype: torch.dtype, length: int) -> None:
+        """Take over keys and values ``[B, H_kv, n, D]`` that are what is left of ``length`` tokens."""
         if length > self.max_cache_len:
             raise ValueError(f"layer {self.index}: expected at most {self.max_cache_len} tokens, got {length}")
-        _, batch, num_heads, count, head_dim = packed.shape
-        self._allocate(batch, num_heads, head_dim, dtype, packed.device)
-        assert self.buffer is not None
-        positions = torch.arange(length - count, length, device=packed.device)
-        put_places(self.buffer, self.block_table, positions, packed)
+        batch, num_heads, count = values.norms.shape
+        self._allocate(batch, num_heads, values.head_dim, dtype, values.device)
+        positions = torch.arange(length - count, length, device=values.device)
+        put_places(self._pages(), self.block_table, positions, keys, values)
         self.cumulative_length.fill_(length)
         self.empty, self.first = length == 0, length - count
 
@@ -273,7 +302,7 @@ class PagedLayer(CacheLayerMixin):
         length = int(self.cumulative_length)
         count = to_remove(tokens_to_remove, length)
         if self.window is not None:
-            reused = self.window - 1 + count > self._places < length  # their pages hold others
+            reused = self._first_seen(length - count) + self._places < length  # their pages hold others
             if reused or not _is_there(self.first, length - count, self.window):
                 raise RuntimeError(f"layer {self.index}: cannot remove {count} tokens behind a window of {self.window}")
         self.first = min(self.first, length - count)

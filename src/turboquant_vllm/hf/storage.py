@@ -20,7 +20,7 @@ from turboquant_vllm.limits import DECODE_HEAD_DIMS, why_not_store
 from turboquant_vllm.paged import chunk_bytes, page_views
 from turboquant_vllm.records import GROUP, Operand
 
-__all__ = ["HALVES", "PackedStorage", "check_sizes", "codec_for", "natively_stored", "store_tokens"]
+__all__ = ["HALVES", "PackedStorage", "check_sizes", "codec_for", "natively_stored", "store_backend", "store_tokens"]
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -33,10 +33,18 @@ _FEW_TOKENS = 64
 
 
 @keep_real()
-def codec_for(head_dim: int, seed: int, device: torch.device) -> TQ4Codec:
-    """The codec that all layers of that head dimension on that device share."""
+def _shared_codec(head_dim: int, seed: int, device: torch.device) -> TQ4Codec:
     with torch.inference_mode(False):
         return TQ4Codec(head_dim, seed=seed, device=device)
+
+
+def codec_for(head_dim: int, seed: int, device: torch.device, key_scales: torch.Tensor | None = None) -> TQ4Codec:
+    """The codec that all layers of that head dimension on that device share, with scales that have been checked."""
+    codec = _shared_codec(head_dim, seed, device)
+    if key_scales is None:
+        return codec
+    with torch.inference_mode(False):
+        return codec.with_checked_scales(key_scales)
 
 
 @keep_real(4)
@@ -67,6 +75,13 @@ def natively_stored(codec: TQ4Codec) -> bool:
     return codec.rotation_kind == "hadamard" and codec.head_dim in DECODE_HEAD_DIMS and not ops.why_not_cuda(codec.device)
 
 
+def store_backend(dtype: torch.dtype, native: bool, device: torch.device, has_offsets: bool) -> str:
+    """What writes states of ``dtype``; ``native``: whether the native kernel may."""
+    if native and dtype in HALVES:
+        return "cuda"
+    return "triton" if not has_offsets and dtype != torch.float64 and ops.triton_runs_on(device) else "reference"
+
+
 def store_tokens(
     keys: torch.Tensor,
     values: torch.Tensor,
@@ -76,20 +91,26 @@ def store_tokens(
     page_size: int,
     backend: str,
     has_offsets: bool = False,
+    previous_slots: torch.Tensor | None = None,
 ) -> None:
     """Compress ``[B, H_kv, n, D]`` keys and values into pages, in one launch, or in one for each sequence if n is not 1.
 
-    ``slots`` is ``[n, B]``, or ``[B]`` for one token; the rest as the operator ``turboquant::store`` takes it.
+    ``slots`` and ``previous_slots`` are ``[n, B]``, or ``[B]`` for one token; the rest as the operator ``turboquant::store``
+    takes it.
     """
     if keys.shape[2] == 1:
-        calls = [(keys.select(2, 0), values.select(2, 0), slots.view(-1))]
+        calls: Any = [(keys.select(2, 0), values.select(2, 0), slots.view(-1))]
+        before: Any = [None if previous_slots is None else previous_slots.view(-1)]
     else:
         calls = list(zip(keys.transpose(1, 2), values.transpose(1, 2), slots.unbind(1), strict=True))
-    if backend == "cuda" and why_not_store(*calls[0][:2], True, 0):  # vectors that do not lie as the kernel needs them
+        before = [None] * len(calls) if previous_slots is None else previous_slots.unbind(1)
+    if backend == "cuda" and why_not_store(
+        calls[0][0], calls[0][1], True, 0
+    ):  # vectors that do not lie as the kernel needs them
         keys, values = keys.contiguous(), values.contiguous()
-        return store_tokens(keys, values, slots, buffer, codec, page_size, backend, has_offsets)
-    for k, v, to in calls:
-        offsets = (True, codec.key_scales) if has_offsets else ()
+        return store_tokens(keys, values, slots, buffer, codec, page_size, backend, has_offsets, previous_slots)
+    for (k, v, to), previous in zip(calls, before, strict=True):
+        offsets = (True, codec.key_scales, previous) if has_offsets else ()
         if backend == "cuda" and not torch.compiler.is_compiling():  # the operator would take longer than its kernel
             store(k, v, buffer, to, codec.rotation, codec.companding, codec.centroids, codec.scale, page_size, *offsets)
             continue
@@ -137,7 +158,7 @@ class PackedStorage:
             setattr(self, name, state[name])
         buffer = state["buffer"]
         head_dim, seed = state["codec"]
-        self.codec = codec_for(head_dim, seed, buffer.device).with_key_scales(state["key_scales"])
+        self.codec = codec_for(head_dim, seed, buffer.device, state["key_scales"])
         with torch.inference_mode(False):
             self._use(buffer.clone() if buffer.is_inference() else buffer, state["capacity"])
 
@@ -174,7 +195,8 @@ class PackedStorage:
             self._expect_more(keys, values)
         if self.has_offsets:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)[first : self.stop]
-            store_tokens(keys, values, slots, self.buffer, self.codec, self.capacity, self._backend(keys), True)
+            backend = store_backend(keys.dtype, self._native, keys.device, True)
+            store_tokens(keys, values, slots, self.buffer, self.codec, self.capacity, backend, True)
         elif self._native and keys.dtype in HALVES:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)
             slots = slots[first] if count == 1 else slots[first : self.stop]
@@ -185,12 +207,8 @@ class PackedStorage:
             for part, states in enumerate((keys, values)):  # one after the other, so that the codes of one alone exist twice
                 self._put_part(part, first, *self.codec.compress(states))
 
-    def put(self, packed: TQ4Tensor) -> None:
-        """Append keys and values that are packed already, ``[2, B, H_kv, n, D]``, without offsets."""
-        self._put(self._take(packed.norms.shape[3]), *packed)
-
-    def put_keys(self, keys: TQ4Keys, values: TQ4Tensor) -> None:
-        """As :meth:`put`, of keys with offsets, the first of which begins a group."""
+    def put(self, keys: TQ4Tensor | TQ4Keys, values: TQ4Tensor) -> None:
+        """Append keys and values ``[B, H_kv, n, D]`` that are packed already; the first of keys with offsets begins a group."""
         count = values.norms.shape[2]
         self._take(count)
         for part, given in zip(self.last(count), (keys, values), strict=True):
@@ -224,9 +242,7 @@ class PackedStorage:
     def move(self, device: torch.device) -> None:
         """Bring the buffer to ``device``; copies to or from a GPU are queued, not waited for."""
         if device != self.buffer.device:
-            codec = codec_for(self.codec.head_dim, self.codec.seed, device)
-            scales = self.codec.key_scales
-            self.codec = codec if scales is None else codec.with_key_scales(scales)
+            self.codec = codec_for(self.codec.head_dim, self.codec.seed, device, self.codec.key_scales)
             with torch.inference_mode(False):
                 self._use(self.buffer.to(device, non_blocking=True), self.capacity)
 
@@ -260,8 +276,8 @@ class PackedStorage:
         if keys.dtype in HALVES and not graph and not why_not_store(k, v, True, 0):
             slots, codec = _slots(self.buffer.shape[0], self.capacity, self.buffer.device), self.codec
             how = (codec.rotation, codec.companding, codec.centroids, codec.scale, self.capacity)
-            how = (*how, True, codec.key_scales) if self.has_offsets else how
-            self._writer = TokenWriter(k, v, slots, self.buffer, *how)
+            offsets = (True, codec.key_scales) if self.has_offsets else ()
+            self._writer = TokenWriter(k, v, slots, self.buffer, *how, *offsets)
 
     def _put(self, first: int, codes: torch.Tensor, norms: torch.Tensor) -> None:
         for part in (0, 1):
@@ -272,10 +288,6 @@ class PackedStorage:
         to.data.copy_(codes)
         assert to.norms is not None
         to.norms.copy_(norms)
-
-    def _backend(self, keys: torch.Tensor) -> str:
-        """What writes keys with offsets."""
-        return "cuda" if self._native and keys.dtype in HALVES else "reference"
 
     def _allocate(self, batch: int, capacity: int) -> None:
         width = self.num_heads * chunk_bytes(capacity, self.codec.head_dim, self.has_offsets)
