@@ -12,6 +12,7 @@ token, behind a prompt of N, and scores that half alone (rows with ``decode``).
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,10 +68,10 @@ def formats(model: Any, scales: dict[int, torch.Tensor]) -> dict[str, tuple[Call
 
     shared = (2 * d + 16) / GROUP
     return {
-        "tq4": (ours(key_offsets=True, key_scales=scales), d + 8 + shared),
-        "tq4-weights": (ours(key_offsets=True, key_scales=from_weights), d + 8 + shared),
-        "tq4-ones": (ours(key_offsets=True), d + 8 + shared),
-        "plain": (ours(), d + 8),
+        "tq4": (ours(key_scales=scales), d + 8 + shared),
+        "tq4-weights": (ours(key_scales=from_weights), d + 8 + shared),
+        "tq4-ones": (ours(key_scales={}), d + 8 + shared),
+        "plain": (ours(key_offsets=False), d + 8),
         "fp8": (lambda: RoundTripCache(config, fp8), 2 * d),
         "int4": (lambda: RoundTripCache(config, lambda k, v: (int4(k, -1), int4(v, -1))), d + 8),
         "int4-channel": (
@@ -82,17 +83,22 @@ def formats(model: Any, scales: dict[int, torch.Tensor]) -> dict[str, tuple[Call
 
 @torch.inference_mode()
 def scores(model: Any, ids: torch.Tensor, make: Callable[[], Any], exact: list[torch.Tensor], prompt: int) -> TokenScores:
-    """Of the tokens behind ``prompt``, those read token by token where ``prompt`` is not 0."""
+    """Of the tokens behind ``prompt``, those read token by token where ``prompt`` is not 0, of all windows side by side."""
     found = []
-    for row, want in zip(ids.split(1), exact, strict=True):
-        cache, inputs = make(), row[:, :-1]
+    for some, want in [(ids, torch.stack(exact))] if prompt else zip(ids.split(1), [x[None] for x in exact], strict=True):
+        cache, inputs = make(), some[:, :-1]
         if prompt:
             model(inputs[:, :prompt], **{CACHE_ARGUMENT: cache}, logits_to_keep=1)
             steps = inputs[:, prompt:].split(1, 1)
-            logits = torch.cat([model(one, **{CACHE_ARGUMENT: cache}).logits for one in steps], 1)
         else:
-            logits = model(inputs, **{CACHE_ARGUMENT: cache}).logits
-        found.append(token_scores(want.to(logits.device), logits[0].float(), row[0, prompt + 1 :]))
+            steps = (inputs,)
+        first = prompt
+        for ids_of_step in steps:
+            logits = model(ids_of_step, **{CACHE_ARGUMENT: cache}).logits.float()
+            last = first + ids_of_step.shape[1]
+            exactly = want[:, first - prompt : last - prompt].to(logits.device)
+            found.append(token_scores(exactly.flatten(0, 1), logits.flatten(0, 1), some[:, first + 1 : last + 1].flatten()))
+            first = last
     return TokenScores(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
@@ -109,13 +115,14 @@ def measure(name: str, folder: Path, args: argparse.Namespace, device: str) -> l
     for context, prompt in works:
         if context > longest:
             continue
-        count = max(1, min(args.windows, args.tokens // context)) if not prompt else 2
+        count = max(1, min(args.windows, args.tokens // context)) if not prompt else 4
         ids = token_windows(tokenizer, test, "the standard library", context, count).to(device)
         exact = []
         with torch.inference_mode():
             for row in ids.split(1):
                 exact.append(model(row[:, :-1], use_cache=False).logits[0, prompt:].float().cpu())
-        for format_name, (make, size) in makers.items():
+        for format_name in args.formats or makers:
+            make, size = makers[format_name]
             found = scores(model, ids, make, exact, prompt)
             row = {
                 "model": name, "context": context, "format": format_name, "bytes_per_token_head": size,
@@ -135,14 +142,26 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=16384, help="at most so many of each context, or one window")
     parser.add_argument("--decode", type=int, default=512)
-    parser.add_argument("--out", type=Path, default=RESULTS / "quality-real.json")
+    parser.add_argument("--formats", nargs="*", help="some of tq4, tq4-weights, tq4-ones, plain, fp8, int4, int4-channel")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quality-real.json", help="rows of other works are kept there")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows: list[dict[str, Any]] = []
+    run = environment(text="the standard library of this Python", dtype="float32")
+    here = {name: run[name] for name in ("gpu", "revision")}
+    rows = []
+    if args.out.exists():
+        before = json.loads(args.out.read_text())
+        rows = [{**{name: before["environment"][name] for name in here}, **row} for row in before["rows"]]
     for one in args.models:
         name, _, folder = one.partition("=")
-        rows += measure(name, Path(folder), args, device)
-        write_results(args.out, environment(text="the standard library of this Python", dtype="float32"), rows)
+        new = [{**row, **here} for row in measure(name, Path(folder), args, device)]
+        works = [_work(row) for row in new]
+        rows = [row for row in rows if _work(row) not in works] + new
+        write_results(args.out, run, rows)
+
+
+def _work(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["context"], row["format"], row.get("decode", 0)
 
 
 if __name__ == "__main__":
