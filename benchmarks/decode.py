@@ -4,8 +4,8 @@
 case once and measures nothing, for a profiler.
 
 Scope "kernel": the first kernel alone, attending with queries that were rotated before, without joining and rotating back.
-Scope "call": the whole operator. Both sides run in CUDA graphs, in the same dtype, with a cold L2. Each case is checked
-against float64 before it is timed.
+Scope "call": the whole operator; `offsets_ms` is that over keys with offsets, timed in turns with plain ones. Both sides run in
+CUDA graphs, in the same dtype, with a cold L2. Each case is checked against float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from common import (
 )
 from turboquant_vllm import TQ4Codec, reference
 from turboquant_vllm.cuda.decode import prepare
-from turboquant_vllm.records import Masks, Operand
+from turboquant_vllm.records import GROUP, Masks, Operand
 
 DTYPE = torch.float16
 TOLERANCE = 4 * 2.0**-10
@@ -86,10 +86,26 @@ def arguments(case: Case) -> tuple[Any, ...]:
     return q, Operand(codes(), norms()), Operand(codes(), norms()), codec.tables, scale, Masks(is_causal)
 
 
+def with_offsets(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """These arguments, their keys around random offsets that are as long as they, and an outlier in every group."""
+    q, k, *rest = args
+    assert k.norms is not None
+    shared = (*k.norms.shape[:2], -(-k.norms.shape[2] // GROUP))
+    groups = torch.randint(-127, 128, (*shared, 2, q.shape[-1]), dtype=torch.int8, device="cuda")
+    steps = torch.full((*shared, 4), 1 / 73.3, device="cuda")  # the root mean square of such bytes
+    norms = k.norms.clone()
+    first = torch.arange(shared[2], device="cuda") * GROUP
+    place = first + (torch.rand(shared, device="cuda") * (norms.shape[2] - first).clamp(max=GROUP)).long()
+    norms.scatter_(2, place, -norms.gather(2, place))
+    return q, Operand(k.data, norms, groups, steps), *rest
+
+
 def call(args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator on these arguments."""
     q, k, v, tables, scale, masks = args
-    return torch.ops.turboquant.cuda_decode(q, *k[:2], *v[:2], *tables[:2], scale, *masks[:4])
+    return torch.ops.turboquant.cuda_decode(
+        q, *k[:2], *v[:2], *tables[:2], scale, *masks[:4], k_groups=k.groups, k_steps=k.steps
+    )
 
 
 def check(args: tuple[Any, ...]) -> float:
@@ -119,6 +135,11 @@ def measure(case: Case, bandwidth: float, rep: int, scopes: tuple[str, ...] = ("
         "call": graphed(lambda: call(args)),
     }
     ours = {scope: median_ms(run[scope], rep) for scope in scopes}
+    other = with_offsets(args)
+    offsets_error = check(other)
+    run["offsets"] = graphed(lambda: call(other))
+    turns = [(median_ms(run["call"], rep), median_ms(run["offsets"], rep)) for _ in range(3)]
+    plain_ms, offsets_ms = (sorted(times)[1] for times in zip(*turns, strict=True))
     q = args[0]
     # The dense side attends to every key: the same bytes, and its causal mask is aligned to the other corner.
     shape = (case.batch, case.num_kv_heads, case.kv_len, case.head_dim)
@@ -143,6 +164,9 @@ def measure(case: Case, bandwidth: float, rep: int, scopes: tuple[str, ...] = ("
                 "max_abs_err": error,
             }
         )
+        if scope == "call":
+            rows[-1] |= {"offsets_ms": round(offsets_ms, 5), "offsets_ratio": round(offsets_ms / plain_ms, 3)}
+            rows[-1] |= {"offsets_max_abs_err": offsets_error}
     return rows
 
 
@@ -163,14 +187,15 @@ def main() -> None:
     bandwidth = read_bandwidth()
     torch.cuda.empty_cache()
     print(f"read bandwidth {bandwidth:.0f} GB/s")
-    print("id     context scope   ours_ms  dense_ms  backend    ratio  share  error")
+    print("id     context scope   ours_ms  dense_ms  backend    ratio  share  error    offsets")
     rows: list[dict[str, Any]] = []
     for case in cases:
         for row in measure(case, bandwidth, options.rep, ("call",) if options.contexts else ("kernel", "call")):
             rows.append(row)
             print(
                 f"{row['id']:7} {case.kv_len:6} {row['scope']:6} {row['ours_ms']:8.4f} {row['best_fp16_ms']:9.4f}  "
-                f"{row['best_backend']:9} {row['ratio']:6.2f} {row['read_bandwidth_share']:6.3f}  {row['max_abs_err']:.1e}",
+                f"{row['best_backend']:9} {row['ratio']:6.2f} {row['read_bandwidth_share']:6.3f}  {row['max_abs_err']:.1e}"
+                f"  {row.get('offsets_ratio', '')}",
                 flush=True,
             )
         torch.cuda.empty_cache()

@@ -219,7 +219,8 @@ def emulated_decode(monkeypatch: pytest.MonkeyPatch, few_objects: None) -> None:
 
     def variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False, offsets: bool = False) -> variants.Variant:
         row_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= rows)
-        return variants.Variant(head_dim, row_tiles, 2, 2, 3, head_dim < 256 and row_tiles <= 2, masked, offsets)
+        in_registers, ahead = head_dim < 256 and row_tiles <= 2, offsets and head_dim < 256
+        return variants.Variant(head_dim, row_tiles, 2, 3 if ahead else 2, 3, in_registers, masked, offsets, ahead)
 
     emulate_decode(monkeypatch)
     for module in (decode, paged):

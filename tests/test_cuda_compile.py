@@ -72,6 +72,20 @@ def test_compiles_with_masks_without_spills(arch, head_dim):
                 assert stays_in_registers(kernel, used), (kernel, variant, used)
 
 
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "pages", "masked"),
+    [*((arch, 128, 0, False) for arch in SHARED), ("sm_90", 64, 0, False), ("sm_90", 256, 1, False), ("sm_90", 128, 1, True)],
+)
+def test_compiles_with_offsets_without_spills(arch, head_dim, pages, masked):
+    variant = choose_variant(head_dim, 4, SHARED[arch], masked=masked, offsets=True)
+    assert variant.ahead == (head_dim < 256 and SHARED[arch] > 200_000)
+    assert variant.shared_bytes_without_query + pages * 12 * MAX_SEQUENCES <= SHARED[arch], variant
+    defines = {**variant.defines, "PAGED": pages}
+    usage = runtime.resource_usage(runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
+    for kernel, used in usage.items():
+        assert stays_in_registers(kernel, used), (kernel, variant, used)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", SHARED)
 def test_variants_are_the_compiled_ones(arch, head_dim):

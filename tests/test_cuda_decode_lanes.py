@@ -242,3 +242,9 @@ def test_offsets_of_all_variants(generator, head_dim, group):
 def test_ranges_of_fixed_length_with_offsets(generator):
     case = random_case(generator, dtype=HALF, batch=2, q_len=2, kv_len=300, offsets=True)
     check(lambda *args: decode.decode(*args, split_len=48), case)
+
+
+@pytest.mark.parametrize("split_len", [464, 480, 496])
+def test_ranges_that_begin_shortly_before_other_groups_are_scored(generator, split_len):
+    case = random_case(generator, dtype=HALF, batch=1, num_kv_heads=1, kv_len=1100, offsets=True)
+    check(lambda *args: decode.decode(*args, split_len=split_len), case)

@@ -5,7 +5,8 @@
 //                                   ring    per warp, STAGES tiles of 16 tokens: K codes, V codes, norms
 //                                   query   per pass, fragments of the rotated rows in fp16, then one scale per row;
 //                                           a block touches PASSES consecutive passes at most
-//                                           behind each ring, of keys with offsets, scores: see groups.cuh
+//                                           behind each ring, of keys with offsets, scores, and what the next groups
+//                                           share: see groups.cuh
 //                                   in the end, over all of these: per warp, its last segment's results (join.cuh)
 //
 //   a stage of the ring   | K codes, 16 rows of D / 2 bytes | V codes, likewise | 16 K norms | 16 V norms |
@@ -240,11 +241,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 #pragma unroll 1
     for (int n0 = tile0 * 16; n0 < tile1 * 16; n0 += 16) {
 #if OFFSETS
-      if (n0 == tile0 * 16 || n0 % (GROUPS_AT_ONCE * KEYS_OF_GROUP) == 0) {
-        const int first = n0 / (GROUPS_AT_ONCE * KEYS_OF_GROUP) * GROUPS_AT_ONCE;
-        // The pass is worked out anew, which keeps it from taking registers.
-        score_groups(p, ring + GROUP_SCORES, locate(now - 1), first, row_scales, inverse_power(level_scale), load_query);
-      }
+      if (n0 == tile0 * 16 || n0 % (GROUPS_AT_ONCE * KEYS_OF_GROUP) == 0)  // the pass is worked out anew: it takes no registers
+        enter_groups(p, ring, locate(now - 1), n0, tile0, tile1, row_scales, inverse_power(level_scale), load_query);
 #endif
       wait_copies<STAGES - 2>();
       __syncwarp();

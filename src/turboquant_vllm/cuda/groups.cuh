@@ -14,35 +14,61 @@
 // Two of four signed bytes, as half2: 1152 = 1024 + 128 is in the exponent 0x64 what a byte of 0 is, once its sign is turned.
 __device__ __forceinline__ u32 two_of(u32 turned, u32 selector) { return sub_half2(prmt(turned, 0x64646464u, selector), 0x64806480u); }
 
-// Scores of the groups from `first` on of a pass, in log2. `query(q, n * KSTEPS + i)` gives the fragment of column tile
-// n, step i;
-// `unit` is what makes row c of row tile t a score.
-template <class Query>
-__device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, const Pass& pass, int first, const float* row_scales,
-                                             float unit, Query query) {
-  const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
-  // Groups that the pass does not have repeat its last one.
-  const int group = min(first + r, (pass.kv_len - 1) / KEYS_OF_GROUP);
+struct Group { const signed char* rows; const float* steps; };
+
+// Where the group lies that row r of the product from group `first` on is of. Groups that a pass does not have repeat its last.
+__device__ __forceinline__ Group find_group(const DecodeParams& p, const Pass& pass, int first) {
+  const int group = min(first + (int)(threadIdx.x % 32 / 4), (pass.kv_len - 1) / KEYS_OF_GROUP);
   const int head = p.heads.head_of(pass.index), b = p.heads.batch(head), h = head - b * p.heads.kv_heads;
 #if PAGED
   const int of_page = p.page_tiles / 4, page_of = group / of_page;
   const i64 page = (i64)min(max(p.block_table[b * p.table_stride + page_of], 0), p.num_pages - 1) * p.k_b + h * p.k_h;
   const int place = group - page_of * of_page;
-  const signed char* rows = p.groups + page + place * (2 * D);
-  const float* steps = (const float*)((const char*)p.steps + page) + place * 4;
+  return {p.groups + page + place * (2 * D), (const float*)((const char*)p.steps + page) + place * 4};
 #else
-  const signed char* rows = p.groups + times(b, p.g_b) + times(h, p.g_h) + times(group, p.g_g);
-  const float* steps = p.steps + times(b, p.s_b) + times(h, p.s_h) + times(group, p.s_g);
+  return {p.groups + times(b, p.g_b) + times(h, p.g_h) + times(group, p.g_g),
+          p.steps + times(b, p.s_b) + times(h, p.s_h) + times(group, p.s_g)};
 #endif
-  const float step = steps[0] * unit, outlier_step = steps[1] * unit;
+}
+
+#if AHEAD
+// Ask for what the groups from `first` on share; it lands with the next tile that is asked for.
+__device__ __forceinline__ void copy_groups(const DecodeParams& p, u32 to, const Pass& pass, int first) {
+  const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
+  const Group from = find_group(p, pass, first);
+#pragma unroll
+  for (int i = c * 16; i < 2 * D; i += 64) copy16(to + r * GROUP_PITCH + i, from.rows + i);
+  if (c < 2) copy4(to + 8 * GROUP_PITCH + r * 8 + c * 4, from.steps + c);
+}
+#endif
+
+// Scores of the groups from `first` on of a pass, in log2. `query(q, n * KSTEPS + i)` gives the fragment of column tile
+// n, step i; `unit` is what makes row c of row tile t a score.
+template <class Query>
+__device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, u32 ahead, const Pass& pass, int first,
+                                             const float* row_scales, float unit, Query query) {
+  const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
+#if AHEAD
+  u32 both[2];
+  lds2(both, ahead + 8 * GROUP_PITCH + r * 8);
+  const float step = __uint_as_float(both[0]) * unit, outlier_step = __uint_as_float(both[1]) * unit;
+  auto numbers = [&](u32* x, int at) { lds4(x, ahead + r * GROUP_PITCH + at); };
+#else
+  const Group from = find_group(p, pass, first);
+  const float step = from.steps[0] * unit, outlier_step = from.steps[1] * unit;
+  auto numbers = [&](u32* x, int at) {
+    const uint4 found = *(const uint4*)(from.rows + at);
+    x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
+  };
+#endif
   float s[NQ][4];
 #pragma unroll
   for (int n = 0; n < NQ; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
 #pragma unroll 1  // registers are short
   for (int i = 0; i < KSTEPS; i += 4) {  // 16 numbers of each row at a time
     const int at = D == 64 ? c * 16 : 128 * (i / 8) + c * 32 + 4 * (i % 8);
-    const uint4 x = *(const uint4*)(rows + at), y = *(const uint4*)(rows + D + at);
-    const u32 xs[4] = {x.x, x.y, x.z, x.w}, ys[4] = {y.x, y.y, y.z, y.w};
+    u32 xs[4], ys[4];
+    numbers(xs, at), numbers(ys, D + at);
 #pragma unroll
     for (int j = 0; j < 4; j++) {
       const u32 xj = xs[j] ^ 0x80808080u, yj = ys[j] ^ 0x80808080u;
@@ -61,5 +87,24 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, cons
     const float offset = s[t / 2][t & 1] * (step * row_scales[t]), outlier = s[t / 2][2 + (t & 1)] * (outlier_step * row_scales[t]);
     sts2(to + ((r * NT + t) * 4 + c) * 8, offset, offset + outlier);
   }
+}
+
+// What a warp does where its tiles tile0 .. tile1 - 1 of a pass come to other groups, at token n0.
+template <class Query>
+__device__ __forceinline__ void enter_groups(const DecodeParams& p, u32 ring, const Pass& pass, int n0, int tile0, int tile1,
+                                             const float* row_scales, float unit, Query query) {
+  const int first = n0 / (GROUPS_AT_ONCE * KEYS_OF_GROUP) * GROUPS_AT_ONCE;
+  const u32 ahead = ring + GROUP_ROWS;
+#if AHEAD
+  if (n0 < (tile0 + STAGES) * 16) {  // later ones have landed with a tile that has been waited for
+    if (n0 == tile0 * 16) copy_groups(p, ahead, pass, first), commit_copies();
+    wait_copies<0>();
+    __syncwarp();
+  }
+#endif
+  score_groups(p, ring + GROUP_SCORES, ahead, pass, first, row_scales, unit, query);
+#if AHEAD  // a warp that waited for them there would ask for no tiles meanwhile
+  if ((first + GROUPS_AT_ONCE) * KEYS_OF_GROUP < tile1 * 16) copy_groups(p, ahead, pass, first + GROUPS_AT_ONCE);
+#endif
 }
 #endif

@@ -29,6 +29,7 @@ class Variant:
         query_in_registers: or read from shared memory again for each tile.
         masked: whether calls have a sliding window, a soft cap or sinks.
         offsets: whether keys have offsets.
+        ahead: whether what groups share is copied to shared memory before it is needed.
     """
 
     head_dim: int
@@ -39,6 +40,7 @@ class Variant:
     query_in_registers: bool
     masked: bool = False
     offsets: bool = False
+    ahead: bool = False
 
     @property
     def defines(self) -> dict[str, int]:
@@ -53,6 +55,7 @@ class Variant:
             "PAGED": 0,
             "MASKED": int(self.masked),
             "OFFSETS": int(self.offsets),
+            "AHEAD": int(self.ahead),
         }
 
     @property
@@ -64,6 +67,7 @@ class Variant:
     def shared_bytes_without_query(self) -> int:
         """Of that, table, rings and the scores of offsets."""
         scores = 256 * self.row_tiles if self.offsets else 0
+        scores += 8 * (2 * self.head_dim + 16) + 64 if self.ahead else 0
         return _TABLE_BYTES + self.warps * (self.stages * (16 * self.head_dim + 128) + scores)
 
     @property
@@ -101,11 +105,12 @@ def choose_variant(head_dim: int, rows: int, shared_limit: int, masked: bool = F
     many_warps = 16 if sums <= 256 else 12 if sums <= 512 else 8
     in_registers = head_dim < 256 and row_tiles <= 2
     candidates = (
-        Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked, offsets)
+        Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked, offsets, ahead)
         for warps in (16, 12, 8, 4, 2)
         if warps <= many_warps
         for passes in (8, 6, 3, 2)
         for stages in range(max(3, 64 // warps * 64 // head_dim), 1, -1)
+        for ahead in ((True, False) if offsets else (False,))
     )
     return next(v for v in candidates if v.shared_bytes <= shared_limit and v.part_bytes <= v.shared_bytes_without_query)
 
