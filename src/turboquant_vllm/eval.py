@@ -4,7 +4,8 @@
 
 lm-eval's own model calls transformers without a cache where it scores log-likelihoods, so a cache given to it would change
 nothing there. :class:`TurboQuantLM` passes a fresh :class:`turboquant_vllm.hf.TurboQuantCache` in every call; all tokens,
-also those of the same call, are attended to as that cache returns them.
+also those of the same call, are attended to as that cache returns them. With `attn_implementation=tq4` among the model's
+arguments, which lm-eval's own `hf` takes here as well, attention reads the codes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ except ModuleNotFoundError as error:
         sys.exit(message)
     raise ModuleNotFoundError(message) from error
 
-from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, register
 
 __all__ = ["TurboQuantLM", "main"]
+
+register()
 
 
 @register_model("turboquant")
