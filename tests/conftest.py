@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import hypothesis
 import pytest
@@ -50,3 +52,20 @@ def interpreter() -> Iterator[Interpreter]:
     child = Interpreter()
     yield child
     child.close()
+
+
+@pytest.fixture(scope="session")
+def verify_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text for `turboquant verify`."""
+    from verify_cases import text_that_suffers
+
+    return text_that_suffers(tmp_path_factory.mktemp("verify") / "text.txt")
+
+
+@pytest.fixture(scope="session")
+def verify_figures(verify_text: Path) -> dict[str, Any]:
+    """What `run_verify` says of the demo's model and that text, with rotations of seed 2."""
+    from turboquant_vllm.verify import run_verify
+    from verify_cases import CONTEXT, MODEL
+
+    return run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=1000, device="cpu", seed=2)
