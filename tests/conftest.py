@@ -68,4 +68,4 @@ def verify_figures(verify_text: Path) -> dict[str, Any]:
     from turboquant_vllm.verify import run_verify
     from verify_cases import CONTEXT, MODEL
 
-    return run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=1000, device="cpu", seed=2)
+    return run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=1000, device="cpu", seed=2, formats=("plain",))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,19 @@ from transformers import (
 )
 
 from turboquant_vllm import TQ4Codec, verify
+from turboquant_vllm.calibration import save_key_scales
 from turboquant_vllm.demo.run import MODEL
-from turboquant_vllm.hf import TurboQuantCache
+from turboquant_vllm.demo.text import windows
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache
+from turboquant_vllm.hf.calibration import key_scales_from_model
 from turboquant_vllm.quality.attention import cache_format
 from turboquant_vllm.quality.formats import TQ4Format
 from turboquant_vllm.quality.measure import perplexity
 from turboquant_vllm.verify import run_verify
-from turboquant_vllm.verify.formats import CacheFormat, known_formats
+from turboquant_vllm.verify.formats import CacheFormat, choose_formats, known_formats
 from turboquant_vllm.verify.layers import layer_errors
 from turboquant_vllm.verify.run import to_use
-from verify_cases import CONTEXT, WINDOWS, both, demo_model, invoke, saved, tiny
+from verify_cases import CONTEXT, WINDOWS, both, copy_of_the_demo, demo_model, invoke, saved, tiny
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +114,9 @@ def test_layers_are_those_that_the_cache_packs(verify_text: Path, tmp_path: Path
 
 
 def test_dense_layers_are_exact_and_take_their_bytes(verify_text: Path, verify_figures: dict[str, Any]) -> None:
-    found = run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=0.0, dense_layers=range(6), device="cpu", count=2)
+    found = run_verify(
+        str(MODEL), verify_text, CONTEXT, max_ppl_increase=0, dense_layers=range(6), device="cpu", count=2, formats=("plain",)
+    )
     assert found["perplexity"]["tq4"] == found["perplexity"]["exact"]
     assert (found["kl"], found["agreement"], found["increase_percent"]) == (0, 1, 0)
     assert found["passed"]
@@ -122,7 +128,7 @@ def test_recommendation_is_measured_and_keeps_the_limit(verify_text: Path, verif
     assert verify_figures["recommendation"]["text"] == "all layers in TQ4"
     limit = 0.6 * verify_figures["increase_percent"]
     assert limit > 0
-    found = run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=limit, device="cpu", seed=2)
+    found = run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=limit, device="cpu", seed=2, formats=("plain",))
     assert not found["passed"]
     advice = found["recommendation"]
     order = [item["layer"] for item in found["contributors"]]
@@ -130,7 +136,14 @@ def test_recommendation_is_measured_and_keeps_the_limit(verify_text: Path, verif
     assert len(advice["dense_layers"]) in (1, 2)  # of six layers, so at most three, and the number doubles
     assert advice["within_limit"] == (advice["increase_percent"] <= limit)
     again = run_verify(
-        str(MODEL), verify_text, CONTEXT, max_ppl_increase=limit, dense_layers=advice["dense_layers"], device="cpu", seed=2
+        str(MODEL),
+        verify_text,
+        CONTEXT,
+        max_ppl_increase=limit,
+        dense_layers=advice["dense_layers"],
+        device="cpu",
+        seed=2,
+        formats=("plain",),
     )
     assert again["increase_percent"] == pytest.approx(advice["increase_percent"], abs=1e-4)
     assert again["bytes_per_token"]["tq4"] == advice["bytes_per_token"]
@@ -150,7 +163,7 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(
     seen: list[torch.Tensor] = []
     forward = LlamaForCausalLM.forward
     monkeypatch.setattr(LlamaForCausalLM, "forward", lambda self, ids, **kw: seen.append(ids) or forward(self, ids, **kw))
-    found = run_verify(str(folder), verify_text, CONTEXT, device="cpu")
+    found = run_verify(str(folder), verify_text, CONTEXT, device="cpu", formats=("plain",))
     starts = {tuple(ids[0].tolist()) for ids in seen if ids.shape[1] == CONTEXT}
     assert len(starts) == found["windows"] == WINDOWS
     assert {start[0] for start in starts} == {0}
@@ -161,43 +174,76 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(
 # Formats
 
 
-def exactly(config: Any, dense: Any) -> DynamicCache:
-    return DynamicCache(config=config)
+def twice(head_dim: int) -> int:
+    return 2 * head_dim
 
 
-EXACT = CacheFormat("bf16", "exact", exactly, lambda head_dim: 2 * head_dim, lambda head_dim: 2 * head_dim)
+EXACT = CacheFormat("bf16", "exact", lambda model, dense: DynamicCache(config=model.config), twice, twice)
 
 
-def test_formats_stand_side_by_side(verify_text: Path, verify_figures: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formats_stand_side_by_side(
+    verify_text: Path, verify_figures: dict[str, Any], model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    (plain,), (other,) = known_formats(2), known_formats(3)
-    formats = [replace(other, name="other", title="TQ4 of another seed"), EXACT, plain]
-    found = run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=1000, device="cpu", formats=formats)
+    found = run_verify(
+        str(MODEL), verify_text, CONTEXT, max_ppl_increase=1000, device="cpu", formats=[EXACT, *known_formats(2)]
+    )
     rows = {row["format"]: row for row in found["formats"]}
-    assert list(rows) == ["other", "bf16", "plain"]
+    assert list(rows) == ["bf16", "plain", "offsets", "tq4"]
     assert rows["plain"] == verify_figures["formats"][0]
     exact = rows["bf16"]
     # With a cache the keys' places in memory are others, and sums may be ordered otherwise.
     assert (exact["kl"], exact["tvd"], exact["agreement"]) == pytest.approx((0, 0, 1), abs=1e-5)
-    assert exact["bytes_per_token"] == found["bytes_per_token"]["bf16"]
-    best = min(("other", "plain"), key=lambda name: rows[name]["kl"])
-    assert found["format"] == found["recommendation"]["format"] == best
-    assert found["kl"] == rows[best]["kl"]
+    vectors, plain = 6 * 2, 6 * 2 * 2 * (32 + 4)
+    assert exact["bytes_per_token"] == found["bytes_per_token"]["bf16"] == vectors * 2 * 128
+    assert rows["plain"]["bytes_per_token"] == plain
+    # A group of 64 keys has an offset and an outlier in 8 bits, and four numbers.
+    assert rows["offsets"]["bytes_per_token"] == rows["tq4"]["bytes_per_token"] == plain + vectors * (2 * 64 + 16) / 64
+    assert found["format"] == found["recommendation"]["format"] == min(list(rows)[1:], key=lambda name: rows[name]["kl"])
+    assert found["kl"] == rows[found["format"]]["kl"]
+    assert found["key_scales"] is None  # formats of one's own, for which nothing was looked up
     monkeypatch.setattr(verify, "run_verify", lambda *_, **__: found)
     printed = invoke(MODEL).stdout
     assert all(f"{row['title']} " in printed and f"{row['kl']:.5f}" in printed for row in found["formats"])
     assert f"{100 * (1 - rows['plain']['tvd']):.1f} %" in printed
 
+    ids = torch.tensor(AutoTokenizer.from_pretrained(MODEL)(verify_text.read_text(encoding="utf-8"))["input_ids"])
+    scales = key_scales_from_model(model)
+    kl = []
+    for window in windows(ids, CONTEXT)[:, None, :-1]:
+        cache = TurboQuantCache(model.config, seed=2, exact_prefill=False, key_offsets=True, key_scales=scales)
+        with torch.inference_mode():
+            p, q = (model(window, **{CACHE_ARGUMENT: c}).logits.double().log_softmax(-1) for c in (DynamicCache(), cache))
+        kl.append((p.exp() * (p - q)).sum(-1).mean().item())
+    assert rows["tq4"]["kl"] == pytest.approx(sum(kl) / len(kl), rel=0.01)
 
-def test_only_the_formats_that_are_named(monkeypatch: pytest.MonkeyPatch, verify_figures: dict[str, Any]) -> None:
-    asked: list[list[str]] = []
-    monkeypatch.setattr("turboquant_vllm.verify.formats.known_formats", lambda seed: [EXACT, *known_formats(seed)])
-    monkeypatch.setattr(verify, "run_verify", lambda *_, **options: asked.append(options["formats"]) or verify_figures)
-    for names in ((), ("plain",), ("plain", "bf16")):
-        invoke(MODEL, *(part for name in names for part in ("--format", name)))
-    assert [[known.name for known in formats] for formats in asked] == [["bf16", "plain"], ["plain"], ["bf16", "plain"]]
-    result = invoke(MODEL, "--format", "int3")
-    assert (result.exit_code, result.stderr) == (2, "error: format: expected some of bf16, plain, got int3\n")
+
+def test_formats_are_chosen_by_name() -> None:
+    known = known_formats()
+    assert [one.name for one in choose_formats(known, ())] == ["plain", "offsets", "tq4"]
+    assert [one.name for one in choose_formats(known, ("tq4", "plain"))] == ["plain", "tq4"]
+    assert choose_formats(known, [EXACT]) == [EXACT]
+    result = invoke(MODEL, "--format", "plain", "--format", "int3")
+    assert (result.exit_code, result.stderr) == (2, "error: format: expected some of plain, offsets, tq4, got int3\n")
+
+
+def test_key_scales_are_those_that_a_cache_would_have(verify_text: Path, tmp_path: Path, model: Any) -> None:
+    folder = copy_of_the_demo(tmp_path / "model")
+    options: dict[str, Any] = {"count": 1, "max_ppl_increase": 1000, "device": "cpu", "formats": ("tq4",)}
+    weights = run_verify(str(folder), verify_text, CONTEXT, **options)
+    assert weights["key_scales"] == "weights"
+    other = {layer: torch.linspace(0.5, 2, 128).view(2, 64) for layer in range(6)}
+    save_key_scales(tmp_path / "scales.safetensors", other, model.config, source="test")
+    given = run_verify(str(folder), verify_text, CONTEXT, key_scales=tmp_path / "scales.safetensors", **options)
+    assert given["key_scales"] == str(tmp_path / "scales.safetensors")
+    shutil.copy(tmp_path / "scales.safetensors", folder / "turboquant.safetensors")
+    found = run_verify(str(folder), verify_text, CONTEXT, **options)
+    assert found["key_scales"] == str(folder / "turboquant.safetensors")
+    assert found["kl"] == given["kl"] != weights["kl"]
+    (folder / "turboquant.safetensors").write_bytes(b"something else")
+    result = invoke(folder, "--text", verify_text, "--context", CONTEXT)
+    assert result.exit_code == 2
+    assert re.match("error: .*turboquant.safetensors", result.stderr), result.stderr
 
 
 def row(name: str, kl: float, size: float, within: bool) -> dict[str, Any]:
@@ -262,14 +308,14 @@ def test_layers_cost_little(verify_text: Path, monkeypatch: pytest.MonkeyPatch) 
         LlamaForCausalLM, "forward", lambda self, ids, **kw: read.append(ids.numel()) or forward(self, ids, **kw)
     )
     monkeypatch.setattr("turboquant_vllm.verify.run._LAYER_TOKENS", 32)
-    found = run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=0, device="cpu", seed=2)
+    found = run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=0, device="cpu", seed=2, formats=("plain",))
     assert not found["passed"]
     passes = 2 + 2  # exact and TQ4, and two tries of a recommendation at most
     assert sum(read) <= 2 + passes * WINDOWS * CONTEXT + (2 + 6) * 32
 
 
 def test_recommendations_need_not_be_found(verify_text: Path, verify_figures: dict[str, Any]) -> None:
-    found = run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=1e-9, device="cpu", seed=2)
+    found = run_verify(str(MODEL), verify_text, CONTEXT, max_ppl_increase=1e-9, device="cpu", seed=2, formats=("plain",))
     advice = found["recommendation"]
     assert len(advice["dense_layers"]) <= 3
     if not advice["within_limit"]:

@@ -24,7 +24,7 @@ from transformers import (
 from turboquant_vllm import cli, verify
 from turboquant_vllm.demo.run import MODEL
 from turboquant_vllm.verify import run_verify
-from verify_cases import CONTEXT, invoke
+from verify_cases import CONTEXT, SHORT, invoke
 
 # The command
 
@@ -34,22 +34,8 @@ def test_command_prints_saves_and_passes(
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     out = tmp_path / "new" / "verify.json"
-    arguments = (
-        MODEL,
-        "--text",
-        verify_text,
-        "--context",
-        CONTEXT,
-        "--json",
-        out,
-        "--seed",
-        2,
-        "--device",
-        "cpu",
-        "--dense",
-        "",
-    )
-    result = invoke(*arguments, "--max-ppl-increase", 1000)
+    arguments = (MODEL, "--text", verify_text, "--context", CONTEXT, "--json", out, "--seed", 2, "--device", "cpu")
+    result = invoke(*arguments, "--format", "plain", "--dense", "", "--max-ppl-increase", 1000)
     assert result.exit_code == 0, result.output
     saved = json.loads(out.read_text())
     assert {name: value for name, value in saved.items() if name != "seconds"} == {
@@ -65,10 +51,9 @@ def test_command_prints_saves_and_passes(
 
 
 def test_command_fails_above_the_limit(verify_text: Path) -> None:
-    result = invoke(
-        MODEL, "--text", verify_text, "--context", CONTEXT, "--windows", 1, "--max-ppl-increase", 0, "--device", "cpu"
-    )
-    increase = run_verify(str(MODEL), verify_text, CONTEXT, count=1, max_ppl_increase=0, device="cpu")["increase_percent"]
+    result = invoke(MODEL, "--text", verify_text, *SHORT, "--max-ppl-increase", 0)
+    found = run_verify(str(MODEL), verify_text, 16, count=1, max_ppl_increase=0, device="cpu", formats=("plain",))
+    increase = found["increase_percent"]
     assert result.exit_code == (1 if increase > 0 else 0)
     assert ("FAILED" in result.stdout) == (increase > 0)
 
@@ -121,7 +106,7 @@ def test_whatever_raises_is_no_measurement(
         raise error
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
-    result = invoke(MODEL, "--text", verify_text, "--context", 16, "--windows", 1, "--device", "cpu")
+    result = invoke(MODEL, "--text", verify_text, *SHORT)
     assert result.exit_code == 2
     assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
 

@@ -37,7 +37,7 @@ from turboquant_vllm.demo.run import MODEL
 from turboquant_vllm.hf import CACHE_ARGUMENT
 from turboquant_vllm.quality.formats import TQ4Format
 from turboquant_vllm.verify import run_verify
-from verify_cases import CONTEXT, copy_of_the_demo, invoke, saved, tiny
+from verify_cases import CONTEXT, SHORT, copy_of_the_demo, invoke, saved, tiny
 
 # Other models
 
@@ -71,7 +71,7 @@ def test_models_without_sdpa_are_measured_in_eager_attention(
 ) -> None:
     torch.manual_seed(0)
     folder = saved(make(), tmp_path)
-    found = run_verify(str(folder), verify_text, 64, count=1, max_ppl_increase=1e6, device="cpu")
+    found = run_verify(str(folder), verify_text, 64, count=1, max_ppl_increase=1e6, device="cpu", formats=("plain",))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     ids = torch.tensor(AutoTokenizer.from_pretrained(folder)(verify_text.read_text(encoding="utf-8"))["input_ids"])[None, :64]
     with torch.inference_mode():
@@ -110,26 +110,14 @@ def test_code_that_comes_with_a_model_runs_when_it_is_trusted(
     code = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
     folder = copy_of_the_demo(tmp_path / "own", model_type="own", architectures=["OwnForCausalLM"], auto_map=code)
     (folder / "modeling_own.py").write_text(OWN)
-    arguments = (
-        folder,
-        "--text",
-        verify_text,
-        "--context",
-        CONTEXT,
-        "--seed",
-        2,
-        "--device",
-        "cpu",
-        "--max-ppl-increase",
-        1000,
-    )
+    arguments = (folder, "--text", verify_text, "--context", CONTEXT, "--seed", 2, "--device", "cpu", "--format", "plain")
     refused = invoke(*arguments)
     assert refused.exit_code == 2
     assert re.fullmatch("error: model: .* brings code of its own; once you trust it: --trust-remote-code\n", refused.stderr), (
         refused.stderr
     )
     out = tmp_path / "own.json"
-    assert invoke(*arguments, "--json", out, "--trust-remote-code").exit_code == 0
+    assert invoke(*arguments, "--max-ppl-increase", 1000, "--json", out, "--trust-remote-code").exit_code == 0
     assert json.loads(out.read_text())["kl"] == pytest.approx(verify_figures["kl"], rel=1e-4)
 
 
@@ -182,7 +170,7 @@ def empty(folder: Path) -> Path:
     ],
 )
 def test_a_model_that_cannot_be_verified_is_one_line(tmp_path: Path, make: Any, message: str) -> None:
-    result = invoke(make(tmp_path / "model"), "--context", 8, "--windows", 1, "--device", "cpu")
+    result = invoke(make(tmp_path / "model"), "--context", 8, "--windows", 1, "--format", "plain", "--device", "cpu")
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert re.match(f"error: {message}", result.stderr), result.stderr
@@ -191,7 +179,7 @@ def test_a_model_that_cannot_be_verified_is_one_line(tmp_path: Path, make: Any, 
 
 def test_what_cannot_be_packed_may_be_left_exact(verify_text: Path, tmp_path: Path) -> None:
     folder = tiny(tmp_path / "model", head_dim=8)
-    found = run_verify(str(folder), verify_text, 16, count=1, dense_layers=(0, 1), device="cpu")
+    found = run_verify(str(folder), verify_text, 16, count=1, dense_layers=(0, 1), device="cpu", formats=("plain",))
     assert (found["increase_percent"], found["recommendation"]["dense_layers"]) == (0, [0, 1])
 
 
@@ -244,7 +232,7 @@ def without(*names: str) -> Callable[[Path], Path]:
     ],
 )
 def test_files_that_are_no_model_are_one_line(tmp_path: Path, verify_text: Path, make: Any, message: str) -> None:
-    result = invoke(make(tmp_path / "model"), "--text", verify_text, "--context", 16, "--windows", 1, "--device", "cpu")
+    result = invoke(make(tmp_path / "model"), "--text", verify_text, *SHORT)
     assert result.exit_code == 2, result.output
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert re.match(f"error: {message}", result.stderr), result.stderr
@@ -257,7 +245,12 @@ def test_weights_that_the_model_has_no_place_for_are_named(
     monkeypatch.setenv("COLUMNS", "200")
     folder = copy_of_the_demo(tmp_path / "model", num_hidden_layers=5)
     result = invoke(
-        folder, "--text", verify_text, "--context", 16, "--windows", 1, "--max-ppl-increase", 1000, "--device", "cpu"
+        folder,
+        "--text",
+        verify_text,
+        *SHORT,
+        "--max-ppl-increase",
+        1000,
     )
     assert result.exit_code == 0
     assert "note: the model has no place for 9 tensors of its files, such as model.layers.5." in result.stdout

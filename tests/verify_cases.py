@@ -28,6 +28,7 @@ from turboquant_vllm.quality.formats import TQ4Format
 from turboquant_vllm.quality.measure import compare_windows
 
 CONTEXT, WINDOWS = 96, 3
+SHORT = ("--context", 16, "--windows", 1, "--format", "plain", "--device", "cpu")
 
 
 def invoke(*arguments: object) -> Any:

@@ -104,7 +104,12 @@ def verify(
     json_out: Annotated[Path | None, typer.Option("--json", help="File to write everything measured to.")] = None,
     max_ppl_increase: Annotated[float, typer.Option(help="Largest acceptable increase of the perplexity, percent.")] = 1.0,
     dense: Annotated[str, typer.Option(help="Layers to leave exact, such as 0,1,31.")] = "",
-    formats: Annotated[list[str] | None, typer.Option("--format", help="Format to measure; default: all. Repeatable.")] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="plain, offsets or tq4; default: all. Repeatable.")
+    ] = None,
+    scales: Annotated[
+        Path | None, typer.Option(help="File of turboquant calibrate; default: in MODEL, or its weights.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the codec's rotation.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")] = False,
@@ -116,7 +121,6 @@ def verify(
     """
     with _one_line_for_errors(_NO_MEASUREMENT):
         from turboquant_vllm.verify import report, run_verify
-        from turboquant_vllm.verify.formats import choose_formats, known_formats
 
         if json_out is not None:
             check_writable(json_out)
@@ -131,7 +135,8 @@ def verify(
                 device=device,
                 seed=seed,
                 trust_remote_code=trust_remote_code,
-                formats=choose_formats(known_formats(seed), formats or ()),
+                formats=formats or (),
+                key_scales=scales,
                 progress=progress,
             )
         unwritten: OSError | None = None

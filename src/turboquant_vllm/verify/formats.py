@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
+from pathlib import Path
 from typing import Any
 
-__all__ = ["CacheFormat", "choose_formats", "known_formats"]
+import torch
 
-_NORM_BYTES = 4  # float32
+from turboquant_vllm.calibration import FILE_NAME, load_key_scales
+from turboquant_vllm.records import GROUP
+
+__all__ = ["CacheFormat", "KeyScales", "choose_formats", "known_formats"]
+
+_NORM = 4  # bytes, float32
+_STEPS = 4 * 4  # bytes of a group, float32
 
 
 @dataclass(frozen=True)
@@ -19,8 +25,8 @@ class CacheFormat:
     Attributes:
         name: of the format in files and behind ``--format``.
         title: of its row in the table.
-        make: a fresh cache for transformers, from the model's configuration and the layers to leave exact. Every token that a
-            query sees in it, its own and those of the same call among them, is as the format returns it.
+        make: a fresh cache for transformers, from a model and the layers to leave exact. Every token that a query sees in it,
+            its own and those of the same call among them, is as the format returns it.
         key_bytes, value_bytes: bytes that a key, or a value, of so many coordinates takes, its part of what a group shares
             included.
     """
@@ -32,28 +38,85 @@ class CacheFormat:
     value_bytes: Callable[[int], float]
 
 
-def known_formats(seed: int = 0) -> list[CacheFormat]:
-    """All formats, with rotations of ``seed``; the first is the one that layers' shapes are checked for."""
-    return [CacheFormat("plain", "TQ4", partial(_plain, seed), _codes_and_norm, _codes_and_norm)]
+class KeyScales:
+    """Key scales of a model as its caches would have them: of a file, else of one in the model's folder, else of its weights.
+
+    Args:
+        path: of a file of `turboquant calibrate`.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self._found: tuple[Any, dict[int, torch.Tensor], str] | None = None
+
+    def of(self, model: Any) -> dict[int, torch.Tensor]:
+        """Layer -> ``[H_kv, D]``, looked up once for a model.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file holds something else, or scales of another model.
+        """
+        return self._look_up(model)[0]
+
+    def source(self, model: Any) -> str:
+        """Where they are from: the path of a file, or "weights"."""
+        return self._look_up(model)[1]
+
+    def _look_up(self, model: Any) -> tuple[dict[int, torch.Tensor], str]:
+        if self._found is None or self._found[0] is not model:
+            from turboquant_vllm.hf.calibration import key_scales_from_model
+
+            path = self.path
+            folder = Path(getattr(model, "name_or_path", "")).expanduser()
+            if path is None and (folder / "config.json").is_file() and (folder / FILE_NAME).is_file():
+                path = folder / FILE_NAME
+            found = key_scales_from_model(model) if path is None else load_key_scales(path, model.config)
+            self._found = model, found, "weights" if path is None else str(path)
+        return self._found[1:]
 
 
-def choose_formats(formats: Sequence[CacheFormat], names: Iterable[str]) -> list[CacheFormat]:
-    """Those of ``formats`` that are named, in the order of ``formats``; all of them where none is named.
+def known_formats(seed: int = 0, key_scales: KeyScales | None = None) -> list[CacheFormat]:
+    """All formats, with rotations of ``seed``; ``key_scales`` are those of the format that has any."""
+    scales = KeyScales() if key_scales is None else key_scales
+
+    def plain(model: Any, dense: Collection[int]) -> Any:
+        return _cache(model, seed, dense, key_offsets=False)
+
+    def offsets(model: Any, dense: Collection[int]) -> Any:
+        return _cache(model, seed, dense, key_offsets=True)
+
+    def scaled(model: Any, dense: Collection[int]) -> Any:
+        return _cache(model, seed, dense, key_offsets=True, key_scales=scales.of(model))
+
+    return [
+        CacheFormat("plain", "TQ4", plain, _codes_and_norm, _codes_and_norm),
+        CacheFormat("offsets", "TQ4, offsets", offsets, _with_group, _codes_and_norm),
+        CacheFormat("tq4", "TQ4, offsets and scales", scaled, _with_group, _codes_and_norm),
+    ]
+
+
+def choose_formats(known: Sequence[CacheFormat], wanted: Collection[str] | Sequence[CacheFormat]) -> list[CacheFormat]:
+    """The known formats whose names are wanted, in the order of the known ones, all if none is; formats are taken as they are.
 
     Raises:
         ValueError: there is no format of such a name.
     """
-    named = set(names)
-    if unknown := sorted(named - {known.name for known in formats}):
-        raise ValueError(f"format: expected some of {', '.join(known.name for known in formats)}, got {unknown[0]}")
-    return [known for known in formats if not named or known.name in named]
+    others = [given for given in wanted if isinstance(given, CacheFormat)]
+    names = {given for given in wanted if isinstance(given, str)}
+    if unknown := sorted(names - {one.name for one in known}):
+        raise ValueError(f"format: expected some of {', '.join(one.name for one in known)}, got {unknown[0]}")
+    return others + [one for one in known if one.name in names or not wanted]
 
 
-def _plain(seed: int, config: Any, dense: Collection[int]) -> Any:
+def _cache(model: Any, seed: int, dense: Collection[int], **options: Any) -> Any:
     from turboquant_vllm.hf import TurboQuantCache
 
-    return TurboQuantCache(config, seed=seed, skip_layers=dense, exact_prefill=False)
+    return TurboQuantCache(model.config, seed=seed, skip_layers=dense, exact_prefill=False, **options)
 
 
 def _codes_and_norm(head_dim: int) -> int:
-    return head_dim // 2 + _NORM_BYTES
+    return head_dim // 2 + _NORM
+
+
+def _with_group(head_dim: int) -> float:
+    return _codes_and_norm(head_dim) + (2 * head_dim + _STEPS) / GROUP  # offset and outlier in 8 bits

@@ -21,7 +21,7 @@ from turboquant_vllm.demo.run import pick_device
 from turboquant_vllm.demo.text import gather
 from turboquant_vllm.quality.attention import Model, cached_logits
 from turboquant_vllm.quality.measure import bootstrap_interval, compare_many, losses, perplexity
-from turboquant_vllm.verify.formats import CacheFormat, known_formats
+from turboquant_vllm.verify.formats import CacheFormat, KeyScales, choose_formats, known_formats
 from turboquant_vllm.verify.layers import layer_divergences, layer_errors
 from turboquant_vllm.verify.loading import CachedLayers, check_cache, check_tokens, load
 from turboquant_vllm.verify.text import longest_context, read_text, token_windows
@@ -49,7 +49,8 @@ def run_verify(
     count: int | None = None,
     device: str = "auto",
     seed: int = 0,
-    formats: Sequence[CacheFormat] | None = None,
+    formats: Collection[str] | Sequence[CacheFormat] = (),
+    key_scales: Path | None = None,
     trust_remote_code: bool = False,
     progress: Progress = lambda doing, steps: None,
 ) -> dict[str, Any]:
@@ -64,7 +65,8 @@ def run_verify(
         count: windows of ``context`` tokens to read, spread evenly over the text; None: 4 on a CPU, else 16.
         device: "auto", "cpu" (float32) or "cuda" (bfloat16).
         seed: of the codecs' rotations.
-        formats: to compare; None: all of :func:`known_formats`.
+        formats: to compare; names of some of :func:`known_formats`, none for all of them, or formats of one's own.
+        key_scales: file of `turboquant calibrate`; None: the one in the model's folder, or scales from its weights.
         trust_remote_code: run Python code that comes with the model.
         progress: told of what is done.
 
@@ -81,27 +83,30 @@ def run_verify(
         ImportError: a package of the extra "hf" is missing.
         FileNotFoundError: there is no such model or text.
         ValueError: the model cannot be loaded, or has no cache of keys and values that `TurboQuantCache` would keep in 4 bits;
-            the text is shorter than the context; the model gives NaN; or an argument is out of its range.
+            the text is shorter than the context; the model gives NaN; the file has the scales of another model; or an argument
+            is out of its range.
     """
     if count is not None and count < 1:
         raise ValueError(f"windows: expected at least 1, got {count}")
     if not 0 <= max_ppl_increase < math.inf:
         raise ValueError(f"max_ppl_increase: expected a percentage of at least 0, got {max_ppl_increase}")
-    formats = known_formats(seed) if formats is None else formats
+    scales = KeyScales(key_scales)
+    compared = choose_formats(known_formats(seed, scales), formats)
     start = time.perf_counter()
     progress("loading", 0)
     tokenizer, loaded, unused = load(model, pick_device(device), trust_remote_code=trust_remote_code)
     layers = check_cache(loaded, model, dense_layers)
     if unknown := sorted(set(dense_layers) - layers.packed.keys()):
         raise ValueError(f"dense layers: expected some of the cached {_span(layers.packed)}, got {unknown[0]}")
+    source = scales.source(loaded) if any(known.name == "tq4" for known in compared) else None
     context = longest_context(loaded.config, context, DEFAULT_CONTEXT)
     read = _windows(tokenizer, text, context, count or DEFAULT_WINDOWS[loaded.device.type])
     check_tokens(loaded, read)
 
     passes = _Passes(loaded, read.to(loaded.device), layers, frozenset(dense_layers), progress)
-    exact, rows = passes.rows(model, formats, max_ppl_increase)
+    exact, rows = passes.rows(model, compared, max_ppl_increase)
     best = to_use(rows)
-    chosen = formats[rows.index(best)]
+    chosen = compared[rows.index(best)]
     errors, contributions = passes.by_layer(chosen)
     advice = passes.recommend(chosen, exact, best["increase_percent"], contributions, max_ppl_increase)
     measured = ("increase_percent", "increase_percent_interval", "kl", "tvd", "agreement")
@@ -122,6 +127,7 @@ def run_verify(
         "tokens": exact.numel(),
         "seed": seed,
         "dense_layers": sorted(passes.kept),
+        "key_scales": source,
         "formats": rows,
         "format": chosen.name,
         "perplexity": {"exact": perplexity(exact), "tq4": best["perplexity"]},
@@ -186,7 +192,7 @@ class _Passes(NamedTuple):
         self.progress("each layer by itself", len(packed))
 
         def make(dense: Collection[int]) -> Any:
-            return chosen.make(self.model.config, {*self.kept, *dense})
+            return chosen.make(self.model, {*self.kept, *dense})
 
         errors = layer_errors(self.model, ids, packed, make)
         parts = layer_divergences(self.model, ids, packed, make, lambda: self.progress(None, 1))
@@ -246,7 +252,7 @@ class _Passes(NamedTuple):
 
     def _reader(self, chosen: CacheFormat | None, dense: Collection[int] = ()) -> Callable[[torch.Tensor], torch.Tensor]:
         """Token ids ``[batch, length]`` to logits, through a fresh cache each time; None: without any."""
-        return lambda ids: cached_logits(self.model, ids, chosen and chosen.make(self.model.config, dense))
+        return lambda ids: cached_logits(self.model, ids, chosen and chosen.make(self.model, dense))
 
 
 def to_use(rows: list[dict[str, Any]]) -> dict[str, Any]:
