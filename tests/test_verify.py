@@ -201,7 +201,7 @@ def test_formats_stand_side_by_side(
     assert rows["offsets"]["bytes_per_token"] == rows["tq4"]["bytes_per_token"] == plain + vectors * (2 * 64 + 16) / 64
     assert found["format"] == found["recommendation"]["format"] == min(list(rows)[1:], key=lambda name: rows[name]["kl"])
     assert found["kl"] == rows[found["format"]]["kl"]
-    assert found["key_scales"] is None  # formats of one's own, for which nothing was looked up
+    assert found["key_scales"] == "weights"
     monkeypatch.setattr(verify, "run_verify", lambda *_, **__: found)
     printed = invoke(MODEL).stdout
     assert all(f"{row['title']} " in printed and f"{row['kl']:.5f}" in printed for row in found["formats"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,11 @@ import torch
 from turboquant_vllm.calibration import FILE_NAME, load_key_scales
 from turboquant_vllm.records import GROUP
 
-__all__ = ["CacheFormat", "KeyScales", "choose_formats", "known_formats"]
+__all__ = ["WEIGHTS", "CacheFormat", "KeyScales", "choose_formats", "known_formats"]
 
 _NORM = 4  # bytes, float32
 _STEPS = 4 * 4  # bytes of a group, float32
+WEIGHTS = "weights"  # where scales are from that no file has
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class CacheFormat:
             its own and those of the same call among them, is as the format returns it.
         key_bytes, value_bytes: bytes that a key, or a value, of so many coordinates takes, its part of what a group shares
             included.
+        call: Python that makes such a cache of ``model``, from a model and the layers to leave exact; None: not known.
+        key_scales: those it has, if any.
     """
 
     name: str
@@ -36,6 +39,8 @@ class CacheFormat:
     make: Callable[[Any, Collection[int]], Any]
     key_bytes: Callable[[int], float]
     value_bytes: Callable[[int], float]
+    call: Callable[[Any, Collection[int]], str] | None = None
+    key_scales: KeyScales | None = None
 
 
 class KeyScales:
@@ -62,6 +67,11 @@ class KeyScales:
         """Where they are from: the path of a file, or "weights"."""
         return self._look_up(model)[1]
 
+    def call(self, model: Any) -> str:
+        """Python that finds them."""
+        source = self.source(model)
+        return "key_scales_from_model(model)" if source == WEIGHTS else f"load_key_scales({source!r}, model.config)"
+
     def _look_up(self, model: Any) -> tuple[dict[int, torch.Tensor], str]:
         if self._found is None or self._found[0] is not model:
             from turboquant_vllm.hf.calibration import key_scales_from_model
@@ -71,27 +81,18 @@ class KeyScales:
             if path is None and (folder / "config.json").is_file() and (folder / FILE_NAME).is_file():
                 path = folder / FILE_NAME
             found = key_scales_from_model(model) if path is None else load_key_scales(path, model.config)
-            self._found = model, found, "weights" if path is None else str(path)
+            self._found = model, found, WEIGHTS if path is None else str(path)
         return self._found[1:]
 
 
 def known_formats(seed: int = 0, key_scales: KeyScales | None = None) -> list[CacheFormat]:
     """All formats, with rotations of ``seed``; ``key_scales`` are those of the format that has any."""
     scales = KeyScales() if key_scales is None else key_scales
-
-    def plain(model: Any, dense: Collection[int]) -> Any:
-        return _cache(model, seed, dense, key_offsets=False)
-
-    def offsets(model: Any, dense: Collection[int]) -> Any:
-        return _cache(model, seed, dense, key_offsets=True)
-
-    def scaled(model: Any, dense: Collection[int]) -> Any:
-        return _cache(model, seed, dense, key_offsets=True, key_scales=scales.of(model))
-
+    # Options are named where the cache's defaults are the same, so that a row stays what it is if they change.
     return [
-        CacheFormat("plain", "TQ4", plain, _codes_and_norm, _codes_and_norm),
-        CacheFormat("offsets", "TQ4, offsets", offsets, _with_group, _codes_and_norm),
-        CacheFormat("tq4", "TQ4, offsets and scales", scaled, _with_group, _codes_and_norm),
+        _packed("plain", "TQ4", seed, _codes_and_norm, {"key_offsets": False}),
+        _packed("offsets", "TQ4, offsets", seed, _with_group, {"key_offsets": True, "key_scales": {}}),
+        _packed("tq4", "TQ4, offsets and scales", seed, _with_group, {"key_offsets": True}, scales),
     ]
 
 
@@ -108,10 +109,33 @@ def choose_formats(known: Sequence[CacheFormat], wanted: Collection[str] | Seque
     return others + [one for one in known if one.name in names or not wanted]
 
 
-def _cache(model: Any, seed: int, dense: Collection[int], **options: Any) -> Any:
-    from turboquant_vllm.hf import TurboQuantCache
+def _packed(
+    name: str,
+    title: str,
+    seed: int,
+    key_bytes: Callable[[int], float],
+    options: Mapping[str, Any],
+    scales: KeyScales | None = None,
+) -> CacheFormat:
+    """What `TurboQuantCache` with these options and scales is."""
 
-    return TurboQuantCache(model.config, seed=seed, skip_layers=dense, exact_prefill=False, **options)
+    def make(model: Any, dense: Collection[int]) -> Any:
+        from turboquant_vllm.hf import TurboQuantCache
+
+        given = options if scales is None else {**options, "key_scales": scales.of(model)}
+        return TurboQuantCache(model.config, seed=seed, skip_layers=dense, exact_prefill=False, **given)
+
+    def call(model: Any, dense: Collection[int]) -> str:
+        given = {option: repr(value) for option, value in options.items()}
+        if scales is not None:
+            given["key_scales"] = scales.call(model)
+        if seed:
+            given["seed"] = repr(seed)
+        if dense:
+            given["skip_layers"] = repr(sorted(dense))
+        return f"TurboQuantCache(model.config, {', '.join(f'{option}={value}' for option, value in given.items())})"
+
+    return CacheFormat(name, title, make, key_bytes, _codes_and_norm, call, scales)
 
 
 def _codes_and_norm(head_dim: int) -> int:

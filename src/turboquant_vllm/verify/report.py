@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from turboquant_vllm.demo.output import make_console
 from turboquant_vllm.demo.report import progress_bar
+from turboquant_vllm.verify.formats import WEIGHTS
 from turboquant_vllm.verify.run import Progress
 
 if TYPE_CHECKING:
@@ -76,6 +77,9 @@ def print_report(console: Console, figures: dict[str, Any]) -> None:
             layers.add_row(str(item["layer"]), *errors, share, style="bold" if item["layer"] in worst else None)
         console.print(layers)
 
+    if (source := figures["key_scales"]) is not None:
+        weights = f"the weights; turboquant calibrate {figures['model']} measures them on a text"
+        console.print(f"scales: from {weights if source == WEIGHTS else source}")
     advice = figures["recommendation"]
     verdict = "passed" if figures["passed"] else "FAILED"
     console.print(
@@ -87,5 +91,7 @@ def print_report(console: Console, figures: dict[str, Any]) -> None:
     )
     changed = advice["dense_layers"] != figures["dense_layers"]
     console.print(f"recommendation: {advice['text']}{measured if changed else ''}; {figures['seconds']} s")
+    if advice["cache"]:
+        console.print(f"{'use' if advice['within_limit'] else 'loses least'}: {advice['cache']}", soft_wrap=True)
     if unused := figures["unused_weights"]:
         console.print(f"note: the model has no place for {len(unused):,} tensors of its files, such as {unused[0]}")

@@ -77,7 +77,7 @@ def run_verify(
         "within_limit": whether the increase is at most ``max_ppl_increase``. "format" names the one to use, and the same
         figures stand for it outside of the rows. "layers" has the relative errors of its keys, values and attention outputs,
         "contributors" each layer's share of the divergence, largest first, both from the first 256 tokens. "passed" is that
-        format's "within_limit"; "recommendation" says which layers to leave exact.
+        format's "within_limit"; "recommendation" says which layers to leave exact, and as "cache" the Python that makes it.
 
     Raises:
         ImportError: a package of the extra "hf" is missing.
@@ -90,15 +90,14 @@ def run_verify(
         raise ValueError(f"windows: expected at least 1, got {count}")
     if not 0 <= max_ppl_increase < math.inf:
         raise ValueError(f"max_ppl_increase: expected a percentage of at least 0, got {max_ppl_increase}")
-    scales = KeyScales(key_scales)
-    compared = choose_formats(known_formats(seed, scales), formats)
+    compared = choose_formats(known_formats(seed, KeyScales(key_scales)), formats)
     start = time.perf_counter()
     progress("loading", 0)
     tokenizer, loaded, unused = load(model, pick_device(device), trust_remote_code=trust_remote_code)
     layers = check_cache(loaded, model, dense_layers)
     if unknown := sorted(set(dense_layers) - layers.packed.keys()):
         raise ValueError(f"dense layers: expected some of the cached {_span(layers.packed)}, got {unknown[0]}")
-    source = scales.source(loaded) if any(known.name == "tq4" for known in compared) else None
+    source = next((known.key_scales.source(loaded) for known in compared if known.key_scales), None)  # looked up before any run
     context = longest_context(loaded.config, context, DEFAULT_CONTEXT)
     read = _windows(tokenizer, text, context, count or DEFAULT_WINDOWS[loaded.device.type])
     check_tokens(loaded, read)
@@ -228,12 +227,13 @@ class _Passes(NamedTuple):
             per_share = (whole - increase) / max(saved[number].item(), 1e-9)
         tried, met = {*self.kept, *order[:number]}, increase <= limit
         if not met:
-            text = f"not for this text: with {_span(tried) if tried else 'no layer'} exact it is still {increase:+.2f} %"
+            text = f"not for this text: with {_span(tried) if tried else 'no layer'} exact {chosen.title} is still {increase:+.2f} %"
         else:
             text = f"all layers that can be in {chosen.title}" if self.layers.dense else f"all layers in {chosen.title}"
             text += f" but {_span(tried)}" if tried else ""
         return {
             "format": chosen.name,
+            "cache": chosen.call and chosen.call(self.model, tried),
             "text": text,
             "dense_layers": sorted(tried),
             "increase_percent": increase,
