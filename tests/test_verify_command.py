@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,45 +16,56 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("typer")
 
-from transformers import (
-    LlamaForCausalLM,
-)
+from transformers import LlamaForCausalLM
 
 from turboquant_vllm import cli, verify
 from turboquant_vllm.demo.run import MODEL
-from turboquant_vllm.verify import run_verify
-from verify_cases import CONTEXT, SHORT, invoke
+from verify_cases import CONTEXT, SHORT, WINDOWS, invoke
 
 # The command
 
 
-def test_command_prints_saves_and_passes(
-    verify_text: Path, verify_figures: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    out = tmp_path / "new" / "verify.json"
-    arguments = (MODEL, "--text", verify_text, "--context", CONTEXT, "--json", out, "--seed", 2, "--device", "cpu")
-    result = invoke(*arguments, "--format", "plain", "--dense", "", "--max-ppl-increase", 1000)
-    assert result.exit_code == 0, result.output
-    saved = json.loads(out.read_text())
-    assert {name: value for name, value in saved.items() if name != "seconds"} == {
-        name: value for name, value in json.loads(json.dumps(verify_figures)).items() if name != "seconds"
-    }
+def test_command_prints_saves_and_passes(verify_command: tuple[Any, dict[str, Any]]) -> None:
+    result, saved = verify_command
+    assert (result.exit_code, result.stderr) == (0, "")
     for expected in (
-        f"{verify_figures['perplexity']['tq4']:.4f}",
-        f"{verify_figures['increase_percent']:+.2f} %",
+        f"{saved['perplexity']['tq4']:.4f}",
+        f"{saved['increase_percent']:+.2f} %",
+        f"{saved['kl']:.5f}",
+        f"{100 * (1 - saved['tvd']):.1f} %",
+        f"{100 * saved['agreement']:.1f} %",
         "passed",
-        "all layers in TQ4",
+        "recommendation: all layers in TQ4; ",
+        "\nuse: TurboQuantCache(model.config, key_offsets=False, seed=2)\n",
     ):
         assert expected in result.stdout
 
 
-def test_command_fails_above_the_limit(verify_text: Path) -> None:
-    result = invoke(MODEL, "--text", verify_text, *SHORT, "--max-ppl-increase", 0)
-    found = run_verify(str(MODEL), verify_text, 16, count=1, max_ppl_increase=0, device="cpu", formats=("plain",))
-    increase = found["increase_percent"]
-    assert result.exit_code == (1 if increase > 0 else 0)
-    assert ("FAILED" in result.stdout) == (increase > 0)
+def test_command_fails_above_the_limit(verify_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each layer is read once, for 256 tokens at most, not as often as the text has windows, nor all of their tokens."""
+    read: list[int] = []
+    forward = LlamaForCausalLM.forward
+    monkeypatch.setattr(
+        LlamaForCausalLM, "forward", lambda self, ids, **kw: read.append(ids.numel()) or forward(self, ids, **kw)
+    )
+    monkeypatch.setattr("turboquant_vllm.verify.run._LAYER_TOKENS", 32)
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "verify.json"
+    arguments = ("--context", CONTEXT, "--seed", 2, "--format", "plain", "--device", "cpu", "--json", out)
+    result = invoke(MODEL, "--text", verify_text, *arguments, "--max-ppl-increase", 1e-9)
+    assert result.exit_code == 1, result.output
+    assert "FAILED" in result.stdout
+    passes = 2 + 2  # exact and TQ4, and two tries of a recommendation at most
+    assert sum(read) <= 2 + passes * WINDOWS * CONTEXT + (2 + 6) * 32
+    found = json.loads(out.read_text())
+    advice = found["recommendation"]
+    assert not found["passed"]
+    assert 1 <= len(advice["dense_layers"]) <= 3
+    assert advice["cache"] == f"TurboQuantCache(model.config, key_offsets=False, seed=2, skip_layers={advice['dense_layers']})"
+    assert f"{'use' if advice['within_limit'] else 'loses least'}: {advice['cache']}\n" in result.stdout
+    if not advice["within_limit"]:
+        assert advice["text"].startswith("not for this text: with layers ")
+        assert len(advice["dense_layers"]) == 3
 
 
 @pytest.mark.parametrize(
@@ -111,11 +121,13 @@ def test_whatever_raises_is_no_measurement(
     assert re.fullmatch(f"error: {message}\n", result.stderr), result.stderr
 
 
-def test_without_the_extra_nothing_was_measured() -> None:
-    program = "import sys; sys.modules['typer'] = None; from turboquant_vllm.cli import main; main()"
-    run = subprocess.run([sys.executable, "-c", program, "verify", "x"], capture_output=True, text=True)
-    assert run.returncode == 2
-    assert "pip install turboquant-vllm[cli]" in run.stderr
+def test_without_the_extra_nothing_was_measured(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(cli, "_missing", "typer")
+    monkeypatch.setattr(sys, "argv", ["turboquant", "verify", "x"])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    assert left.value.code == 2
+    assert "pip install turboquant-vllm[cli]" in capsys.readouterr().err
 
 
 # What is written

@@ -43,7 +43,7 @@ def print_report(console: Console, figures: dict[str, Any]) -> None:
         f" {figures['context']} at a time"
     )
     table = Table(title=title, title_justify="left")
-    for name in ("cache", "bytes per token", "perplexity", "increase (95 %)", "KL, nats", "1 - TVD", "same top token"):
+    for name in ("cache", "bytes/token", "perplexity", "increase (95 %)", "KL, nats", "1 - TVD", "agreement"):
         table.add_column(name, justify="left" if name == "cache" else "right")
     bf16 = figures["bytes_per_token"]["bf16"]
     table.add_row("exact (bf16)", f"{bf16:,.0f}", f"{figures['perplexity']['exact']:.4f}")

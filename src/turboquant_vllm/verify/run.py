@@ -29,7 +29,7 @@ from turboquant_vllm.verify.text import longest_context, read_text, token_window
 __all__ = ["DEFAULT_CONTEXT", "DEFAULT_WINDOWS", "Progress", "run_verify"]
 
 DEFAULT_CONTEXT = 2048
-DEFAULT_WINDOWS = {"cpu": 4, "cuda": 16}  # on a CPU of two cores a model of 135 M parameters takes some three minutes
+DEFAULT_WINDOWS = {"cpu": 3, "cuda": 16}  # on a CPU of two cores a model of 135 M parameters takes some three minutes
 _LAYER_TOKENS = 256  # read once for each layer
 _TRIES = 2  # passes over the whole text for the recommendation
 _ERRORS = {"key": "keys", "value": "values", "attention": "attention"}
@@ -62,7 +62,7 @@ def run_verify(
         context: tokens read at a time; None takes the model's longest, at most 2048.
         max_ppl_increase: the largest acceptable increase of the perplexity, in percent.
         dense_layers: layers whose cache stays exact.
-        count: windows of ``context`` tokens to read, spread evenly over the text; None: 4 on a CPU, else 16.
+        count: windows of ``context`` tokens to read, spread evenly over the text; None: 3 on a CPU, else 16.
         device: "auto", "cpu" (float32) or "cuda" (bfloat16).
         seed: of the codecs' rotations.
         formats: to compare; names of some of :func:`known_formats`, none for all of them, or formats of one's own.
@@ -130,7 +130,7 @@ def run_verify(
         "formats": rows,
         "format": chosen.name,
         "perplexity": {"exact": perplexity(exact), "tq4": best["perplexity"]},
-        "perplexity_interval": {"exact": bootstrap_interval(exact), "tq4": best["perplexity_interval"]},
+        "perplexity_interval": {"exact": [*bootstrap_interval(exact)], "tq4": best["perplexity_interval"]},
         **{name: best[name] for name in measured},
         "bytes_per_token": {"bf16": layers.bytes_per_token(chosen, layers.packed), "tq4": best["bytes_per_token"]},
         "cached_layers": len(layers.packed) + len(layers.dense),
@@ -173,7 +173,7 @@ class _Passes(NamedTuple):
                     "title": known.title,
                     "bytes_per_token": self.layers.bytes_per_token(known, self.kept),
                     "perplexity": perplexity(scores.other),
-                    "perplexity_interval": bootstrap_interval(scores.other),
+                    "perplexity_interval": [*bootstrap_interval(scores.other)],
                     "increase_percent": increase,
                     "increase_percent_interval": [100 * bound for bound in bootstrap_interval(scores.other, scores.exact)],
                     "kl": scores.kl.mean().item(),
@@ -227,7 +227,8 @@ class _Passes(NamedTuple):
             per_share = (whole - increase) / max(saved[number].item(), 1e-9)
         tried, met = {*self.kept, *order[:number]}, increase <= limit
         if not met:
-            text = f"not for this text: with {_span(tried) if tried else 'no layer'} exact {chosen.title} is still {increase:+.2f} %"
+            still = f"{chosen.title} is still {increase:+.2f} %"
+            text = f"not for this text: with {_span(tried) if tried else 'no layer'} exact {still}"
         else:
             text = f"all layers that can be in {chosen.title}" if self.layers.dense else f"all layers in {chosen.title}"
             text += f" but {_span(tried)}" if tried else ""
