@@ -173,7 +173,7 @@ def empty(folder: Path) -> Path:
     ],
 )
 def test_a_model_that_cannot_be_verified_is_one_line(tmp_path: Path, verify_text: Path, make: Any, message: str) -> None:
-    result = invoke(make(tmp_path / "model"), "--context", 8, "--windows", 1, "--format", "plain", "--device", "cpu")
+    result = invoke(make(tmp_path / "model"), "--text", verify_text, *SHORT)
     assert result.exit_code == 2
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert re.match(f"error: {message}", result.stderr), result.stderr
