@@ -232,12 +232,13 @@ def test_key_scales_are_those_that_a_cache_would_have(verify_text: Path, tmp_pat
     options: dict[str, Any] = {"count": 1, "max_ppl_increase": 1000, "device": "cpu", "formats": ("tq4",)}
     weights = run_verify(str(folder), verify_text, CONTEXT, **options)
     assert weights["key_scales"] == "weights"
-    assert "key_scales=key_scales_from_model(model)" in weights["recommendation"]["cache"]
+    assert weights["recommendation"]["cache"] == "TurboQuantCache(model, key_offsets=True)"  # which finds the same
     other = {layer: torch.linspace(0.5, 2, 32)[None] for layer in range(2)}
     save_key_scales(tmp_path / "scales.safetensors", other, model.config, source="test")
     given = run_verify(str(folder), verify_text, CONTEXT, key_scales=tmp_path / "scales.safetensors", **options)
     assert given["key_scales"] == str(tmp_path / "scales.safetensors")
-    assert f"key_scales=load_key_scales('{tmp_path}/scales.safetensors', model.config)" in given["recommendation"]["cache"]
+    path = f"key_scales='{tmp_path}/scales.safetensors'"
+    assert given["recommendation"]["cache"] == f"TurboQuantCache(model, key_offsets=True, {path})"
     shutil.copy(tmp_path / "scales.safetensors", folder / "turboquant.safetensors")
     found = run_verify(str(folder), verify_text, CONTEXT, **options)
     assert found["key_scales"] == str(folder / "turboquant.safetensors")

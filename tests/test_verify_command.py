@@ -36,7 +36,7 @@ def test_command_prints_saves_and_passes(verify_command: tuple[Any, dict[str, An
         f"{100 * saved['agreement']:.1f} %",
         "passed",
         "recommendation: all layers in TQ4; ",
-        "\nuse: TurboQuantCache(model.config, key_offsets=False, seed=2)\n",
+        "\nuse: TurboQuantCache(model, key_offsets=False, seed=2)\n",
     ):
         assert expected in result.stdout
 
@@ -61,7 +61,7 @@ def test_command_fails_above_the_limit(verify_text: Path, tmp_path: Path, monkey
     advice = found["recommendation"]
     assert not found["passed"]
     assert 1 <= len(advice["dense_layers"]) <= 3
-    assert advice["cache"] == f"TurboQuantCache(model.config, key_offsets=False, seed=2, skip_layers={advice['dense_layers']})"
+    assert advice["cache"] == f"TurboQuantCache(model, key_offsets=False, seed=2, skip_layers={advice['dense_layers']})"
     assert f"{'use' if advice['within_limit'] else 'loses least'}: {advice['cache']}\n" in result.stdout
     if not advice["within_limit"]:
         assert advice["text"].startswith("not for this text: with layers ")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from turboquant_vllm.calibration import FILE_NAME, load_key_scales
+from turboquant_vllm.calibration import FILE_NAME
 from turboquant_vllm.records import GROUP
 
 __all__ = ["WEIGHTS", "CacheFormat", "KeyScales", "choose_formats", "known_formats"]
@@ -30,7 +30,7 @@ class CacheFormat:
             its own and those of the same call among them, is as the format returns it.
         key_bytes, value_bytes: bytes that a key, or a value, of so many coordinates takes, its part of what a group shares
             included.
-        call: Python that makes such a cache of ``model``, from a model and the layers to leave exact; None: not known.
+        call: Python that makes such a cache of ``model``, from the layers to leave exact; None: not known.
         key_scales: those it has, if any.
     """
 
@@ -39,7 +39,7 @@ class CacheFormat:
     make: Callable[[Any, Collection[int]], Any]
     key_bytes: Callable[[int], float]
     value_bytes: Callable[[int], float]
-    call: Callable[[Any, Collection[int]], str] | None = None
+    call: Callable[[Collection[int]], str] | None = None
     key_scales: KeyScales | None = None
 
 
@@ -52,9 +52,9 @@ class KeyScales:
 
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self._found: tuple[Any, dict[int, torch.Tensor], str] | None = None
+        self._found: tuple[Any, Mapping[int, torch.Tensor], str] | None = None
 
-    def of(self, model: Any) -> dict[int, torch.Tensor]:
+    def of(self, model: Any) -> Mapping[int, torch.Tensor]:
         """Layer -> ``[H_kv, D]``, looked up once for a model.
 
         Raises:
@@ -67,20 +67,14 @@ class KeyScales:
         """Where they are from: the path of a file, or "weights"."""
         return self._look_up(model)[1]
 
-    def call(self, model: Any) -> str:
-        """Python that finds them."""
-        source = self.source(model)
-        return "key_scales_from_model(model)" if source == WEIGHTS else f"load_key_scales({source!r}, model.config)"
-
-    def _look_up(self, model: Any) -> tuple[dict[int, torch.Tensor], str]:
+    def _look_up(self, model: Any) -> tuple[Mapping[int, torch.Tensor], str]:
         if self._found is None or self._found[0] is not model:
-            from turboquant_vllm.hf.calibration import key_scales_from_model
+            from turboquant_vllm.hf.scales import key_scales_for, model_folder
 
-            path = self.path
-            folder = Path(getattr(model, "name_or_path", "")).expanduser()
-            if path is None and (folder / "config.json").is_file() and (folder / FILE_NAME).is_file():
+            folder, path = model_folder(model.config), self.path
+            if path is None and folder is not None and (folder / FILE_NAME).is_file():
                 path = folder / FILE_NAME
-            found = key_scales_from_model(model) if path is None else load_key_scales(path, model.config)
+            found = key_scales_for(model.config, model, path)
             self._found = model, found, WEIGHTS if path is None else str(path)
         return self._found[1:]
 
@@ -125,15 +119,11 @@ def _packed(
         given = options if scales is None else {**options, "key_scales": scales.of(model)}
         return TurboQuantCache(model.config, seed=seed, skip_layers=dense, exact_prefill=False, **given)
 
-    def call(model: Any, dense: Collection[int]) -> str:
-        given = {option: repr(value) for option, value in options.items()}
-        if scales is not None:
-            given["key_scales"] = scales.call(model)
-        if seed:
-            given["seed"] = repr(seed)
-        if dense:
-            given["skip_layers"] = repr(sorted(dense))
-        return f"TurboQuantCache(model.config, {', '.join(f'{option}={value}' for option, value in given.items())})"
+    def call(dense: Collection[int]) -> str:
+        # Without a path the cache finds the same scales: it is given the model, not its configuration.
+        path = {"key_scales": str(scales.path)} if scales is not None and scales.path is not None else {}
+        given = {**options, **path, **({"seed": seed} if seed else {}), **({"skip_layers": sorted(dense)} if dense else {})}
+        return f"TurboQuantCache(model, {', '.join(f'{option}={value!r}' for option, value in given.items())})"
 
     return CacheFormat(name, title, make, key_bytes, _codes_and_norm, call, scales)
 

@@ -234,7 +234,7 @@ class _Passes(NamedTuple):
             text += f" but {_span(tried)}" if tried else ""
         return {
             "format": chosen.name,
-            "cache": chosen.call and chosen.call(self.model, tried),
+            "cache": chosen.call and chosen.call(tried),
             "text": text,
             "dense_layers": sorted(tried),
             "increase_percent": increase,
