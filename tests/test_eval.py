@@ -60,7 +60,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model() -> TurboQuantLM:
-    return TurboQuantLM(**OPTIONS, seed=2)
+    return TurboQuantLM(**OPTIONS, seed=2, key_offsets=False)
 
 
 def test_log_likelihoods_are_those_of_the_cache(model: TurboQuantLM) -> None:
@@ -73,6 +73,9 @@ def test_log_likelihoods_are_those_of_the_cache(model: TurboQuantLM) -> None:
     got = model._model_call(ids)
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
     assert (got - plain).abs().max() > 0.05
+    reads_codes = TurboQuantLM(**OPTIONS, seed=2, key_offsets=False, attn_implementation="tq4")
+    assert reads_codes.model.config._attn_implementation == "tq4"
+    torch.testing.assert_close(reads_codes._model_call(ids), expected, rtol=1e-3, atol=1e-3)
 
 
 def test_skipped_layers_are_exact() -> None:

@@ -104,13 +104,20 @@ def verify(
     json_out: Annotated[Path | None, typer.Option("--json", help="File to write everything measured to.")] = None,
     max_ppl_increase: Annotated[float, typer.Option(help="Largest acceptable increase of the perplexity, percent.")] = 1.0,
     dense: Annotated[str, typer.Option(help="Layers to leave exact, such as 0,1,31.")] = "",
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="plain, offsets or tq4; default: all. Repeatable.")
+    ] = None,
+    scales: Annotated[
+        Path | None, typer.Option(help="File of turboquant calibrate; default: in MODEL, or its weights.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the codec's rotation.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")] = False,
 ) -> None:
-    """Read a text with a model, its cache exact and in 4 bits, and say whether 4 bits are good enough.
+    """Read a text with a model, its cache exact and in formats of 4 bits, and say which is good enough.
 
-    Exit status: 0 if the perplexity rises by at most --max-ppl-increase, 1 if by more, 2 if nothing could be measured.
+    Exit status: 0 if in one of them the perplexity rises by at most --max-ppl-increase, 1 if in all by more, 2 if nothing could
+    be measured.
     """
     with _one_line_for_errors(_NO_MEASUREMENT):
         from turboquant_vllm.verify import report, run_verify
@@ -124,11 +131,13 @@ def verify(
                 context,
                 max_ppl_increase=max_ppl_increase,
                 dense_layers=_layers(dense),
+                count=windows,
                 device=device,
                 seed=seed,
                 trust_remote_code=trust_remote_code,
+                formats=formats or (),
+                key_scales=scales,
                 progress=progress,
-                **({} if windows is None else {"count": windows}),
             )
         unwritten: OSError | None = None
         if json_out is not None:

@@ -4,7 +4,8 @@
 
 lm-eval's own model calls transformers without a cache where it scores log-likelihoods, so a cache given to it would change
 nothing there. :class:`TurboQuantLM` passes a fresh :class:`turboquant_vllm.hf.TurboQuantCache` in every call; all tokens,
-also those of the same call, are attended to as that cache returns them.
+also those of the same call, are attended to as that cache returns them. With `attn_implementation=tq4` among the model's
+arguments, which lm-eval's own `hf` takes here as well, attention reads the codes.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ except ModuleNotFoundError as error:
         sys.exit(message)
     raise ModuleNotFoundError(message) from error
 
-from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, register
 
 __all__ = ["TurboQuantLM", "main"]
+
+register()
 
 
 @register_model("turboquant")
@@ -36,22 +39,33 @@ class TurboQuantLM(HFLM):
     Args:
         seed: of the rotations.
         skip_layers: layers to keep exact, ints or a string such as "0/1/31"; negative ones count from the end.
+        key_offsets: keep keys around offsets; False: plain TQ4.
+        key_scales: path of a file of `turboquant calibrate`; None: the scales that the cache finds for the model.
         more: as lm-eval's ``HFLM``.
 
     Raises:
-        ValueError: the model is no causal language model, or a layer is named that it does not have.
+        ValueError: the model is no causal language model, a layer is named that it does not have, or scales are
+            another model's.
     """
 
-    def __init__(self, *args: Any, seed: int = 0, skip_layers: str | int | list[int] = "", **more: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        seed: int = 0,
+        skip_layers: str | int | list[int] = "",
+        key_offsets: bool = True,
+        key_scales: str | None = None,
+        **more: Any,
+    ) -> None:
         super().__init__(*args, **more)
         if self.backend != "causal":
             raise ValueError(f"pretrained: expected a causal language model, got a {self.backend} one")
-        self._seed = int(seed)
-        self._skip_layers = _layers(skip_layers)
+        self._options: dict[str, Any] = {"seed": int(seed), "skip_layers": _layers(skip_layers), "key_offsets": key_offsets}
+        self._options["key_scales"] = key_scales
         self._cache()  # a wrong argument fails here, not in the first call
 
     def _cache(self) -> TurboQuantCache:
-        return TurboQuantCache(self.model.config, seed=self._seed, skip_layers=self._skip_layers, exact_prefill=False)
+        return TurboQuantCache(self.model, exact_prefill=False, **self._options)
 
     def _model_call(
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None

@@ -16,7 +16,7 @@ from turboquant_vllm.calibration import FILE_NAME, find_key_scales, load_key_sca
 from turboquant_vllm.hf.calibration import key_scales_from_model
 from turboquant_vllm.weights import key_scales_from_safetensors
 
-__all__ = ["KeyScales", "key_scales_for", "split_model"]
+__all__ = ["KeyScales", "key_scales_for", "model_folder", "split_model"]
 
 KeyScales = Mapping[int, torch.Tensor] | str | os.PathLike[str]
 
@@ -52,7 +52,7 @@ def key_scales_for(config: Any, model: Any, given: KeyScales | None) -> Mapping[
         return given
     if given is not None:
         return load_key_scales(given, config)
-    folder = _folder(config)
+    folder = model_folder(config)
     found = None if folder is None else find_key_scales(folder, config)
     if found is not None:
         return found
@@ -77,7 +77,7 @@ def _say_ones(kind: str) -> None:
     )  # fmt: skip
 
 
-def _folder(config: Any) -> Path | None:
+def model_folder(config: Any) -> Path | None:
     """Where the model came from, if that is on this machine."""
     name = getattr(config, "_name_or_path", None)
     if not name:

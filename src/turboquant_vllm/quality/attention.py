@@ -9,6 +9,8 @@ and scaling stay the model's own, only the keys and values differ.
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,7 +20,16 @@ import torch
 
 from turboquant_vllm.quality.formats import Format
 
-__all__ = ["ATTENTION_NAME", "LayerErrors", "Model", "cache_format", "no_loading_bar"]
+__all__ = [
+    "ATTENTION_NAME",
+    "LayerErrors",
+    "Model",
+    "cache_format",
+    "cached_logits",
+    "cached_output",
+    "keeps_cache",
+    "no_loading_bar",
+]
 
 ATTENTION_NAME = "turboquant_quality"
 
@@ -42,7 +53,12 @@ class LayerErrors:
     def relative(self, what: str) -> dict[int, float]:
         """Layer -> |got - exact| / |exact|; empty where nothing was added."""
         layers = self._sums.get(what, {})
-        return {layer: (layers[layer][0] / layers[layer][1]).sqrt().item() for layer in sorted(layers)}
+        return {layer: _ratio(*layers[layer].tolist()) for layer in sorted(layers)}
+
+
+def _ratio(difference: float, exact: float) -> float:
+    """Of the lengths whose squares these are; no difference is no error, whatever it is an error of."""
+    return math.sqrt(difference / exact) if exact else math.inf if difference else 0.0
 
 
 _format: ContextVar[tuple[Format, LayerErrors | None]] = ContextVar("cache format")
@@ -94,6 +110,35 @@ def cache_format(model: Model, cached: Format, errors: LayerErrors | None = None
     finally:
         model.set_attn_implementation(before)
         _format.reset(token)
+
+
+def cached_logits(model: Model, ids: torch.Tensor, cache: Any) -> torch.Tensor:
+    """Logits ``[batch, length, vocabulary]`` of token ids ``[batch, length]``, read through an empty cache; None: without one.
+
+    Works for every model of transformers that takes a cache, whatever its attention.
+    """
+    logits: torch.Tensor = (model(ids, use_cache=False) if cache is None else cached_output(model, ids, cache)).logits
+    return logits
+
+
+def cached_output(model: Model, ids: torch.Tensor, cache: Any) -> Any:
+    """What a model returns for token ids ``[batch, length]`` and a cache.
+
+    Code that comes with a model may know the cache by the name that transformers has given up.
+    """
+    return model(ids, use_cache=True, **{_cache_argument(model): cache})
+
+
+def keeps_cache(model: Model, output: Any) -> bool:
+    """Whether a model returned the cache that it was given: an encoder does not, whatever it wrote there."""
+    return getattr(output, _cache_argument(model), None) is not None
+
+
+def _cache_argument(model: Model) -> str:
+    from turboquant_vllm.hf import CACHE_ARGUMENT
+
+    takes = inspect.signature(model.forward).parameters
+    return "past_key_values" if CACHE_ARGUMENT not in takes and "past_key_values" in takes else CACHE_ARGUMENT
 
 
 @contextmanager

@@ -15,6 +15,7 @@ __all__ = [
     "compare_many",
     "compare_windows",
     "kl_divergence",
+    "losses",
     "perplexity",
     "token_scores",
     "total_variation",
@@ -51,12 +52,18 @@ class TokenScores(NamedTuple):
     @property
     def increase(self) -> float:
         """Increase of the perplexity, relative: 0.01 is one percent."""
-        return math.expm1((self.other.double() - self.exact.double()).mean().item())
+        return (self.other.double() - self.exact.double()).mean().expm1().item()
 
 
 def perplexity(losses: torch.Tensor) -> float:
-    """exp of the mean of negative log-likelihoods in nats."""
-    return math.exp(losses.double().mean().item())
+    """exp of the mean of negative log-likelihoods in nats; inf where float64 ends."""
+    return losses.double().mean().exp().item()
+
+
+def losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Negative log-likelihoods in nats, ``[...]``, of the tokens ``targets`` that came, from logits ``[..., vocabulary]``."""
+    found = [_losses(block, came) for (block,), came in _with_targets(targets, logits)]
+    return torch.cat(found).reshape(targets.shape)
 
 
 def kl_divergence(exact: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -92,20 +99,17 @@ def token_scores(exact: torch.Tensor, other: torch.Tensor, targets: torch.Tensor
     Raises:
         ValueError: as in :func:`kl_divergence`.
     """
-    came = targets.reshape(-1, 1)
     found: list[tuple[torch.Tensor, ...]] = []
-    start = 0
-    for first, second in _log_probabilities(exact, other):
-        index = came[start : start + len(first)]
-        start += len(first)
-        losses = (-x.gather(-1, index).squeeze(-1) for x in (first, second))
+    for (first, second), came in zip(
+        _log_probabilities(exact, other), _blocks(targets.unsqueeze(-1), exact.shape[-1]), strict=True
+    ):
         kl, tvd = _distances(first, second)
-        found.append((*losses, kl, first.argmax(-1) == second.argmax(-1), tvd))
+        found.append((_losses(first, came), _losses(second, came), kl, first.argmax(-1) == second.argmax(-1), tvd))
     return TokenScores(*(torch.cat(parts).reshape(targets.shape) for parts in zip(*found, strict=True)))
 
 
 def _over_rows(exact: torch.Tensor, other: torch.Tensor) -> list[torch.Tensor]:
-    found = [_distances(first, second) for first, second in _log_probabilities(exact, other)]
+    found = [_distances(*blocks) for blocks in _log_probabilities(exact, other)]
     return [torch.cat(parts).reshape(exact.shape[:-1]) for parts in zip(*found, strict=True)]
 
 
@@ -115,14 +119,26 @@ def _check_logits(exact: torch.Tensor, other: torch.Tensor) -> None:
         raise ValueError(f"logits: expected two tensors of one shape [..., vocabulary], got {want} and {got}")
 
 
-def _log_probabilities(exact: torch.Tensor, other: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Logarithms of both models' probabilities, ``[n, vocabulary]`` each, some rows at a time, one block at least."""
-    _check_logits(exact, other)
-    dtype = torch.float64 if exact.dtype == other.dtype == torch.float64 else torch.float32
-    rows = max(1, _ELEMENTS // exact.shape[-1])
-    blocks = (x.reshape(-1, x.shape[-1]).split(rows) for x in (exact, other))
-    for first, second in zip(*blocks, strict=True):
-        yield first.to(dtype).log_softmax(-1), second.to(dtype).log_softmax(-1)
+def _blocks(x: torch.Tensor, vocabulary: int) -> tuple[torch.Tensor, ...]:
+    """``[..., n]`` as ``[rows, n]``, so many rows at a time as of logits fit into a block."""
+    return x.reshape(-1, x.shape[-1]).split(max(1, _ELEMENTS // vocabulary))
+
+
+def _log_probabilities(*models: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Logarithms of the probabilities of one model or two, ``[n, vocabulary]`` each, a block at a time, one at least."""
+    _check_logits(models[0], models[-1])
+    dtype = torch.float64 if all(x.dtype == torch.float64 for x in models) else torch.float32
+    for blocks in zip(*(_blocks(x, x.shape[-1]) for x in models), strict=True):
+        yield tuple(block.to(dtype).log_softmax(-1) for block in blocks)
+
+
+def _with_targets(targets: torch.Tensor, *models: torch.Tensor) -> Iterator[tuple[tuple[torch.Tensor, ...], torch.Tensor]]:
+    """Blocks of :func:`_log_probabilities`, each with the tokens ``[n, 1]`` that came."""
+    return zip(_log_probabilities(*models), _blocks(targets.unsqueeze(-1), models[0].shape[-1]), strict=True)
+
+
+def _losses(log_probabilities: torch.Tensor, came: torch.Tensor) -> torch.Tensor:
+    return -log_probabilities.gather(-1, came).squeeze(-1)
 
 
 def _distances(first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

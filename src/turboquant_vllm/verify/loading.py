@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 
 from turboquant_vllm.demo.output import one_line
-from turboquant_vllm.quality.attention import Model, cache_format, no_loading_bar
+from turboquant_vllm.quality.attention import Model, cached_output, keeps_cache, no_loading_bar
+from turboquant_vllm.verify.formats import CacheFormat
 
 __all__ = ["CachedLayers", "Loaded", "check_cache", "check_tokens", "load"]
 
@@ -71,24 +72,20 @@ class CachedLayers:
     """What a model keeps of each token, by layer, as `TurboQuantCache` divides it.
 
     Attributes:
-        packed: layers that can be kept in 4 bits -> elements per token, and bytes per token in TQ4.
-        dense: layers with keys and values that it keeps dense in any case -> elements per token.
-        shared: layers that read the keys and values of another -> that other.
+        packed: layers that can be kept in 4 bits -> heads, and coordinates of each head's key and value.
+        dense: layers with keys and values that it keeps dense in any case -> numbers per token.
     """
 
-    packed: dict[int, tuple[int, int]] = field(default_factory=dict)
+    packed: dict[int, tuple[int, int, int]] = field(default_factory=dict)
     dense: dict[int, int] = field(default_factory=dict)
-    shared: dict[int, int] = field(default_factory=dict)
 
-    def exact(self, chosen: Collection[int]) -> frozenset[int]:
-        """The layers that attend to exact keys and values where the caches of the ``chosen`` ones are exact."""
-        kept = {*chosen, *self.dense}
-        return frozenset(kept | {layer for layer, source in self.shared.items() if source in kept})
-
-    def bytes_per_token(self, chosen: Collection[int]) -> int:
-        """Bytes where the caches of the ``chosen`` layers are exact, in bf16."""
-        dense = sum(2 * elements for elements in self.dense.values())
-        return dense + sum(2 * elements if layer in chosen else tq4 for layer, (elements, tq4) in self.packed.items())
+    def bytes_per_token(self, cached: CacheFormat, exact: Collection[int]) -> float:
+        """Bytes of a cache in a format where the layers ``exact``, and those that are dense in any case, are in bf16."""
+        found = 2.0 * sum(self.dense.values())
+        for layer, (heads, key_dim, value_dim) in self.packed.items():
+            each = 2 * (key_dim + value_dim) if layer in exact else cached.key_bytes(key_dim) + cached.value_bytes(value_dim)
+            found += heads * each
+        return found
 
 
 @torch.inference_mode()
@@ -99,39 +96,30 @@ def check_cache(model: Model, name: str, dense: Collection[int] = ()) -> CachedL
         ValueError: the model keeps no keys and values, `TurboQuantCache` would keep none of its layers in 4 bits, or refuse one
             that is not among the ``dense`` ones.
     """
-    from turboquant_vllm.hf import CACHE_ARGUMENT
+    from transformers import DynamicCache
+
     from turboquant_vllm.hf.layers import expected_shapes
-    from turboquant_vllm.hf.packing import SHARED, why_dense
+    from turboquant_vllm.hf.packing import why_dense
 
     found = CachedLayers()
-    owners: dict[int, tuple[int, torch.Tensor]] = {}
     named = f"{name} ({type(model).__name__})"
-    reasons = dict(enumerate(why_dense(model.config)))
-    if reasons and all(reasons.values()):
-        has = " and ".join(sorted(set(reasons.values())))
+    reasons = why_dense(model.config)
+    if reasons and all(reasons):
+        has = " and ".join(sorted(set(reasons)))
         raise ValueError(f"model: expected one whose cache can be kept in 4 bits, {named} has {has}")
-
-    def look(layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        reason = reasons.get(layer, SHARED)  # releases before 5.24 have no layers for those that share
-        if reason == SHARED:
-            if key.data_ptr() not in owners:
-                raise ValueError(f"layer {layer}: expected the keys and values of another layer, as they are there, got others")
-            found.shared[layer] = owners[key.data_ptr()][0]
-            return key, value
-        owners[key.data_ptr()] = layer, key  # which keeps the memory from being used again
-        elements = sum(x.shape[1] * x.shape[-1] for x in (key, value))
+    cache = DynamicCache(config=model.config)
+    output = cached_output(model, torch.zeros((1, 2), dtype=torch.long, device=model.device), cache)
+    for index, (layer, reason) in enumerate(zip(cache.layers, reasons, strict=True)):
+        key, value = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if key is None or value is None or not key.numel():
+            continue
         if reason:
-            found.dense[layer] = elements
-            return key, value
-        if layer not in dense and (wrong := expected_shapes(key, value)):
-            raise ValueError(f"layer {layer}: expected {wrong}; leave it exact: --dense {layer}")
-        found.packed[layer] = elements, sum(x.shape[1] * (x.shape[-1] // 2 + torch.float32.itemsize) for x in (key, value))
-        return key, value
-
-    ids = torch.zeros((1, 2), dtype=torch.long, device=model.device)
-    with cache_format(model, look):
-        output = model(ids, use_cache=True)
-    if not found.packed or getattr(output, CACHE_ARGUMENT, None) is None:
+            found.dense[index] = sum(x.shape[1] * x.shape[-1] for x in (key, value))
+            continue
+        if index not in dense and (wrong := expected_shapes(key, value)):
+            raise ValueError(f"layer {index}: expected {wrong}; leave it exact: --dense {index}")
+        found.packed[index] = key.shape[1], key.shape[-1], value.shape[-1]
+    if not found.packed or not keeps_cache(model, output):
         raise ValueError(f"model: expected one with a cache of keys and values, {named} keeps none")
     return found
 
