@@ -15,13 +15,17 @@ pytest.importorskip("cuda.core")
 REGISTERS = 65536
 
 
-@pytest.mark.parametrize(
-    ("slot_dtype", "scale"),
-    [(torch.int32, "norm"), (torch.int64, "norm"), (torch.int64, "unbiased"), (torch.int32, "least_squares")],
-)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("arch", ARCHS)
+HALF, BF16 = torch.float16, torch.bfloat16
+# Every architecture with what takes most registers, one of them with all else.
+VARIANTS = [
+    *((arch, head_dim, BF16, torch.int64, "unbiased") for arch in ARCHS for head_dim in (64, 128, 256)),
+    *(("sm_90", 128, HALF, slots, scale) for slots in (torch.int32, torch.int64) for scale in ("norm", "least_squares")),
+    ("sm_90", 64, HALF, torch.int32, "unbiased"),
+    ("sm_90", 256, HALF, torch.int32, "norm"),
+]
+
+
+@pytest.mark.parametrize(("arch", "head_dim", "dtype", "slot_dtype", "scale"), VARIANTS)
 @pytest.mark.parametrize("has_offsets", [False, True], ids=["plain", "offsets"])
 def test_compiles_without_spills(arch, head_dim, dtype, slot_dtype, scale, has_offsets):
     blocks = store.blocks_per_multiprocessor(head_dim, int(arch[3:]) // 10, has_offsets)
