@@ -16,6 +16,7 @@ from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStatic
 from turboquant_vllm.hf.packing import why_dense
 from turboquant_vllm.quality.attention import cache_format
 from turboquant_vllm.quality.formats import TQ4Format
+from turboquant_vllm.verify.formats import known_formats
 from turboquant_vllm.verify.loading import CachedLayers, check_cache
 
 
@@ -57,11 +58,12 @@ def test_layers_that_share_follow_the_layer_whose_keys_they_read(dense, generato
     model = make_model("gemma3n", "sdpa")
     layers = check_cache(model, "a model")
     assert sorted(layers.packed) == TurboQuantCache(model.config).packed_layers == [0, 1]
-    assert (layers.dense, layers.shared) == ({}, {2: 0, 3: 1})
+    assert layers.dense == {}
     ids = torch.randint(3, VOCABULARY, (1, 20), generator=generator)
-    cache = TurboQuantCache(model.config, skip_layers=dense, exact_prefill=False)
+    cache = TurboQuantCache(model.config, skip_layers=dense, exact_prefill=False, key_offsets=False)
     want = model(ids, **{CACHE_ARGUMENT: cache}).logits
-    with cache_format(model, TQ4Format(dense_layers=layers.exact(dense))):
+    readers = {*dense, *(reader for reader, layer in ((2, 0), (3, 1)) if layer in dense)}
+    with cache_format(model, TQ4Format(dense_layers=readers)):
         assert_same(model(ids, use_cache=False).logits, want)
     with cache_format(model, TQ4Format(dense_layers=dense)):
         changed = (model(ids, use_cache=False).logits - want).abs().max() > 1e-3 * want.abs().max()
@@ -69,12 +71,11 @@ def test_layers_that_share_follow_the_layer_whose_keys_they_read(dense, generato
 
 
 def test_bytes_are_counted_once_and_for_layers_with_a_cache():
-    layers = CachedLayers(packed={0: (64, 40), 2: (32, 24)}, dense={1: 64}, shared={3: 0, 4: 1})
-    assert layers.exact(()) == {1, 4}
-    assert layers.exact((0,)) == {0, 1, 3, 4}
-    assert layers.bytes_per_token(()) == 40 + 24 + 128
-    assert layers.bytes_per_token((0,)) == 128 + 24 + 128
-    assert layers.bytes_per_token(layers.packed) == 128 + 64 + 128
+    layers = CachedLayers(packed={0: (2, 32, 32), 2: (1, 16, 16)}, dense={1: 64})
+    plain = next(found for found in known_formats() if found.name == "plain")
+    assert layers.bytes_per_token(plain, ()) == 2 * (20 + 20) + (12 + 12) + 128
+    assert layers.bytes_per_token(plain, (0,)) == 2 * 128 + (12 + 12) + 128
+    assert layers.bytes_per_token(plain, layers.packed) == 2 * 128 + 64 + 128
 
 
 def test_a_model_of_which_nothing_is_packed_is_not_measured():
