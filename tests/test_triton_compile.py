@@ -200,7 +200,7 @@ def _cuobjdump(option: str, cubin: Any) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_120", "gfx942"], indirect=True)
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120", "gfx942"], indirect=True)
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "rotation"),
     [(HALF, 128, "hadamard"), (BF16, 256, "hadamard"), (BF16, 256, "haar"), (FULL, 96, "haar")],

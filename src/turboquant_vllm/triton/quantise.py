@@ -219,7 +219,9 @@ def measure(x, y, live, BM: tl.constexpr, PIECES: tl.constexpr, WIDE: tl.constex
     shift = tl.full([BM], 1.0, tl.float32)
     if WIDE:
         usual = (squares > 1e-30) & (squares < 1e30)  # false for NaN
-        if tl.min((usual | ~live).to(tl.int32), 0) == 0:
+        # Over two axes: Triton up to 3.7 follows what Blackwell's matrix units leave from one reduction to the next, as far as
+        # here, and fails where the last is of one axis.
+        if tl.min(tl.min((usual | ~live).to(tl.int32)[None, :], 0), 0) == 0:
             largest = tl.abs(x[0])
             for i in tl.static_range(1, PIECES):
                 largest = tl.maximum(largest, tl.abs(x[i]))
