@@ -19,7 +19,7 @@ import torch
 from attention_cases import random_case
 from paged_cases import known_lengths, random_batch
 from store_cases import random_store
-from turboquant_vllm import TQ4Codec
+from turboquant_vllm import PagedTQ4Cache, TQ4Codec
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -108,11 +108,11 @@ def compiled(target, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from turboquant_vllm.triton import compress, launch, prefill, store, unpack
+    from turboquant_vllm.triton import compress, launch, prefill, store, store_keys, unpack
 
     backend, arch, warp, shared = TARGETS[target]
     kernels: list[tuple[str, Any]] = []
-    for module in (launch, compress, prefill, store, unpack):
+    for module in (launch, compress, prefill, store, store_keys, unpack):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction):
                 monkeypatch.setattr(module, name, _Kernel(value, kernels))
@@ -136,6 +136,9 @@ def check_shared_memory(target: str, compiled: list[tuple[str, Any]]) -> None:
     limit = TARGETS[target][3] << 10
     too_large = {f"{name}: {kernel.metadata.shared} B" for name, kernel in compiled if kernel.metadata.shared > limit}
     assert not too_large, f"more than {target}'s {limit} B of shared memory: {sorted(too_large)}"
+    # Of Blackwell's tensor memory; what does not fit compiles, too.
+    columns = {name: getattr(kernel.metadata, "tmem_size", None) or 0 for name, kernel in compiled}
+    assert max(columns.values()) <= 512, columns
 
 
 @pytest.mark.parametrize(
@@ -292,6 +295,33 @@ def test_store_fits(generator, target, compiled, dtype, head_dim):
     store(*random_store(generator, **(sizes | {"tokens": 7})).kernel_arguments)
     assert [function for function, _ in compiled] == ["store_kernel"] * 2
     assert compiled[0][1] is compiled[1][1], "compiled again for another number of tokens"
+    check_shared_memory(target, compiled)
+
+
+@pytest.mark.parametrize(
+    ("target", "dtype", "head_dim", "rotation", "scaled"),
+    [
+        ("sm_80", HALF, 96, "haar", False),
+        ("sm_90", HALF, 128, "hadamard", False),
+        ("sm_100", BF16, 256, "hadamard", True),
+        ("sm_120", BF16, 256, "haar", True),
+        ("gfx942", BF16, 256, "hadamard", True),
+    ],
+    indirect=["target"],
+)
+def test_store_of_keys_with_offsets_fits(generator, target, compiled, dtype, head_dim, rotation, scaled):
+    from turboquant_vllm.triton.store import store
+
+    codec, tokens = TQ4Codec(head_dim, rotation=rotation), 130
+    cache = PagedTQ4Cache.allocate(4, page_size=64, num_kv_heads=2, head_dim=head_dim, has_offsets=True)
+    k, v = torch.randn(2, tokens, 2, head_dim, generator=generator).to(dtype)
+    where, scales = torch.arange(tokens), torch.ones(2, head_dim) if scaled else None
+    rotation, _, *how = codec.writing
+    for count in (tokens, 7):
+        args = (k[:count], v[:count], cache.buffer, where[:count], rotation, *how, 64, True, scales, where[:count] - 1)
+        store(*args)
+    first, second = (kernel for function, kernel in compiled if function == "store_keys_kernel")
+    assert first is second, "compiled again for another number of tokens"
     check_shared_memory(target, compiled)
 
 
