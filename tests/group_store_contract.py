@@ -29,6 +29,11 @@ class GroupStoreContract:
         return torch.bfloat16
 
     @pytest.fixture
+    def wide_dtype(self):
+        """One of float32's range."""
+        return torch.bfloat16
+
+    @pytest.fixture
     def codec(self, generator, device):
         scales = torch.exp(0.4 * torch.randn(HEADS, 64, generator=generator))
         return TQ4Codec(64, device=device).with_key_scales(scales)
@@ -42,16 +47,17 @@ class GroupStoreContract:
             pages.write(store, chunk, pad=pad)
 
     @pytest.mark.parametrize(
-        ("head_dim", "dtype", "scale", "layout", "slot_dtype", "scaled"),
+        ("head_dim", "is_wide", "scale", "layout", "slot_dtype", "scaled"),
         [
-            (64, torch.float16, "norm", "contiguous", torch.int64, False),
-            (128, torch.bfloat16, "unbiased", "sliced", torch.int32, True),
-            (128, torch.float16, "least_squares", "transposed", torch.int64, True),
-            (256, torch.bfloat16, "norm", "contiguous", torch.int32, True),
-            (256, torch.float16, "unbiased", "contiguous", torch.int64, False),
+            (64, False, "norm", "contiguous", torch.int64, False),
+            (128, True, "unbiased", "sliced", torch.int32, True),
+            (128, False, "least_squares", "transposed", torch.int64, True),
+            (256, True, "norm", "contiguous", torch.int32, True),
+            (256, False, "unbiased", "contiguous", torch.int64, False),
         ],
     )
-    def test_a_batch(self, store, device, generator, head_dim, dtype, scale, layout, slot_dtype, scaled):
+    def test_a_batch(self, store, device, generator, wide_dtype, head_dim, is_wide, scale, layout, slot_dtype, scaled):
+        dtype = wide_dtype if is_wide else torch.float16
         codec = TQ4Codec(head_dim, scale=scale, device=device)
         if scaled:
             codec = codec.with_key_scales(torch.exp(0.4 * torch.randn(3, head_dim, generator=generator)))
@@ -146,9 +152,9 @@ class GroupStoreContract:
             pages.write(store, torch.full((HEADS, 1, 64), value))
 
     @pytest.mark.parametrize("magnitude", [1e-38, 1e-25, 1e25])
-    def test_magnitudes(self, store, codec, generator, magnitude):
+    def test_magnitudes(self, store, codec, generator, wide_dtype, magnitude):
         k = keys_like_a_models(generator, 70, 64).double() * magnitude
-        pages = GroupedPages(generator, codec, [70], dtype=torch.bfloat16)
+        pages = GroupedPages(generator, codec, [70], dtype=wide_dtype)
         for chunk in k.split([2, 1, 67], 1):
             pages.write(store, chunk)
 
@@ -165,15 +171,15 @@ class GroupStoreContract:
             for chunk in k.split(chunks, 1):
                 pages.write(store, chunk)
 
-    def test_sums_beyond_float32(self, store, device, generator):
+    def test_sums_beyond_float32(self, store, device, generator, wide_dtype):
         # No number is asked of such a group, but that the call ends, and that no other key is touched.
         codec, k = TQ4Codec(64, device=device), torch.randn(HEADS, 130, 64, generator=generator)
         k[:, 64:] = 3e38 * torch.sign(k[:, 64:])
-        pages = GroupedPages(generator, codec, [130], dtype=torch.bfloat16)
+        pages = GroupedPages(generator, codec, [130], dtype=wide_dtype)
         pages.write(store, k, check=False)
         cache, first = pages.cache_in(pages.memory), pages.slot(0, 0) // 64
         assert cache.k_norms[first].isfinite().all()
-        good = GroupedPages(generator, codec, [64], dtype=torch.bfloat16)
+        good = GroupedPages(generator, codec, [64], dtype=wide_dtype)
         good.write(store, k[:, :64], check=False)
         same = good.cache_in(good.memory).keys
         for a, b in zip(cache.keys, same, strict=True):

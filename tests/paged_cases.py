@@ -221,7 +221,8 @@ def operator_arguments(batch: Batch, out: torch.Tensor, lse: torch.Tensor) -> tu
     """Those of ``turboquant::triton_paged``, with the bounds that the shapes give."""
     q, cache, sequences, tables, sm_scale, masks = batch.arguments
     pages = (cache.buffer, cache.page_size, cache.num_kv_heads)
-    return (q, *pages, *sequences[:3], *tables[:2], sm_scale, masks[0], *sequences[3:5], out, lse, *masks[1:])
+    offsets = (cache.has_offsets, tables.key_scales)
+    return (q, *pages, *sequences[:3], *tables[:2], sm_scale, masks[0], *sequences[3:5], out, lse, *masks[1:], *offsets)
 
 
 def known_lengths(batch: Batch) -> tuple[Any, ...]:

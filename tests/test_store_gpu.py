@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from group_store_contract import GroupStoreContract
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm import PagedTQ4Cache, tq4_store
 from turboquant_vllm.store import why_not_backend
@@ -18,6 +19,22 @@ def store(case: StoreCase, backend: str) -> None:
     if reason := why_not_backend(backend, case.k, case.v, case.cache, case.codec):
         pytest.skip(reason)
     tq4_store(case.k, case.v, case.cache, case.codec, case.slot_mapping, backend=backend)
+
+
+@pytest.fixture
+def device():
+    return "cuda"
+
+
+class TestKeysWithOffsets(GroupStoreContract):
+    @pytest.fixture(params=["cuda", "triton"])
+    def store(self, request):
+        def call(k, v, cache, codec, slots, previous):
+            if reason := why_not_backend(request.param, k, v, cache, codec):
+                pytest.skip(reason)
+            tq4_store(k, v, cache, codec, slots, previous_slots=previous, backend=request.param)
+
+        return call
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])

@@ -19,7 +19,7 @@ import torch
 from attention_cases import random_case
 from paged_cases import known_lengths, random_batch
 from store_cases import random_store
-from turboquant_vllm import TQ4Codec
+from turboquant_vllm import PagedTQ4Cache, TQ4Codec
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: nothing is compiled")
@@ -51,14 +51,18 @@ CALLS = {
     "float32": {"dtype": FULL, "head_dim": 128, "group": 4, "q_len": 3},
     "decode-masks": {"dtype": HALF, "head_dim": 128, "group": 4},
     "many-rows-masks": {"dtype": BF16, "head_dim": 256, "group": 4, "q_len": 70},
+    "decode-offsets": {"dtype": HALF, "head_dim": 128, "group": 4, "offsets": True},
+    "decode-offsets-256": {"dtype": BF16, "head_dim": 256, "group": 8, "offsets": True},
+    "some-rows-offsets": {"dtype": BF16, "head_dim": 96, "group": 4, "q_len": 17, "offsets": True},
+    "many-rows-offsets": {"dtype": BF16, "head_dim": 256, "group": 4, "q_len": 70, "offsets": True},
 }
 # Architectures with little shared memory get the calls that take most of it.
 FITS = {
-    "sm_80": ["decode", "many-rows"],
-    "sm_90": ["some-rows", "many-rows-packed-keys", "many-rows-dense", "float32"],
-    "sm_100": ["decode", "many-rows"],
-    "sm_120": ["decode", "some-rows", "many-rows", "many-rows-256", "decode-masks"],
-    "gfx942": ["decode", "some-rows", "many-rows", "many-rows-256", "float32", "many-rows-masks"],
+    "sm_80": ["decode", "many-rows", "decode-offsets-256"],
+    "sm_90": ["some-rows", "many-rows-packed-keys", "many-rows-dense", "float32", "some-rows-offsets"],
+    "sm_100": ["decode", "many-rows", "some-rows-offsets"],
+    "sm_120": ["decode", "some-rows", "many-rows", "many-rows-256", "decode-masks", "decode-offsets", "many-rows-offsets"],
+    "gfx942": ["decode", "some-rows", "many-rows", "many-rows-256", "float32", "many-rows-masks", "decode-offsets-256"],
 }
 
 
@@ -104,11 +108,11 @@ def compiled(target, monkeypatch):
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    from turboquant_vllm.triton import compress, launch, prefill, store, unpack
+    from turboquant_vllm.triton import compress, launch, prefill, store, store_keys, unpack
 
     backend, arch, warp, shared = TARGETS[target]
     kernels: list[tuple[str, Any]] = []
-    for module in (launch, compress, prefill, store, unpack):
+    for module in (launch, compress, prefill, store, store_keys, unpack):
         for name, value in list(vars(module).items()):
             if name.endswith("_kernel") and isinstance(value, triton.runtime.JITFunction):
                 monkeypatch.setattr(module, name, _Kernel(value, kernels))
@@ -132,6 +136,9 @@ def check_shared_memory(target: str, compiled: list[tuple[str, Any]]) -> None:
     limit = TARGETS[target][3] << 10
     too_large = {f"{name}: {kernel.metadata.shared} B" for name, kernel in compiled if kernel.metadata.shared > limit}
     assert not too_large, f"more than {target}'s {limit} B of shared memory: {sorted(too_large)}"
+    # Of Blackwell's tensor memory; what does not fit compiles, too.
+    columns = {name: getattr(kernel.metadata, "tmem_size", None) or 0 for name, kernel in compiled}
+    assert max(columns.values()) <= 512, columns
 
 
 @pytest.mark.parametrize(
@@ -200,7 +207,7 @@ def _cuobjdump(option: str, cubin: Any) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_120", "gfx942"], indirect=True)
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120", "gfx942"], indirect=True)
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "rotation"),
     [(HALF, 128, "hadamard"), (BF16, 256, "hadamard"), (BF16, 256, "haar"), (FULL, 96, "haar")],
@@ -218,23 +225,29 @@ def test_compress_and_decompress_fit(generator, target, compiled, dtype, head_di
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"], indirect=True)
-@pytest.mark.parametrize(("dtype", "head_dim"), [(HALF, 128), (BF16, 80), (BF16, 256)])
-def test_slices_for_dense_attention_fit(generator, target, compiled, dtype, head_dim):
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "offsets"), [(HALF, 128, False), (BF16, 80, True), (BF16, 256, False), (BF16, 256, True)]
+)
+def test_slices_for_dense_attention_fit(generator, target, compiled, dtype, head_dim, offsets):
     from turboquant_vllm.triton import prefill
 
-    case = random_case(generator, dtype=dtype, head_dim=head_dim, q_len=200, kv_len=400, is_causal=True)
+    sizes = {"dtype": dtype, "head_dim": head_dim, "q_len": 200, "kv_len": 400, "offsets": offsets}
+    case = random_case(generator, is_causal=True, **sizes)
     prefill.attention(*case.arguments)
     assert {function for function, _ in compiled} == {"unpack_both_kernel", "merge_kernel"}
     check_shared_memory(target, compiled)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_120"], indirect=True)
-@pytest.mark.parametrize(("dtype", "head_dim", "page_size"), [(HALF, 128, 16), (BF16, 256, 48)])
-def test_slices_of_pages_fit(generator, target, compiled, monkeypatch, dtype, head_dim, page_size):
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "page_size", "offsets"), [(HALF, 128, 16, False), (BF16, 256, 48, False), (HALF, 128, 128, True)]
+)
+def test_slices_of_pages_fit(generator, target, compiled, monkeypatch, dtype, head_dim, page_size, offsets):
     from turboquant_vllm.triton import prefill, route
 
     monkeypatch.setattr(prefill, "MANY_PAIRS", 0)
-    batch = random_batch(generator, [(200, 400)], dtype=dtype, head_dim=head_dim, page_size=page_size)
+    sizes = {"head_dim": head_dim, "page_size": page_size, "offsets": offsets}
+    batch = random_batch(generator, [(200, 400)], dtype=dtype, **sizes)
     out, lse = torch.empty_like(batch.q), torch.empty(batch.q.shape[:2])
     route.attention_over_pages(*known_lengths(batch), out, lse)
     assert {function for function, _ in compiled} == {"unpack_both_kernel", "merge_kernel"}
@@ -258,10 +271,11 @@ def test_grids_of_a_million_rows(generator, compiled):
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-def test_new_length_compiles_nothing_in_slices_for_dense_attention(generator, compiled):
+@pytest.mark.parametrize("offsets", [False, True], ids=["plain", "offsets"])
+def test_new_length_compiles_nothing_in_slices_for_dense_attention(generator, compiled, offsets):
     from turboquant_vllm.triton import prefill
 
-    sizes = {"dtype": HALF, "head_dim": 64, "is_causal": True}
+    sizes = {"dtype": HALF, "head_dim": 64, "is_causal": True, "offsets": offsets}
     for q_len, kv_len in ((200, 400), (10, 1010)):  # few parts; so many that some are joined on the way
         prefill.attention(*random_case(generator, q_len=q_len, kv_len=kv_len, **sizes).arguments)
     known = {id(kernel) for _, kernel in compiled}
@@ -284,6 +298,33 @@ def test_store_fits(generator, target, compiled, dtype, head_dim):
     check_shared_memory(target, compiled)
 
 
+@pytest.mark.parametrize(
+    ("target", "dtype", "head_dim", "rotation", "scaled"),
+    [
+        ("sm_80", HALF, 96, "haar", False),
+        ("sm_90", HALF, 128, "hadamard", False),
+        ("sm_100", BF16, 256, "hadamard", True),
+        ("sm_120", BF16, 256, "haar", True),
+        ("gfx942", BF16, 256, "hadamard", True),
+    ],
+    indirect=["target"],
+)
+def test_store_of_keys_with_offsets_fits(generator, target, compiled, dtype, head_dim, rotation, scaled):
+    from turboquant_vllm.triton.store import store
+
+    codec, tokens = TQ4Codec(head_dim, rotation=rotation), 130
+    cache = PagedTQ4Cache.allocate(4, page_size=64, num_kv_heads=2, head_dim=head_dim, has_offsets=True)
+    k, v = torch.randn(2, tokens, 2, head_dim, generator=generator).to(dtype)
+    where, scales = torch.arange(tokens), torch.ones(2, head_dim) if scaled else None
+    rotation, _, *how = codec.writing
+    for count in (tokens, 7):
+        args = (k[:count], v[:count], cache.buffer, where[:count], rotation, *how, 64, True, scales, where[:count] - 1)
+        store(*args)
+    first, second = (kernel for function, kernel in compiled if function == "store_keys_kernel")
+    assert first is second, "compiled again for another number of tokens"
+    check_shared_memory(target, compiled)
+
+
 @pytest.mark.parametrize("target", ["sm_120"], indirect=True)
 def test_store_of_vectors_that_no_program_sees_whole(generator, target, compiled):
     from turboquant_vllm.triton.store import store
@@ -294,11 +335,11 @@ def test_store_of_vectors_that_no_program_sees_whole(generator, target, compiled
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-@pytest.mark.parametrize("packed", [(True, True), (False, False)], ids=["packed", "dense"])
-def test_new_length_compiles_nothing_in_decode(generator, compiled, packed):
+@pytest.mark.parametrize("operands", [{}, {"packed": (False, False)}, {"offsets": True}], ids=["packed", "dense", "offsets"])
+def test_new_length_compiles_nothing_in_decode(generator, compiled, operands):
     from turboquant_vllm.triton import launch
 
-    sizes = {"dtype": HALF, "head_dim": 64, "group": 4, "packed": packed}
+    sizes = {"dtype": HALF, "head_dim": 64, "group": 4, **operands}
     launch.attention(*random_case(generator, kv_len=100, **sizes).arguments)
     known = {id(kernel) for _, kernel in compiled}
     for kv_len in range(1, 301):
@@ -308,12 +349,17 @@ def test_new_length_compiles_nothing_in_decode(generator, compiled, packed):
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-@pytest.mark.parametrize("window", [lambda q_len: None, lambda q_len: 1 + q_len // 3], ids=["whole", "window"])
-def test_new_length_compiles_nothing_in_prefill(generator, compiled, window):
+@pytest.mark.parametrize(
+    ("window", "offsets"),
+    [(lambda q_len: None, False), (lambda q_len: 1 + q_len // 3, False), (lambda q_len: 1 + q_len // 3, True)],
+    ids=["whole", "window", "offsets"],
+)
+def test_new_length_compiles_nothing_in_prefill(generator, compiled, window, offsets):
     from turboquant_vllm.triton import launch
 
     def attend(q_len: int) -> None:
-        case = random_case(generator, dtype=HALF, head_dim=64, is_causal=True, q_len=q_len, kv_len=q_len)
+        sizes = {"q_len": q_len, "kv_len": q_len, "offsets": offsets}
+        case = random_case(generator, dtype=HALF, head_dim=64, is_causal=True, **sizes)
         launch.attention(*case.replace(sliding_window=window(q_len)).arguments)
 
     for q_len in (3, 7, 15, 31, 99, 199):  # one of each size class

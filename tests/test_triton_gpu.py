@@ -11,6 +11,7 @@ import torch
 from attention_cases import check, compare, expected, poisoned_memory, random_case
 from attention_contract import AttentionContract, check_causal_sizes
 from mask_contract import MaskContract
+from offset_contract import OffsetContract
 from turboquant_vllm import ops
 
 pytestmark = pytest.mark.gpu
@@ -87,6 +88,22 @@ class TestMasks(MaskContract):
     @pytest.fixture
     def dtype(self):
         return HALF
+
+
+class TestOffsets(OffsetContract):
+    @pytest.fixture(params=[HALF, FULL], ids=["fp16", "fp32"])
+    def dtype(self, request):
+        return request.param
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group", "q_len"),
+    [(HALF, 128, 4, 1), (BF16, 128, 8, 1), (BF16, 256, 16, 1), (HALF, 96, 5, 1), (BF16, 80, 4, 17), (HALF, 256, 4, 70)],
+)
+def test_accuracy_of_keys_with_offsets(run, generator, dtype, head_dim, group, q_len):
+    for batch, kv_len in ((2, 299), (1, 5003)):
+        sizes = {"batch": batch, "kv_len": kv_len, "head_dim": head_dim, "group": group, "q_len": q_len}
+        check(run, random_case(generator, dtype=dtype, device="cuda", is_causal=True, offsets=True, **sizes))
 
 
 @pytest.mark.parametrize(("dtype", "head_dim", "group", "q_len", "packed", "is_causal"), DECODE, ids=_name)

@@ -14,6 +14,7 @@ from attention_cases import LAYOUTS, check, check_gate, expected, lay_out, pytor
 from attention_contract import AttentionContract, check_causal_sizes
 from compression_checks import check_compress, check_decompress, special_vectors
 from mask_contract import MaskContract
+from offset_contract import OffsetContract
 from store_cases import check_store, random_store
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.codec import SCALES
@@ -50,6 +51,28 @@ class TestContract(AttentionContract):
 @both_dtypes
 class TestMasks(MaskContract):
     pass
+
+
+class TestOffsets(OffsetContract):
+    @pytest.fixture
+    def dtype(self):
+        return HALF
+
+
+@pytest.mark.parametrize("packed_values", [True, False], ids=["packed", "packed-keys"])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "q_len", "kv_len"), [(FULL, 64, 3, 150), (FULL, 20, 140, 70), (HALF, 80, 3, 600)]
+)
+def test_shapes_with_offsets(run, generator, dtype, head_dim, q_len, kv_len, packed_values):
+    sizes = {"head_dim": head_dim, "q_len": q_len, "kv_len": kv_len, "packed": (True, packed_values)}
+    check(run, random_case(generator, dtype=dtype, is_causal=True, offsets=True, **sizes))
+
+
+@pytest.mark.parametrize("slice_len", [64, 100])
+def test_slices_of_the_scratch_with_offsets(interpreter, generator, slice_len):
+    patch = {"triton.launch:_SCRATCH_BYTES": slice_len * 2 * 2 * 64 * 2}  # keys; K and V; heads; head_dim; bytes
+    case = random_case(generator, dtype=HALF, q_len=140, kv_len=150, is_causal=True, offsets=True)
+    check(lambda *args: interpreter.call("triton.launch:attention", *args, patch=patch), case)
 
 
 @both_dtypes

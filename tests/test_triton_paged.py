@@ -10,6 +10,7 @@ import torch
 from hypothesis import strategies as st
 from packaging.version import Version
 
+from offset_contract import PagedOffsetContract
 from paged_cases import check_batch, check_sequence, random_batch
 from paged_contract import PagedContract
 
@@ -46,6 +47,18 @@ def run(interpreter):
 @pytest.mark.parametrize("dtype", [HALF, FULL], ids=["fp16", "fp32"])
 class TestContract(PagedContract):
     pass
+
+
+class TestOffsets(PagedOffsetContract):
+    LENGTHS = ((1, 37), (24, 170), (4, 90), (0, 20), (1, 64), (5, 3), (1, 129))
+
+    @pytest.fixture
+    def dtype(self):
+        return HALF
+
+
+def test_offsets_in_float32(run, generator):
+    check_batch(run, random_batch(generator, [(1, 150), (20, 70)], dtype=FULL, page_size=64, offsets=True))
 
 
 @hypothesis.given(data=st.data())

@@ -19,15 +19,17 @@ CALLS = {
     "page-48": {"dtype": BF16, "head_dim": 96, "group": 7, "page_size": 48},
     "wide": {"dtype": BF16, "head_dim": 256, "group": 8},
     "float32": {"dtype": FULL, "head_dim": 128, "group": 4},
+    "offsets": {"dtype": BF16, "head_dim": 128, "group": 4, "page_size": 128, "offsets": True},
+    "wide-offsets": {"dtype": BF16, "head_dim": 256, "group": 8, "page_size": 64, "offsets": True},
     "windows": {"dtype": HALF, "windows": torch.tensor([3, 4], dtype=torch.int32)},
     "masks": {"dtype": HALF, "head_dim": 192, "group": 4, "sliding_window": 100, "softcap": 30.0, "sinks": torch.zeros(8)},
 }
 FITS = {
     "sm_80": ["page-16", "wide"],
-    "sm_90": ["page-48", "float32"],
-    "sm_100": ["page-64"],
-    "sm_120": ["page-16", "wide", "masks", "windows"],
-    "gfx942": ["page-64", "wide", "masks", "float32"],
+    "sm_90": ["page-48", "float32", "offsets"],
+    "sm_100": ["page-64", "offsets"],
+    "sm_120": ["page-16", "wide", "masks", "windows", "wide-offsets"],
+    "gfx942": ["page-64", "wide", "masks", "float32", "offsets"],
 }
 
 
@@ -60,10 +62,11 @@ def test_paged_attention_fits(generator, target, compiled, call, name):  # noqa:
 
 
 @pytest.mark.parametrize("target", ["sm_90"], indirect=True)
-@pytest.mark.parametrize("window", [False, True])
-def test_new_lengths_compile_nothing(generator, compiled, call, window):  # noqa: F811
+@pytest.mark.parametrize(("window", "offsets"), [(False, False), (True, False), (True, True)])
+def test_new_lengths_compile_nothing(generator, compiled, call, window, offsets):  # noqa: F811
     def run(lengths, spare):
         options = {"sliding_window": 1 + spare} if window else {}
+        options |= {"page_size": 64, "offsets": True} if offsets else {}
         call(random_batch(generator, lengths, dtype=HALF, group=4, spare_tokens=spare, **options))
 
     # More than 32 rows, and more than 64; up to 8 rows, up to 16 and more.

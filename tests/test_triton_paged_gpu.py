@@ -8,6 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from attention_cases import poisoned_memory
+from offset_contract import PagedOffsetContract
 from paged_cases import arguments, check_batch, operator_arguments, random_batch
 from paged_contract import MIXED, PagedContract
 from turboquant_vllm import PagedTQ4Cache, TQ4Codec, tq4_paged_attention
@@ -38,6 +39,21 @@ class TestContract(PagedContract):
     @pytest.fixture
     def dtype(self):
         return BF16
+
+
+class TestOffsets(PagedOffsetContract):
+    @pytest.fixture
+    def dtype(self):
+        return BF16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group", "page_size"),
+    [(HALF, 128, 4, 64), (BF16, 256, 8, 128), (BF16, 80, 5, 64), (FULL, 64, 2, 256)],
+)
+def test_accuracy_of_keys_with_offsets(run, generator, dtype, head_dim, group, page_size):
+    sizes = {"dtype": dtype, "device": "cuda", "head_dim": head_dim, "group": group, "page_size": page_size, "offsets": True}
+    check_batch(run, random_batch(generator, [(1, 9001), (300, 1001), (4, 1021), (17, 17), (1, 33)], **sizes))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from packaging.version import Version
 
-from attention_cases import check, compare, random_case
+from attention_cases import check, compare, expected, random_case
 from attention_contract import AttentionContract, check_causal_sizes
 from paged_cases import check_batch, known_lengths, random_batch
 from paged_contract import PagedContract
@@ -80,6 +80,25 @@ def test_slices(interpreter, generator, slice_len, is_causal, q_len, kv_len):
     check(sliced(interpreter, slice_len), case)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "slice_len", "q_len", "kv_len"), [(HALF, 100, 70, 170), (FULL, 48, 130, 130), (FULL, 48, 70, 40)]
+)
+def test_slices_with_offsets(interpreter, generator, dtype, slice_len, q_len, kv_len):
+    case = random_case(generator, dtype=dtype, batch=2, q_len=q_len, kv_len=kv_len, is_causal=True, offsets=True)
+    check(sliced(interpreter, slice_len, itemsize=dtype.itemsize), case)
+
+
+def test_what_hidden_groups_share_does_not_matter(interpreter, generator):
+    case = random_case(generator, dtype=FULL, q_len=100, kv_len=200, is_causal=True, offsets=True)
+    want, want_lse = expected(case)
+    case.k_steps[:, :, 2] = float("nan")  # of keys 128 to 191
+    out, lse = sliced(interpreter, 100, itemsize=4)(*case.arguments)
+    assert out[:, :, 28:].isnan().all()
+    assert lse[:, :, 28:].isnan().all()
+    compare(out[:, :, :28], want[:, :, :28], FULL)
+    compare(lse[:, :, :28], want_lse[:, :, :28], FULL, at_least=1.0, what="lse")
+
+
 @pytest.mark.parametrize(("q_len", "kv_len"), [(40, 200), (40, 30), (3, 0)])
 @pytest.mark.parametrize("is_causal", [True, False])
 def test_sinks(interpreter, generator, is_causal, q_len, kv_len):
@@ -138,6 +157,30 @@ def coarse(device, dtype, head_dim):
     return Dense(dense_attention(device, dtype, head_dim).run, 16)
 
 
+@pytest.mark.parametrize(("first", "tokens"), [(37, 100), (64, 64), (10, 20), (100, 50)])
+@pytest.mark.parametrize(("dtype", "head_dim"), [(HALF, 64), (FULL, 20), (HALF, 256)])
+@pytest.mark.parametrize("scaled", [True, False], ids=["scales", "ones"])
+def test_unpack_offsets(interpreter, generator, dtype, head_dim, first, tokens, scaled):
+    from turboquant_vllm.triton.unpack import Packed
+
+    case = random_case(generator, dtype=dtype, batch=2, kv_len=150, head_dim=head_dim, layout="odd", offsets=True)
+    case = case if scaled else case.replace(key_scales=None)
+    case.v_norms[1, 0, 120], case.k_steps[0, 1, 0, 0] = float("nan"), float("nan")
+    _, k, v, tables, *_ = case.arguments
+    scratch = torch.full((2, 2, 2, tokens + 20, head_dim), 7.0, dtype=dtype)
+    keys, values = scratch.share_memory_()[:, :, :, : tokens + 10].unbind()
+    interpreter.call("triton.unpack:unpack", Packed(k, v, tables), first, tokens, keys, values)
+    assert (scratch[:, :, :, tokens : tokens + 10] == 0).all()
+    assert (scratch[:, :, :, tokens + 10 :] == 7).all()
+    want = reference.decompress_keys(k, tables, torch.float64)
+    want[1, 0, 120] = float("nan")
+    want = want[:, :, first : first + tokens]
+    good = want.isfinite().all(-1)
+    # Levels, the rotation and the result are rounded once each; the scales multiply what has been rounded.
+    compare(keys[:, :, :tokens][good], want[good], dtype)
+    assert keys[:, :, :tokens][~good].isnan().all()
+
+
 @pytest.fixture
 def run_pages(interpreter):
     """Calls over pages whose lengths the host knows: slices of 48 keys or so for sequences of more than 8 rows."""
@@ -162,6 +205,14 @@ class TestPages(PagedContract):
     @pytest.fixture
     def run(self, run_pages):
         return run_pages
+
+
+@pytest.mark.parametrize("page_size", [64, 256])
+def test_pages_with_offsets(run_pages, generator, page_size):
+    lengths = [(40, 40), (24, 170), (10, 90), (1, 129), (0, 0), (9, 5)]
+    batch = random_batch(generator, lengths, dtype=FULL, page_size=page_size, offsets=True)
+    check_batch(run_pages, batch)
+    check_batch(run_pages, batch.replace(key_scales=None))
 
 
 @hypothesis.given(data=st.data())

@@ -7,6 +7,7 @@ import torch
 
 from attention_cases import check, compare, expected, poisoned_memory, random_case
 from attention_contract import AttentionContract, check_causal_sizes
+from offset_contract import OffsetContract, PagedOffsetContract
 from paged_cases import arguments, check_batch, host_lengths, operator_arguments, random_batch
 from paged_contract import PagedContract
 from turboquant_vllm import TQ4Codec, reference, tq4_paged_attention
@@ -60,6 +61,21 @@ class TestContract(AttentionContract):
         ).abs()
         case = case.replace(k_norms=case.k_norms * (6e4 / scores.max()).float(), q=q if score > 0 else -q)
         check(run, case, gate=False, slack=abs(score) * 2.0**-23)
+
+
+class TestOffsets(OffsetContract):
+    @pytest.fixture
+    def dtype(self):
+        return BF16
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group", "q_len"), [(HALF, 128, 4, 512), (BF16, 80, 5, 256), (BF16, 256, 4, 300)]
+)
+def test_accuracy_of_keys_with_offsets(run, generator, dtype, head_dim, group, q_len):
+    for kv_len in (q_len, 1021, 3072):
+        sizes = {"group": group, "q_len": q_len, "kv_len": kv_len, "head_dim": head_dim, "offsets": True}
+        check(run, random_case(generator, dtype=dtype, device="cuda", is_causal=True, **sizes))
 
 
 @pytest.mark.parametrize(
@@ -165,7 +181,7 @@ def test_sinks(run, generator, is_causal, q_len, kv_len):
 
 def attend_pages(batch, host=None, **options):
     """The public function, with the batch's lengths for the host (``host``; None: as they are) where it takes them."""
-    codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar")
+    codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar").with_key_scales(batch.key_scales)
     q, cache, *index = arguments(batch)
     names = {"sliding_window": batch.sliding_window if batch.windows is None else batch.windows}
     names |= {"softcap": batch.softcap, "sinks": batch.sinks, "sm_scale": batch.sm_scale, "causal": batch.causal}
@@ -174,8 +190,16 @@ def attend_pages(batch, host=None, **options):
     return tq4_paged_attention(q, cache, codec, *index, return_lse=True, **names, **known, **options)
 
 
+@pytest.fixture
+def small_slices(prefill, monkeypatch):
+    """Sequences of 9 rows and more go by slices of 512 keys."""
+    monkeypatch.setattr(prefill, "MANY_ROWS", 9)
+    monkeypatch.setattr(prefill, "MANY_PAIRS", 0)
+    monkeypatch.setattr(prefill, "SCRATCH_BYTES", 512 * 2 * 2 * 64 * 2)  # keys; K and V; heads; head_dim; bytes
+
+
 class TestPages(PagedContract):
-    """Sequences of 9 rows and more go by slices of 512 keys; ``auto`` leaves the others to the native kernels or Triton."""
+    """``auto`` leaves sequences of few rows to the native kernels or Triton."""
 
     same_bits_alone = False  # for the native kernels
 
@@ -184,14 +208,24 @@ class TestPages(PagedContract):
         return BF16
 
     @pytest.fixture
-    def run(self, prefill, monkeypatch):
-        monkeypatch.setattr(prefill, "MANY_ROWS", 9)
-        monkeypatch.setattr(prefill, "MANY_PAIRS", 0)
-        monkeypatch.setattr(prefill, "SCRATCH_BYTES", 512 * 2 * 2 * 64 * 2)  # keys; K and V; heads; head_dim; bytes
-
+    def run(self, small_slices):
         def call(batch):
             with poisoned_memory():
                 return attend_pages(batch)
+
+        return call
+
+
+class TestPagesWithOffsets(PagedOffsetContract):
+    @pytest.fixture
+    def dtype(self):
+        return BF16
+
+    @pytest.fixture
+    def run(self, small_slices):
+        def call(batch):
+            with poisoned_memory():
+                return attend_pages(batch, backend="triton")
 
         return call
 

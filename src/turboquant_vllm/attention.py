@@ -25,7 +25,6 @@ from turboquant_vllm.records import Masks, Operand
 __all__ = ["BACKENDS", "choose_backend", "merge_attention_states", "tq4_attention"]
 
 BACKENDS = ("cuda", "triton", "reference")
-NO_OFFSETS = "the Triton kernels do not read keys with offsets"
 
 
 @overload
@@ -133,7 +132,7 @@ def tq4_attention(
     scale = check_sm_scale(sm_scale, shape.head_dim)
     check_flag("return_lse", return_lse)
     masks = check_masks(is_causal, sliding_window, softcap, sinks, shape.num_heads, q.device)
-    name, reason = choose_backend(q, shape, backend, (k.codes, values), has_offsets=bool(offsets))
+    name, reason = choose_backend(q, shape, backend, (k.codes, values))
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
     if name == "reference":
@@ -170,7 +169,6 @@ def choose_backend(
     shape: AttentionShape,
     backend: str = "auto",
     operands: tuple[torch.Tensor, ...] = (),
-    has_offsets: bool = False,
 ) -> tuple[str, str]:
     """The backend that serves a call, and why it cannot (an empty string where it can).
 
@@ -179,16 +177,15 @@ def choose_backend(
         shape: sizes of the call.
         backend: "auto" or a name from :data:`BACKENDS`.
         operands: keys and values, packed or dense; packed and well aligned where not given.
-        has_offsets: whether the keys have offsets.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
     """
     if backend == "auto":
-        return next((name, "") for name in BACKENDS if not why_not(name, q.device, q.dtype, shape, operands, has_offsets))
+        return next((name, "") for name in BACKENDS if not why_not(name, q.device, q.dtype, shape, operands))
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    return backend, why_not(backend, q.device, q.dtype, shape, operands, has_offsets)
+    return backend, why_not(backend, q.device, q.dtype, shape, operands)
 
 
 def why_not(
@@ -197,11 +194,10 @@ def why_not(
     dtype: torch.dtype,
     shape: AttentionShape,
     operands: tuple[torch.Tensor, ...] = (),
-    has_offsets: bool = False,
 ) -> str:
     """Why ``backend`` cannot serve such a call; empty where it can. Arguments as in :func:`choose_backend`."""
     if backend == "cuda":
         return ops.why_not_cuda(device) or why_not_decode(dtype, shape.head_dim, shape.q_len * shape.group, operands)
     if backend == "triton":
-        return ops.why_not_triton(device) or (NO_OFFSETS if has_offsets else "")
+        return ops.why_not_triton(device)
     return ""

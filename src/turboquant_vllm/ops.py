@@ -176,7 +176,8 @@ def _store(
         run(k, v, buffer, slot_mapping, rotation, companding, *how)
     elif backend == "triton":
         run = _kernel("turboquant_vllm.triton.store:store")
-        run(k, v, buffer, slot_mapping, rotation, companding, hadamard, centroids, scale, page_size)
+        offsets = (has_offsets, key_scales, previous_slots)
+        run(k, v, buffer, slot_mapping, rotation, companding, hadamard, centroids, scale, page_size, *offsets)
     else:
         reference.store(k, v, cache, slot_mapping, tables, boundaries, scale, previous_slots)
 

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 
 from turboquant_vllm import ops
-from turboquant_vllm.attention import BACKENDS, NO_OFFSETS
+from turboquant_vllm.attention import BACKENDS
 from turboquant_vllm.checks import (
     PagedShape,
     check_count,
@@ -179,7 +179,7 @@ def tq4_paged_attention(
             lengths.check_contents(seq_lens, cu_seqlens_q, shape.group)
     if lengths is not None:
         bounds = [max(lengths.query_lens, default=0), max(lengths.seq_lens, default=0)]
-    name, reason = choose_paged_backend(q, shape, backend, bounds[0], cache.has_offsets)
+    name, reason = choose_paged_backend(q, shape, backend, bounds[0])
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
 
@@ -208,9 +208,7 @@ def tq4_paged_attention(
     return (out, lse) if return_lse else out
 
 
-def choose_paged_backend(
-    q: torch.Tensor, shape: PagedShape, backend: str = "auto", max_query_len: int = 1, has_offsets: bool = False
-) -> tuple[str, str]:
+def choose_paged_backend(q: torch.Tensor, shape: PagedShape, backend: str = "auto", max_query_len: int = 1) -> tuple[str, str]:
     """The backend that serves a call over pages, and why it cannot (an empty string where it can).
 
     Args:
@@ -218,12 +216,11 @@ def choose_paged_backend(
         shape: sizes of the call.
         backend: "auto" or a name from :data:`turboquant_vllm.attention.BACKENDS`.
         max_query_len: no sequence has more query tokens.
-        has_offsets: whether the keys have offsets.
 
     Raises:
         ValueError: ``backend`` is no backend's name.
     """
-    call = (q.device, q.dtype, shape, max_query_len, has_offsets)
+    call = (q.device, q.dtype, shape, max_query_len)
     if backend == "auto":
         return next((name, "") for name in PAGED_BACKENDS if not why_not_paged(name, *call))
     if backend not in BACKENDS:
@@ -237,7 +234,6 @@ def why_not_paged(
     dtype: torch.dtype,
     shape: PagedShape,
     max_query_len: int = 1,
-    has_offsets: bool = False,
 ) -> str:
     """Why ``backend`` cannot serve such a call over pages; empty where it can. Arguments as in :func:`choose_paged_backend`.
 
@@ -252,5 +248,5 @@ def why_not_paged(
             return ""
         backend = "triton"
     if backend == "triton":
-        return ops.why_not_triton(device) or (NO_OFFSETS if has_offsets else "")
+        return ops.why_not_triton(device)
     return ""

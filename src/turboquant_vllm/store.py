@@ -85,8 +85,6 @@ def tq4_store(
 
 def why_not_backend(backend: str, k: torch.Tensor, v: torch.Tensor, cache: PagedTQ4Cache, codec: TQ4Codec) -> str:
     """Why ``backend`` cannot serve such a call of :func:`tq4_store`; empty where it can."""
-    if cache.has_offsets and backend == "triton":
-        return f"backend {backend!r} does not write keys with offsets"
     if backend == "cuda":
         return ops.why_not_cuda(k.device) or why_not_store(k, v, codec.rotation_kind == "hadamard", cache.num_slots)
     if backend == "triton":

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from turboquant_vllm.triton.levels import level_scale, level_table, power_of_two
 from turboquant_vllm.triton.rotate import LIFT, rotate
-from turboquant_vllm.triton.tiles import attend, load_norms, load_tile, per_row
+from turboquant_vllm.triton.tiles import GROUP, attend, load_norms, load_tile, per_row
 
 
 @triton.jit
@@ -49,10 +49,10 @@ def head_and_tile(rows, BM: tl.constexpr):
 
 # Arguments that change with a length are not specialised: a new length must never compile anything.
 @triton.jit(do_not_specialize=["rows", "q_b", "q_h"])
-def query_kernel(q, rotation, out, out_scale, rows, group, num_kv_heads, factor, q_b, q_h, q_n, q_d,
+def query_kernel(q, rotation, key_scales, out, out_scale, rows, group, num_kv_heads, factor, q_b, q_h, q_n, q_d,
                  D: tl.constexpr, DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr,
                  CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Rotate, scale and pack queries: ``out * out_scale = factor * (q @ rotation.T)``, in parts order.
+    """Rotate, scale and pack queries: ``out * out_scale = factor * ((q / key_scales) @ rotation.T)``, in parts order.
 
     ``out_scale`` is a power of two near each row's largest magnitude, so that ``out`` fits half precision.
     """
@@ -69,6 +69,8 @@ def query_kernel(q, rotation, out, out_scale, rows, group, num_kv_heads, factor,
             inner = first + tl.arange(0, CHUNK)
             mask = (row[:, None] < rows) & (inner[None, :] < D)
             part = tl.load(source[:, None] + inner.to(tl.int64)[None, :] * q_d, mask=mask, other=0.0)  # [BM, CHUNK]
+            if key_scales is not None:
+                part = part.to(tl.float32) / tl.load(key_scales + head * D + inner, mask=inner < D, other=1.0)[None, :]
             mask = (inner[:, None] < D) & (index[None, :] < D)
             matrix = tl.load(rotation + coordinate[None, :] * D + inner[:, None], mask=mask, other=0.0)  # [CHUNK, DP]
             x = rotate(part, matrix, x, HALF)  # [BM, DP]
@@ -84,11 +86,13 @@ def query_kernel(q, rotation, out, out_scale, rows, group, num_kv_heads, factor,
     tl.store(out_scale + target, tl.maximum(scale * tl.abs(factor), 1e-30), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["tokens", "capacity", "n_b", "n_h", "v_b", "v_h"])
-def unpack_kernel(codes, norms, value_norms, centroids, out, tokens, capacity, num_kv_heads, c_b, c_h, c_n, c_d, n_b, n_h, n_n,
-                  v_b, v_h, v_n, VALUES: tl.constexpr, PARTS: tl.constexpr, COLUMNS: tl.constexpr, DP: tl.constexpr,
-                  BN: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["tokens", "capacity", "n_b", "n_h", "v_b", "v_h", "g_b", "g_h", "s_b", "s_h"])
+def unpack_kernel(codes, norms, value_norms, groups, steps, centroids, out, tokens, capacity, num_kv_heads, c_b, c_h, c_n, c_d,
+                  n_b, n_h, n_n, v_b, v_h, v_n, g_b, g_h, g_n, s_b, s_h, s_n, VALUES: tl.constexpr, PARTS: tl.constexpr,
+                  COLUMNS: tl.constexpr, DP: tl.constexpr, BN: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
     """Packed vectors in the rotated basis: ``out [batch * num_kv_heads, capacity, D]``, in parts order.
+
+    ``groups`` and ``steps`` are those of keys with offsets, else None.
 
     A value whose norm is NaN or Inf must reach the rows that see it and no other, but a dense product would add 0 * NaN to
     all. So it becomes zero, and its key, whose score is masked where it is hidden, becomes NaN. For keys, ``value_norms``
@@ -112,13 +116,24 @@ def unpack_kernel(codes, norms, value_norms, centroids, out, tokens, capacity, n
     parts = load_tile(base + n * c_n, c_d, n, tokens, columns, (centroids, inverse, table), DP, COLUMNS, True, DTYPE, PRMT)
     target = out + (batch_head * capacity + n[:, None]) * (COLUMNS * PARTS) + columns[None, :]
     live = (n[:, None] < tokens) & (columns[None, :] < COLUMNS)
+    if groups is not None:
+        tl.static_assert(GROUP % BN == 0, "a tile is of one group")
+        group = (tl.program_id(1) * BN // GROUP).to(tl.int64)
+        groups += batch * g_b + head * g_h + group * g_n
+        steps += batch * s_b + head * s_h + group * s_n
     for j in tl.static_range(PARTS):
-        tl.store(target + j * COLUMNS, (parts[j].to(tl.float32) * norm[:, None]).to(DTYPE), mask=live)
+        x = parts[j].to(tl.float32) * norm[:, None]
+        if groups is not None:
+            shared = groups + columns * PARTS + j
+            offset = tl.load(shared, mask=columns < COLUMNS, other=0).to(tl.float32) * tl.load(steps)
+            outlier = tl.load(shared + COLUMNS * PARTS, mask=columns < COLUMNS, other=0).to(tl.float32) * tl.load(steps + 1)
+            x = tl.where(norm[:, None] < 0, outlier[None, :], x) + offset[None, :]
+        tl.store(target + j * COLUMNS, x.to(DTYPE), mask=live)
 
 
 @triton.jit
-def attend_rows(start, stop, kv_len, offset, window, softcap, q, q_scale, source, row, rows, group, keys, values, pages,
-                num_pages, centroids, out, lse, target, D: tl.constexpr, Q_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
+def attend_rows(start, stop, kv_len, offset, window, softcap, q, q_scale, source, row, rows, group, keys, values, groups,
+                pages, num_pages, centroids, out, lse, target, D: tl.constexpr, Q_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
                 K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr, PAGE: tl.constexpr,
                 CAUSAL: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
                 PRMT: tl.constexpr):  # fmt: skip
@@ -173,13 +188,13 @@ def attend_rows(start, stop, kv_len, offset, window, softcap, q, q_scale, source
     state = (tl.full([BM], float("-inf"), tl.float32), tl.zeros([BM], tl.float32), 1e-30, acc)
     if WINDOW:
         state = attend(
-            start, cut, kv_len, queries, row_scale, first, last, softcap, state, keys, values, pages, num_pages, levels,
+            start, cut, kv_len, queries, row_scale, first, last, softcap, state, keys, values, groups, pages, num_pages, levels,
             K_COLUMNS, V_COLUMNS, K_DP, V_DP, K_PARTS, V_PARTS, PAGE, True, True, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
     state = attend(
-        cut, whole, kv_len, queries, row_scale, first, last, softcap, state, keys, values, pages, num_pages, levels,
+        cut, whole, kv_len, queries, row_scale, first, last, softcap, state, keys, values, groups, pages, num_pages, levels,
         K_COLUMNS, V_COLUMNS, K_DP, V_DP, K_PARTS, V_PARTS, PAGE, False, False, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
     state = attend(
-        whole, stop, kv_len, queries, row_scale, first, last, softcap, state, keys, values, pages, num_pages, levels,
+        whole, stop, kv_len, queries, row_scale, first, last, softcap, state, keys, values, groups, pages, num_pages, levels,
         K_COLUMNS, V_COLUMNS, K_DP, V_DP, K_PARTS, V_PARTS, PAGE, WINDOW, True, SWAP, BN, STAGES, PRMT, DTYPE)  # fmt: skip
     top, total, value_scale, acc = state
 
@@ -196,15 +211,16 @@ def attend_rows(start, stop, kv_len, offset, window, softcap, q, q_scale, source
     tl.store(lse + target, log, mask=index < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "kv_len", "offset", "split_len", "window", "kn_b", "kn_h", "vn_b", "vn_h"])
-def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, rows, kv_len, offset, split_len, window,
-                     softcap, group, num_kv_heads, k_b, k_h, k_n, k_d, kn_b, kn_h, kn_n, v_b, v_h, v_n, v_d, vn_b, vn_h, vn_n,
-                     D: tl.constexpr, K_PARTS: tl.constexpr, V_PARTS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr,
-                     CAUSAL: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-                     PRMT: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["rows", "kv_len", "offset", "split_len", "window", "kn_b", "kn_h", "vn_b", "vn_h", "g_b", "g_h",
+                               "s_b", "s_h"])  # fmt: skip
+def attention_kernel(q, q_scale, k, k_norms, k_groups, k_steps, v, v_norms, centroids, out, lse, rows, kv_len, offset,
+                     split_len, window, softcap, group, num_kv_heads, k_b, k_h, k_n, k_d, kn_b, kn_h, kn_n, g_b, g_h, g_n, s_b,
+                     s_h, s_n, v_b, v_h, v_n, v_d, vn_b, vn_h, vn_n, D: tl.constexpr, K_PARTS: tl.constexpr,
+                     V_PARTS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr, CAUSAL: tl.constexpr, SWAP: tl.constexpr,
+                     BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
     """Attend BM packed query rows of one key/value head to one split of its keys.
 
-    Keys and values are packed codes with norms, or dense without norms.
+    Keys and values are packed codes with norms, or dense without norms; packed keys may have offsets.
     Writes float32 ``out [splits, batch * num_kv_heads, rows, D]``, normalised, in the values' basis and parts order, and
     ``lse [splits, batch * num_kv_heads, rows]`` in log2. ``softcap`` is in log2 too.
     """
@@ -220,10 +236,13 @@ def attention_kernel(q, q_scale, k, k_norms, v, v_norms, centroids, out, lse, ro
         kn_base = k_norms + batch * kn_b + head * kn_h
     if v_norms is not None:
         vn_base = v_norms + batch * vn_b + head * vn_h
+    groups = None
+    if k_groups is not None:
+        groups = (k_groups + batch * g_b + head * g_h, g_n, 0, k_steps + batch * s_b + head * s_h, s_n, 0)
     attend_rows(
         start, tl.minimum(start + split_len, kv_len), kv_len, offset, window, softcap, q, q_scale, batch_head * rows + row,
         first_row, rows, group, (k + batch * k_b + head * k_h, k_n, k_d, 0, kn_base, kn_n, 0),
-        (v + batch * v_b + head * v_h, v_n, v_d, 0, vn_base, vn_n, 0), None, 0, centroids, out, lse,
+        (v + batch * v_b + head * v_h, v_n, v_d, 0, vn_base, vn_n, 0), groups, None, 0, centroids, out, lse,
         (split * heads + batch_head) * rows + row, D, K_PARTS, V_PARTS, K_PARTS, V_PARTS, K_DP,
         V_DP, 0, CAUSAL, SWAP, BM, BN, STAGES, PRMT)  # fmt: skip
 

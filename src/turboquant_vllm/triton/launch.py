@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 import triton
 
-from turboquant_vllm.records import NO_MASKS, Masks, Operand, Tables
+from turboquant_vllm.records import GROUP, NO_MASKS, Masks, Operand, Tables
+from turboquant_vllm.reference_keys import rotate_queries
 from turboquant_vllm.triton.config import (
     FEW_ROWS,
     LOG2_E,
@@ -18,6 +19,7 @@ from turboquant_vllm.triton.config import (
     uses_prmt,
 )
 from turboquant_vllm.triton.kernels import attention_kernel, merge_kernel, query_kernel, unpack_kernel
+from turboquant_vllm.triton.unpack import group_arguments
 
 __all__ = ["attention"]
 
@@ -39,8 +41,8 @@ def attention(
 
     num_kv_heads, kv_len = k.data.shape[1:3]
     if masks.sliding_window is not None:
-        # Keys before every query's window do not exist. By 32 at a time, codes and norms keep their alignment.
-        begin = max(0, kv_len - q.shape[2] + 1 - masks.sliding_window) // 32 * 32
+        # Keys before every query's window do not exist. By whole groups, codes and norms keep their alignment.
+        begin = max(0, kv_len - q.shape[2] + 1 - masks.sliding_window) // GROUP * GROUP
         kv_len -= begin
         k, v = k.tokens(begin, kv_len), v.tokens(begin, kv_len)
         masks = masks._replace(sliding_window=min(masks.sliding_window, WIDEST))
@@ -48,6 +50,8 @@ def attention(
     # Slices are as long as one sequence's scratch allows, and sequences share a scratch that has room for more: how long
     # a slice is must not depend on the batch.
     room = _SCRATCH_BYTES // (2 * num_kv_heads * q.shape[3] * q.dtype.itemsize)
+    if k.groups is not None:
+        room = max(room // GROUP, 1) * GROUP  # slices begin where groups do
     slice_len = min(max(room, 1), max(kv_len, 1))
     together = max(1, room // slice_len) if unpack else q.shape[0]
     if together >= q.shape[0]:
@@ -73,7 +77,7 @@ def _attention(
 ) -> None:
     """Fill ``out`` and ``lse``; with ``slice_len``, unpack that many keys at a time into a scratch."""
     batch, num_heads, q_len, head_dim = q.shape
-    (centroids, rotation, _), sinks = tables, masks.sinks
+    (centroids, rotation, key_scales), sinks = tables, masks.sinks
     num_kv_heads, kv_len = k.data.shape[1:3]
     group = num_heads // num_kv_heads
     rows, heads = q_len * group, batch * num_kv_heads
@@ -90,7 +94,7 @@ def _attention(
     exact = q.dtype == torch.float32
     wide_rotation = rotation.double() if exact and rotation is not None else None
     if wide_rotation is not None and k.is_packed:
-        q = (q.double() @ wide_rotation.T).float()
+        q = rotate_queries(q.double(), num_kv_heads, tables).float()
     rotated = torch.empty_like(out) if exact and v.is_packed else out
     queries = torch.empty((heads, rows, head_dim), dtype=q.dtype, device=q.device)
     query_scale = torch.empty((heads, rows), dtype=torch.float32, device=q.device)
@@ -114,19 +118,19 @@ def _attention(
 
     def attend(k: Operand, v: Operand, first: int, count: int, k_parts: int, v_parts: int) -> None:
         """Attend to keys ``first .. first + count``, which k and v hold alone, into the splits from ``first`` on."""
-        slot = first // split_len
+        slot, shared = first // split_len, group_arguments(k, k_parts)
         grid = (heads * triton.cdiv(rows, config.block_m), max(1, triton.cdiv(count, split_len)))
         attention_kernel[grid](
-            queries, query_scale, k.data, k.norms, v.data, v.norms, centroids, partial[slot:], partial_lse[slot:], rows, count,
-            kv_len - q_len - first, split_len, masks.sliding_window, cap, group, num_kv_heads, *_strides(k), *_strides(v),
-            D=head_dim, K_PARTS=k_parts, V_PARTS=v_parts, K_DP=padded(head_dim, k_parts), V_DP=padded(head_dim, v_parts),
-            CAUSAL=masks.is_causal, SWAP=config.swap, BM=config.block_m, BN=config.block_n, STAGES=config.num_stages, PRMT=prmt,
-            num_warps=config.num_warps,
+            queries, query_scale, k.data, k.norms, *shared[:2], v.data, v.norms, centroids, partial[slot:], partial_lse[slot:],
+            rows, count, kv_len - q_len - first, split_len, masks.sliding_window, cap, group, num_kv_heads, *_strides(k),
+            *shared[2:], *_strides(v), D=head_dim, K_PARTS=k_parts, V_PARTS=v_parts, K_DP=padded(head_dim, k_parts),
+            V_DP=padded(head_dim, v_parts), CAUSAL=masks.is_causal, SWAP=config.swap, BM=config.block_m, BN=config.block_n,
+            STAGES=config.num_stages, PRMT=prmt, num_warps=config.num_warps,
         )  # fmt: skip
 
     with device_guard(q.device):
         query_kernel[row_tiles](
-            q, rotation, queries, query_scale, rows, group, num_kv_heads, sm_scale * LOG2_E, *q.stride(),
+            q, rotation, key_scales, queries, query_scale, rows, group, num_kv_heads, sm_scale * LOG2_E, *q.stride(),
             PARTS=k_parts, ROTATE=k.is_packed and not exact, **rotate,
         )  # fmt: skip
         if slice_len:
@@ -160,10 +164,10 @@ def _unpack(
     if not x.is_packed:
         return x
     batch, num_kv_heads, capacity, head_dim = scratch.shape
-    count = x.data.shape[2]
+    count, (groups, steps, *apart) = x.data.shape[2], group_arguments(x)
     unpack_kernel[(batch * num_kv_heads, triton.cdiv(count, 32))](
-        x.data, x.norms, value_norms, centroids, scratch, count, capacity, num_kv_heads, *_strides(x),
-        *_norm_strides(value_norms), VALUES=values, PARTS=parts, COLUMNS=head_dim // parts, DP=padded(head_dim, parts),
+        x.data, x.norms, value_norms, groups, steps, centroids, scratch, count, capacity, num_kv_heads, *_strides(x),
+        *_norm_strides(value_norms), *apart, VALUES=values, PARTS=parts, COLUMNS=head_dim // parts, DP=padded(head_dim, parts),
         BN=32, PRMT=prmt,
     )  # fmt: skip
     return Operand(scratch)

@@ -12,6 +12,7 @@ import triton
 from turboquant_vllm.checks import DECODE_MAX_ROWS
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.records import Masks, Sequences, Tables
+from turboquant_vllm.reference_keys import rotate_queries
 from turboquant_vllm.triton.config import (
     LOG2_E,
     MIN_SPLIT,
@@ -52,7 +53,7 @@ def paged_attention(
     """
     pages, page_size, num_kv_heads = cache.buffer, cache.page_size, cache.num_kv_heads
     block_table, seq_lens, cu_seqlens_q, max_query_len, max_seq_len, *_ = sequences
-    centroids, rotation, _ = tables
+    centroids, rotation, key_scales = tables
     assert rotation is not None
     total_tokens, num_heads, head_dim = q.shape
     num_seqs, max_pages = block_table.shape
@@ -71,7 +72,7 @@ def paged_attention(
     # As in dense attention, float32 queries and results are rotated in float64 by PyTorch.
     exact = q.dtype == torch.float32
     if exact:
-        q = (q.double() @ rotation.double().T).float()
+        q = rotate_queries(q.transpose(0, 1)[None].double(), num_kv_heads, tables)[0].transpose(0, 1).float()
     rotated = torch.empty_like(out) if exact else out
 
     few_rows = min(max_rows, DECODE_MAX_ROWS)
@@ -112,9 +113,9 @@ def paged_attention(
             queries, query_scale, pages.view(torch.int16 if parts == 4 else torch.uint8), pages.view(torch.float32), centroids,
             block_table, seq_lens, cu_seqlens_q, partial, partial_lse, total_tokens, num_seqs, pages.shape[0], max_keys,
             pages.stride(0) // 16, block_table.stride(0), slots, row_step, tiles, *served, window, cap, group, num_kv_heads,
-            D=head_dim, PAGE=page_size, Q_PARTS=order, PARTS=parts, DP=padded(head_dim, parts), CAUSAL=causal,
-            SWAP=config.swap, BM=config.block_m, BN=config.block_n, STAGES=config.num_stages, PRMT=nvidia and not exact,
-            num_warps=config.num_warps, **kind,
+            D=head_dim, PAGE=page_size, OFFSETS=cache.has_offsets, Q_PARTS=order, PARTS=parts, DP=padded(head_dim, parts),
+            CAUSAL=causal, SWAP=config.swap, BM=config.block_m, BN=config.block_n, STAGES=config.num_stages,
+            PRMT=nvidia and not exact, num_warps=config.num_warps, **kind,
         )  # fmt: skip
         block = 16 if is_few else 64
         tiles = triton.cdiv(few_rows, block) if is_few else 1
@@ -128,8 +129,8 @@ def paged_attention(
     with device_guard(q.device):
         block = 16 if rows <= 64 else 64
         query_kernel[(num_kv_heads * triton.cdiv(rows, block),)](
-            q, rotation, queries, query_scale, rows, group, num_kv_heads, sm_scale * LOG2_E, 0, q.stride(1), q.stride(0),
-            q.stride(2), BM=block, num_warps=4 if block == 16 and head_dim <= 128 else 8, **rotate,
+            q, rotation, key_scales, queries, query_scale, rows, group, num_kv_heads, sm_scale * LOG2_E, 0, q.stride(1),
+            q.stride(0), q.stride(2), BM=block, num_warps=4 if block == 16 and head_dim <= 128 else 8, **rotate,
         )  # fmt: skip
         if min_rows <= DECODE_MAX_ROWS:
             attend(few, True)

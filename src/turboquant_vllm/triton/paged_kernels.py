@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from turboquant_vllm.triton.kernels import attend_rows, merge_rows
+from turboquant_vllm.triton.tiles import GROUP
 
 # Splits begin at multiples of this many keys: of every tile's length.
 _ALIGN = tl.constexpr(64)
@@ -100,15 +101,16 @@ def _slot(split, head, num_kv_heads, sequence, begin, group, slots, row_step):
 def paged_attention_kernel(q, q_scale, codes, norms, centroids, block_table, seq_lens, cu_seqlens_q, out, lse, total_tokens,
                            num_seqs, num_pages, max_keys, page_step, table_step, slots, row_step, row_tiles, min_rows,
                            max_rows, many_rows, many_pairs, window, softcap, group, num_kv_heads, D: tl.constexpr,
-                           PAGE: tl.constexpr, Q_PARTS: tl.constexpr, PARTS: tl.constexpr, DP: tl.constexpr,
-                           CAUSAL: tl.constexpr, FEW: tl.constexpr, SPLITS: tl.constexpr, MIN_SPLIT: tl.constexpr,
-                           SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, STAGES: tl.constexpr,
-                           PRMT: tl.constexpr):  # fmt: skip
+                           PAGE: tl.constexpr, OFFSETS: tl.constexpr, Q_PARTS: tl.constexpr, PARTS: tl.constexpr,
+                           DP: tl.constexpr, CAUSAL: tl.constexpr, FEW: tl.constexpr, SPLITS: tl.constexpr,
+                           MIN_SPLIT: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+                           STAGES: tl.constexpr, PRMT: tl.constexpr):  # fmt: skip
     """Attend BM query rows of one key/value head of one sequence to one split of its keys.
 
     ``codes`` and ``norms`` are the buffer of a :class:`turboquant_vllm.paged.PagedTQ4Cache` in elements of PARTS codes and in
-    float32; its pages are ``page_step`` times 16 bytes apart. Queries are packed rows ``[num_kv_heads, total_tokens * group,
-    D]`` in the order of Q_PARTS parts, and so are the float32 results, ``[splits, num_kv_heads, slots, D]``.
+    float32; its pages are ``page_step`` times 16 bytes apart, their keys with OFFSETS or without. Queries are packed rows
+    ``[num_kv_heads, total_tokens * group, D]`` in the order of Q_PARTS parts, and so are the float32 results, ``[splits,
+    num_kv_heads, slots, D]``.
     """
     program = tl.program_id(0)
     if not FEW:
@@ -124,10 +126,17 @@ def paged_attention_kernel(q, q_scale, codes, norms, centroids, block_table, seq
         return
 
     ELEMENT: tl.constexpr = PARTS // 2  # bytes of an element of codes
-    CHUNK: tl.constexpr = PAGE * (D + 8)  # bytes of a head in a page
+    CODES: tl.constexpr = PAGE * (D + 8)  # bytes of codes and norms of a head in a page
+    GROUPS: tl.constexpr = PAGE // GROUP if OFFSETS else 0
+    CHUNK: tl.constexpr = CODES + GROUPS * (2 * D + 16)
     k_codes = codes + head * (CHUNK // ELEMENT)
     k_norms = norms + head * (CHUNK // 4) + PAGE * D // 4
     step = page_step.to(tl.int64)
+    groups = None
+    if OFFSETS:
+        shared = codes.to(tl.pointer_type(tl.int32 if PARTS == 4 else tl.int16)) + head * (CHUNK // PARTS) + CODES // PARTS
+        steps = norms + head * (CHUNK // 4) + (CODES + GROUPS * 2 * D) // 4
+        groups = (shared, 2 * D // PARTS, step * (16 // PARTS), steps, 4, step * 4)
     keys = (k_codes, D // PARTS, 1, step * (16 // ELEMENT), k_norms, 1, step * 4)
     values = (k_codes + PAGE * D // PARTS, D // PARTS, 1, step * (16 // ELEMENT), k_norms + PAGE, 1, step * 4)
     row = tile * BM + tl.arange(0, BM)  # [BM]
@@ -135,7 +144,7 @@ def paged_attention_kernel(q, q_scale, codes, norms, centroids, block_table, seq
     attend_rows(
         start, tl.minimum(start + length, kv_len), kv_len, kv_len - q_len, window, softcap, q, q_scale,
         head * total_tokens * group + begin * group + row, tile * BM, rows, group, keys, values,
-        block_table + sequence.to(tl.int64) * table_step, num_pages, centroids, out, lse,
+        groups, block_table + sequence.to(tl.int64) * table_step, num_pages, centroids, out, lse,
         _slot(split, head, num_kv_heads, sequence, begin, group, slots, row_step) + row, D, Q_PARTS, Q_PARTS, PARTS, PARTS, DP,
         DP, PAGE, CAUSAL, SWAP, BM, BN, STAGES, PRMT)  # fmt: skip
 

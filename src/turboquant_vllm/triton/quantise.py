@@ -219,7 +219,9 @@ def measure(x, y, live, BM: tl.constexpr, PIECES: tl.constexpr, WIDE: tl.constex
     shift = tl.full([BM], 1.0, tl.float32)
     if WIDE:
         usual = (squares > 1e-30) & (squares < 1e30)  # false for NaN
-        if tl.min((usual | ~live).to(tl.int32), 0) == 0:
+        # Over two axes: Triton up to 3.7 follows what Blackwell's matrix units leave from one reduction to the next, as far as
+        # here, and fails where the last is of one axis.
+        if tl.min(tl.min((usual | ~live).to(tl.int32)[None, :], 0), 0) == 0:
             largest = tl.abs(x[0])
             for i in tl.static_range(1, PIECES):
                 largest = tl.maximum(largest, tl.abs(x[i]))
@@ -337,6 +339,18 @@ def encode(y, length, unit, curve, BM: tl.constexpr, COUNT: tl.constexpr, PRMT: 
 
 
 @triton.jit
+def encode_rotated(y, length, shift, unit, curve, levels, BM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
+                   PIECES: tl.constexpr, PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """Words of codes and norms as :func:`encode_tile`, of vectors that are rotated and measured: see :func:`measure`."""
+    words = ()
+    for i in tl.static_range(PIECES):
+        words = words + (encode(y[i], length, unit, curve, BM, CHUNK, PRMT),)
+    norm = _scale(y, words, length, unit, levels, BM, D, CHUNK, PIECES, PRMT, SCALE) / shift
+    # A vector that is not finite must be seen wherever it is attended to: NaN, never an infinity.
+    return words, tl.where((norm < float("inf")) & (length < float("inf")), norm, float("nan"))
+
+
+@triton.jit
 def encode_tile(v, live, matrices, unit, curve, levels, BM: tl.constexpr, D: tl.constexpr, CHUNK: tl.constexpr,
                 PARTS: tl.constexpr, PIECES: tl.constexpr, PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
     """Words of codes, one tensor of :func:`encode` for each piece, and norms ``[BM]``, of vectors ``v`` cut into pieces.
@@ -359,9 +373,4 @@ def encode_tile(v, live, matrices, unit, curve, levels, BM: tl.constexpr, D: tl.
         length *= unit
     else:
         y, length, shift = measure((v[0].to(tl.float32),), y, live, BM, PIECES, WIDE)
-    words = ()
-    for i in tl.static_range(PIECES):
-        words = words + (encode(y[i], length, unit, curve, BM, CHUNK, PRMT),)
-    norm = _scale(y, words, length, unit, levels, BM, D, CHUNK, PIECES, PRMT, SCALE) / (shift * lift)
-    # A vector that is not finite must be seen wherever it is attended to: NaN, never an infinity.
-    return words, tl.where((norm < float("inf")) & (length < float("inf")), norm, float("nan"))
+    return encode_rotated(y, length, shift * lift, unit, curve, levels, BM, D, CHUNK, PIECES, PRMT, SCALE)

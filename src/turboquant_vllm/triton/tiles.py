@@ -11,7 +11,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from turboquant_vllm.records import GROUP as _GROUP
 from turboquant_vllm.triton.levels import look_up
+
+GROUP = tl.constexpr(_GROUP)  # keys that share an offset and an outlier
+TOGETHER = tl.constexpr(8)  # groups whose offsets and outliers, 16 rows, are one product
 
 
 @triton.jit
@@ -117,7 +121,36 @@ def product(a, b, acc, SWAP: tl.constexpr):
 
 
 @triton.jit
-def attend(start, stop, n_end, q, row_scale, first, last, softcap, state, keys, values, pages, num_pages, levels,
+def score_groups(first, n_end, q, unit, groups, pages, num_pages, columns, K_COLUMNS: tl.constexpr, K_PARTS: tl.constexpr,
+                 PAGE: tl.constexpr, SWAP: tl.constexpr, BM: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
+    """Scores, times ``unit``, of what groups ``first .. first + TOGETHER`` share: ``[BM, 2 * TOGETHER]``.
+
+    Column 2 i is of the offset of the i-th of them, the next of its outlier; zeros of groups that no key before ``n_end`` is
+    in. ``groups`` is ``(rows, stride, page stride, steps, their stride, their page stride)``: int8 rows, in elements of as
+    many bytes as there are parts, offset and outlier one behind the other, and the float32 steps that they are multiples of.
+    Other arguments, and SWAP, as in :func:`attend`.
+    """
+    rows, stride, page_stride, steps, step_stride, step_page_stride = groups
+    index = tl.arange(0, 2 * TOGETHER)
+    n = (first + index // 2) * GROUP  # the first key of each
+    page, place = None, n.to(tl.int64)
+    if pages is not None:
+        page, place = find_keys(0, n, n_end, pages, num_pages, PAGE, 2 * PAGE, True)  # no page has all of them
+    place = place // GROUP
+    there = n < n_end
+    pointers = locate(rows, stride, page_stride, page, place) + index % 2 * K_COLUMNS  # [2 * TOGETHER]
+    mask = there[:, None] & (columns[None, :] < K_COLUMNS)
+    x = tl.load(pointers[:, None] + columns[None, :], mask=mask, other=0).to(tl.int32)
+    score = tl.zeros([2 * TOGETHER, BM] if SWAP else [BM, 2 * TOGETHER], tl.float32)
+    for j in tl.static_range(K_PARTS):
+        part = (x << (24 - 8 * j)) >> 24  # byte j and its sign: exact in every dtype
+        score = product(q[j], tl.trans(part.to(DTYPE)), score, SWAP)
+    step = tl.load(locate(steps, step_stride, step_page_stride, page, place) + index % 2, mask=there, other=0.0) * unit
+    return score * per_row(step, not SWAP)
+
+
+@triton.jit
+def attend(start, stop, n_end, q, row_scale, first, last, softcap, state, keys, values, groups, pages, num_pages, levels,
            K_COLUMNS: tl.constexpr, V_COLUMNS: tl.constexpr, K_DP: tl.constexpr, V_DP: tl.constexpr, K_PARTS: tl.constexpr,
            V_PARTS: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, MASKED: tl.constexpr, SWAP: tl.constexpr,
            BN: tl.constexpr, STAGES: tl.constexpr, PRMT: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
@@ -130,7 +163,8 @@ def attend(start, stop, n_end, q, row_scale, first, last, softcap, state, keys, 
     them. ``softcap`` is None, or caps the scores, in log2.
 
     ``keys`` and ``values`` are ``(base, stride, column stride, page stride, norms, norm stride, norm page stride)``, norms
-    None where they are dense. ``pages`` is None, or the sequence's row of the block table; pages have PAGE keys.
+    None where they are dense. ``groups`` is None, or of keys with offsets what :func:`score_groups` takes. ``pages`` is None,
+    or the sequence's row of the block table; pages have PAGE keys.
 
     SWAP turns every tile over: keys, then coordinates, take the long side of the matrix instruction, and query rows the
     short side of 8. That halves the work where a group has few heads. Shapes below are those without SWAP; ``q`` comes
@@ -146,6 +180,10 @@ def attend(start, stop, n_end, q, row_scale, first, last, softcap, state, keys, 
         unit = tl.full([BM], 1.0, tl.float32)  # capped scores are in log2 already
     k_columns = tl.arange(0, K_DP).to(tl.int64)
     v_columns = tl.arange(0, V_DP).to(tl.int64)
+    if groups is not None:
+        tl.static_assert(GROUP % BN == 0, "a tile is of one group")  # tiles begin at multiples of BN
+        shared = tl.zeros([2 * TOGETHER, BM] if SWAP else [BM, 2 * TOGETHER], tl.float32)
+        which = per_row(tl.arange(0, 2 * TOGETHER), not SWAP)
     for n0 in tl.range(start, stop, BN, num_stages=STAGES):
         n = n0 + tl.arange(0, BN)  # [BN]
         page, place = None, n.to(tl.int64)
@@ -159,6 +197,16 @@ def attend(start, stop, n_end, q, row_scale, first, last, softcap, state, keys, 
         if k_norms is not None:
             norms = load_norms(locate(k_norms, kn_stride, kn_page, page, place), n, n_end, MASKED)  # [BN]
             score *= per_row(norms, not SWAP)
+        if groups is not None:
+            block = n0 // (TOGETHER * GROUP)
+            within = n0 - block * (TOGETHER * GROUP)
+            if (n0 == start) | (within == 0):
+                shared = score_groups(block * TOGETHER, n_end, q, levels[1], groups, pages, num_pages, k_columns, K_COLUMNS,
+                                      K_PARTS, PAGE, SWAP, BM, DTYPE)  # fmt: skip
+            at = within // GROUP * 2
+            offset = tl.sum(tl.where(which == at, shared, 0.0), KEYS)  # [BM]; what other groups share may be NaN
+            outlier = tl.sum(tl.where(which == at + 1, shared, 0.0), KEYS)
+            score = tl.where(per_row(norms, not SWAP) < 0, per_row(outlier, SWAP), score) + per_row(offset, SWAP)
         if softcap is not None:
             score = soft_cap(score * per_row(row_scale, SWAP), softcap, PRMT)
         if MASKED:
