@@ -75,11 +75,11 @@ def natively_stored(codec: TQ4Codec) -> bool:
     return codec.rotation_kind == "hadamard" and codec.head_dim in DECODE_HEAD_DIMS and not ops.why_not_cuda(codec.device)
 
 
-def store_backend(dtype: torch.dtype, native: bool, device: torch.device, has_offsets: bool) -> str:
+def store_backend(dtype: torch.dtype, native: bool, device: torch.device) -> str:
     """What writes states of ``dtype``; ``native``: whether the native kernel may."""
     if native and dtype in HALVES:
         return "cuda"
-    return "triton" if not has_offsets and dtype != torch.float64 and ops.triton_runs_on(device) else "reference"
+    return "triton" if dtype != torch.float64 and ops.triton_runs_on(device) else "reference"
 
 
 def store_tokens(
@@ -195,7 +195,7 @@ class PackedStorage:
             self._expect_more(keys, values)
         if self.has_offsets:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)[first : self.stop]
-            backend = store_backend(keys.dtype, self._native, keys.device, True)
+            backend = store_backend(keys.dtype, self._native, keys.device)
             store_tokens(keys, values, slots, self.buffer, self.codec, self.capacity, backend, True)
         elif self._native and keys.dtype in HALVES:
             slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)
