@@ -139,8 +139,8 @@ class Engines:
                 continue
             results.add("blocks" if self.layers == results.settings["layers"] else "capacity blocks", cache, message["ready"])
             results.settings["vllm"] = message["vllm"]
-            if cache == "tq4":
-                results.settings["error"] = message["worst"]
+            if message["worst"] is not None:
+                results.settings.setdefault("error", {})[cache] = message["worst"]
         if checking is not None:
             results.settings["gate"] = "passed" if checking.wait() == 0 else f"failed with status {checking.returncode}"
             print("gate", results.settings["gate"], flush=True)
@@ -166,7 +166,7 @@ def main() -> None:
     parser.add_argument("--cache-bytes", type=float, default=20e9)
     parser.add_argument("--capacity-layers", type=int, default=8)
     parser.add_argument("--capacity-cache-bytes", type=float, default=27.5e9)
-    parser.add_argument("--block-size", type=int, default=16)
+    parser.add_argument("--block-size", type=int, default=64, help="of all caches, so that numbers of blocks compare")
     parser.add_argument("--gate", default="", help="a shell command")
     parser.add_argument("--seconds", type=float, default=3600.0, help="after which no case is begun")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm-h200.json")

@@ -20,6 +20,7 @@ import torch
 
 CACHES: dict[str, dict[str, Any]] = {
     "tq4": {"attention_backend": "CUSTOM"},
+    "tq4_plain": {"attention_backend": "CUSTOM", "additional_config": {"turboquant": {"key_offsets": False}}},
     "bf16": {"attention_backend": "FLASH_ATTN"},
     "fp8": {"attention_backend": "FLASH_ATTN", "kv_cache_dtype": "fp8"},
     "int4_per_token_head": {"attention_backend": "TRITON_ATTN", "kv_cache_dtype": "int4_per_token_head"},
@@ -32,7 +33,7 @@ CASES = [*DECODE, "ttft", "capacity"]  # what matters most comes first
 STRETCH, WARMUP_STEPS = 8, 6
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 96, 104, 112, 128, 160, 192, 208, 224, 256]
 VOCABULARY = 128256
-LLAMA = {
+LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
     "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": VOCABULARY, "hidden_act": "silu",
     "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072, "torch_dtype": "bfloat16",
@@ -44,39 +45,60 @@ def say(**message: Any) -> None:
     print(json.dumps(message), flush=True)
 
 
-def check_answer() -> float:
+def check_answer(key_offsets: bool) -> float:
     """Attention of one layer as the plugin calls it, a decode and a prompt, against the definition; the largest error."""
     from turboquant_vllm import reference
     from turboquant_vllm.records import NO_TABLES, Masks, Operand
     from turboquant_vllm.vllm.batch import plan_runs
     from turboquant_vllm.vllm.flash import choose_exact
-    from turboquant_vllm.vllm.layer import PagedLayer, codec_for
+    from turboquant_vllm.vllm.layer import PagedLayer, place_of
+    from turboquant_vllm.vllm.previous import PreviousSlots
 
     device, lengths = torch.device("cuda" if torch.cuda.is_available() else "cpu"), [(1, 3000), (200, 200)]
-    codec = codec_for(128, torch.empty(0, device=device).device)
-    layer = PagedLayer(32, 8, 128, 128**-0.5, exact=choose_exact(128, False))
+    layer = PagedLayer(32, 8, 128, 128**-0.5, exact=choose_exact(128, False), key_offsets=key_offsets)
+    if key_offsets:
+        layer.use_key_scales(torch.exp(0.4 * torch.randn(8, 128)), torch.empty(0, device=device).device)
+    codec = layer.codec_on(torch.empty(0, device=device).device)
     count = sum(keys for _, keys in lengths)
     k, v = (torch.randn(count, 8, 128, dtype=torch.bfloat16, device=device) for _ in range(2))
     q = torch.randn(201, 32, 128, dtype=torch.bfloat16, device=device)
-    kv_cache = torch.zeros(256, 8, 16, 136, dtype=torch.uint8, device=device)
-    pages = torch.randperm(256, device=device).int()
-    table = torch.stack([pages[:200], torch.cat([pages[200:], pages[:144]])])
+    tokens_of_place, width = place_of(128, key_offsets)
+    page = 64
+    kv_cache = torch.zeros(64, 8, page // tokens_of_place, width, dtype=torch.uint8, device=device)
+    pages = torch.randperm(64, device=device).int()
+    table = torch.stack([pages[:50], torch.cat([pages[50:], pages[:36]])])
     position = torch.cat([torch.arange(keys, device=device) for _, keys in lengths])
     row = torch.repeat_interleave(torch.arange(2, device=device), torch.tensor([3000, 200], device=device))
-    layer.store(k, v, kv_cache, table[row, position // 16].long() * 16 + position % 16)
+    slots = table[row, position // page].long() * page + position % page
     starts, totals = torch.tensor([0, 1, 201], dtype=torch.int32), torch.tensor([3000, 200], dtype=torch.int32)
+    ends = torch.tensor([0, 3000, 3200], dtype=torch.int32, device=device)
+    previous = PreviousSlots(count, page, slots.device).find(ends, totals.to(device), table, slots)
+    layer.store(k, v, kv_cache, slots, previous)
     on_host = (starts.numpy(), totals.numpy())
     runs = plan_runs(starts.to(device), totals.to(device), table, *on_host, decode_len=1)
     out = torch.empty_like(q)
     layer.attend(q, torch.cat([k[2999:3000], k[3000:]]), torch.cat([v[2999:3000], v[3000:]]), kv_cache, runs, out)
     worst = 0.0
     for packed, rows, own in ((True, slice(0, 1), slice(0, 3000)), (False, slice(1, 201), slice(3000, 3200))):
-        keys, values = (codec.decompress(codec.compress(x[own])) if packed else x[own].float() for x in (k, v))
-        queries, keys, values = (x.transpose(0, 1)[None].float() for x in (q[rows], keys, values))
+        queries, keys, values = (x.transpose(0, 1)[None].float() for x in (q[rows], k[own], v[own]))
+        if packed:  # in one call, so that keys with offsets are as the codec has them
+            packed_keys = codec.compress_keys(keys) if key_offsets else codec.compress(keys)
+            keys, values = codec.decompress(packed_keys), codec.decompress(codec.compress(values))
         expected, _ = reference.attention(queries, Operand(keys), Operand(values), NO_TABLES, layer.sm_scale, Masks(True))
         error = (out[rows].float() - expected[0].transpose(0, 1)).abs().max() / expected.abs().max()
         worst = max(worst, error.item())
     return worst
+
+
+def write_scales(folder: Path, layers: int) -> None:
+    """Random scales of keys, since weights are dummies: a model that is served has some."""
+    from transformers import AutoConfig
+
+    from turboquant_vllm.calibration import FILE_NAME, save_key_scales
+
+    shape = (LLAMA["num_key_value_heads"], LLAMA["head_dim"])
+    scales = {layer: torch.exp(0.4 * torch.randn(shape)) for layer in range(layers)}
+    save_key_scales(folder / FILE_NAME, scales, AutoConfig.from_pretrained(folder), source="random")
 
 
 class Timer:
@@ -195,6 +217,8 @@ def main() -> None:
     plugin.register()
     options.folder.mkdir(parents=True, exist_ok=True)
     (options.folder / "config.json").write_text(json.dumps({**LLAMA, "num_hidden_layers": options.layers}))
+    if options.cache == "tq4":
+        write_scales(options.folder, options.layers)
     start = time.perf_counter()
     llm = LLM(
         model=str(options.folder),
@@ -214,7 +238,7 @@ def main() -> None:
     import vllm
 
     blocks = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-    worst = check_answer() if options.cache == "tq4" else None
+    worst = check_answer(options.cache == "tq4") if options.cache.startswith("tq4") else None
     if worst is not None and not worst < 0.02:
         sys.exit(f"expected a largest error below 0.02, got {worst}")
     say(ready={"value": blocks, "seconds": round(time.perf_counter() - start, 1)}, vllm=vllm.__version__, worst=worst)

@@ -29,6 +29,7 @@ from hf_models import VOCABULARY, make_config
 from turboquant_vllm.demo.compare import held_out_windows
 from turboquant_vllm.demo.run import MODEL
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, register
+from turboquant_vllm.hf.calibration import key_scales_from_model
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
@@ -71,12 +72,12 @@ def prompts():
 class Engine:
     """An engine over the small model; graphs of decoding, nothing compiled by torch."""
 
-    def __init__(self, *, model=MODEL, exact_prefill=True, **options):
+    def __init__(self, *, model=MODEL, exact_prefill=True, key_offsets=False, **options):
         given = {
             "max_num_batched_tokens": 8192,
             "enable_prefix_caching": False,
             "max_num_seqs": 16,
-            "block_size": 16,
+            "block_size": None if key_offsets else 16,
             "max_model_len": 400,
             "compilation_config": {
                 "mode": 0,
@@ -92,7 +93,7 @@ class Engine:
             skip_tokenizer_init=True,
             dtype=DTYPE,
             attention_backend="CUSTOM",
-            additional_config={"turboquant": {"exact_prefill": exact_prefill}},
+            additional_config={"turboquant": {"exact_prefill": exact_prefill, "key_offsets": key_offsets}},
             disable_log_stats=False,
             seed=0,
             **given,
@@ -116,17 +117,20 @@ class Engine:
 
 
 @torch.inference_mode()
-def check(model, prompts, answers, *, exact_prefill, cuts=lambda length: ()):
+def check(model, prompts, answers, *, exact_prefill, cuts=lambda length: (), key_offsets=False):
     """Every token is greedy in transformers, whose prompt is read in pieces that end at ``cuts(length)``."""
+    formats = {"key_offsets": True, "key_scales": key_scales_from_model(model)} if key_offsets else {"key_offsets": False}
     same = count = 0
     for prompt, answer in zip(prompts, answers, strict=True):
         assert len(answer) == NEW_TOKENS
-        cache = TurboQuantCache(model.config, exact_prefill=exact_prefill)
+        cache = TurboQuantCache(model.config, exact_prefill=exact_prefill, **formats)
         ends = [0, *cuts(len(prompt)), len(prompt)]
         for first, stop in itertools.pairwise(ends):
             logits = model(torch.tensor([prompt[first:stop]], device=DEVICE), **{CACHE_ARGUMENT: cache}).logits[0, -1:]
-        rest = model(torch.tensor([answer[:-1]], device=DEVICE), **{CACHE_ARGUMENT: cache}).logits[0]
-        logits = torch.cat([logits, rest]).float()
+        # A group's offset follows from the call that begins it: the engine's are of one token.
+        pieces = [[token] for token in answer[:-1]] if key_offsets else [answer[:-1]]
+        rest = [model(torch.tensor([piece], device=DEVICE), **{CACHE_ARGUMENT: cache}).logits[0] for piece in pieces]
+        logits = torch.cat([logits, *rest]).float()
         best, chosen = logits.amax(-1), logits.gather(-1, torch.tensor(answer, device=DEVICE)[:, None])[:, 0]
         behind = best - chosen
         allowed = ULPS * 2.0**-10 * logits.abs().amax(-1)
@@ -155,6 +159,17 @@ def test_prefix_hits_beside_prompts_of_equal_length(model, prompts):
         mixed = [prompts[0][:96] + prompts[3][:4], prompts[6][::-1], prompts[3][:100], prompts[8][:48] + prompts[7], prompts[2]]
         check(model, mixed, engine.answers(mixed), exact_prefill=False)
         assert engine.counter("vllm:prefix_cache_hits") > 500
+
+
+@pytest.mark.parametrize("exact_prefill", [True, False])
+def test_keys_with_offsets(model, prompts, exact_prefill):
+    """Offsets and the scales of the model's weights: prompts together, and one in chunks."""
+    form = {"exact_prefill": exact_prefill, "key_offsets": True}
+    with Engine(**form) as engine:
+        assert engine.llm.llm_engine.vllm_config.cache_config.block_size == (64 if DEVICE == "cuda" else 128)
+        check(model, prompts, engine.answers(prompts), **form)
+    with Engine(**form, max_num_batched_tokens=40) as engine:
+        check(model, prompts[:1], engine.answers(prompts[:1]), **form, cuts=lambda length: range(40, length, 40))
 
 
 @pytest.mark.parametrize("chunk", [16, 64])

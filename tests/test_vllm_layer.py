@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import oracle
 import turboquant_vllm.vllm as plugin
 from turboquant_vllm import PagedTQ4Cache
 from turboquant_vllm.checks import PagedShape
@@ -21,20 +22,31 @@ from turboquant_vllm.lengths import HostLengths
 from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS
 from turboquant_vllm.pieces import native_calls
 from turboquant_vllm.vllm.batch import Kind, plan_runs
-from turboquant_vllm.vllm.layer import PagedLayer, chunks_of_all_kinds, codec_for
+from turboquant_vllm.vllm.layer import PagedLayer, chunks_of_all_kinds, codec_for, place_of
 from turboquant_vllm.vllm.options import Options
-from vllm_cases import random_step
+from turboquant_vllm.vllm.previous import PreviousSlots
+from vllm_cases import random_step, written_alone
 
 DECODE, EXACT, CONTINUED = Kind
 
 # (query tokens, keys): two decode; a prompt; a chunk behind a prefix whose total is the prompt's and whose length is another's;
 # a prompt as long as that; a prefix hit of all but one token of a page; a one-token prompt.
-MIXED = [(1, 40), (1, 17), (33, 33), (20, 33), (20, 20), (16, 48), (5, 5)]
-KINDS = [DECODE, DECODE, EXACT, CONTINUED, EXACT, CONTINUED, EXACT]
+# The same with sequences that begin groups of 64 tokens, and go on in begun ones.
+MIXED = [(1, 40), (1, 65), (33, 33), (20, 33), (20, 20), (16, 48), (5, 5), (70, 140), (1, 129), (66, 66)]
+KINDS = [DECODE, DECODE, EXACT, CONTINUED, EXACT, CONTINUED, EXACT, CONTINUED, DECODE, EXACT]
 
 
-def layer(**options: object) -> PagedLayer:
-    return PagedLayer(4, 2, 64, 64**-0.5, **options)
+@pytest.fixture(params=["plain", "offsets", "scales"])
+def layer(request, generator):
+    """Makes layers of one of the formats."""
+
+    def make(**options: object) -> PagedLayer:
+        one = PagedLayer(4, 2, 64, 64**-0.5, key_offsets=request.param != "plain", **options)
+        if request.param == "scales":
+            one.use_key_scales(torch.exp(0.4 * torch.randn(2, 64, generator=generator)), torch.device("cpu"))
+        return one
+
+    return make
 
 
 def attend(step, runs, k="own", v="own"):
@@ -92,14 +104,15 @@ class TestRuns:
 
 
 class TestAttention:
-    @pytest.mark.parametrize("page_size", [16, 32])
-    def test_mixed_batch(self, generator, page_size):
-        step = random_step(generator, MIXED, layer(), page_size=page_size)
+    @pytest.mark.parametrize("pages", [1, 2])
+    def test_mixed_batch(self, generator, pages, layer):
+        one = layer()
+        step = random_step(generator, MIXED, one, page_size=pages * max(16, place_of(64, one.key_offsets)[0]))
         out = attend(step, step.runs())
         for index, kind in enumerate(KINDS):
             step.check(out, index, exact=kind == EXACT)
 
-    def test_exact_and_packed_differ_by_more_than_the_tolerance(self, generator):
+    def test_exact_and_packed_differ_by_more_than_the_tolerance(self, generator, layer):
         step = random_step(generator, MIXED, layer())
         out = attend(step, step.runs())
         for index, kind in enumerate(KINDS):
@@ -107,13 +120,13 @@ class TestAttention:
                 step.check(out, index, exact=kind != EXACT)
 
     @pytest.mark.parametrize("masks", [{"sliding_window": 9}, {"softcap": 3.0}, {"sinks": torch.tensor([0.5, -1.0, 2.0, 0.0])}])
-    def test_masks(self, generator, masks):
+    def test_masks(self, generator, masks, layer):
         step = random_step(generator, MIXED, layer(**masks))
         out = attend(step, step.runs())
         for index, kind in enumerate(KINDS):
             step.check(out, index, exact=kind == EXACT)
 
-    def test_sinks_are_read_at_each_call_in_any_dtype(self, generator):
+    def test_sinks_are_read_at_each_call_in_any_dtype(self, generator, layer):
         one = layer(sinks=torch.zeros(4, dtype=torch.bfloat16))
         step = random_step(generator, MIXED, one)
         attend(step, step.runs())
@@ -122,33 +135,38 @@ class TestAttention:
         for index, kind in enumerate(KINDS):
             step.check(out, index, exact=kind == EXACT)
 
-    def test_without_exact_prefill_all_read_the_pages(self, generator):
+    def test_without_exact_prefill_all_read_the_pages(self, generator, layer):
         step = random_step(generator, MIXED, layer(exact=None))
         out = attend(step, step.runs())
         for index in range(len(MIXED)):
             step.check(out, index, exact=False)
 
-    def test_a_layer_that_shares_a_cache_reads_the_pages(self, generator):
+    def test_a_layer_that_shares_a_cache_reads_the_pages(self, generator, layer):
         step = random_step(generator, MIXED, layer())
         out = attend(step, step.runs(), k=None, v=None)
         for index in range(len(MIXED)):
             step.check(out, index, exact=False)
 
-    def test_padding_has_no_slot_and_is_left_alone(self, generator):
-        step = random_step(generator, [(1, 30), (1, 18)], layer())
+    def test_padding_has_no_slot_and_is_left_alone(self, generator, layer):
+        step = random_step(generator, [(1, 30), (1, 65)], layer())
         runs = step.runs()
         padded = {name: torch.cat([getattr(step, name), torch.full_like(getattr(step, name), float("nan"))]) for name in "qkv"}
         before = step.kv_cache.clone()
-        step.layer.store(padded["k"], padded["v"], step.kv_cache, torch.cat([step.slots, torch.tensor([-1, -1])]))
+        slots = torch.cat([step.slots, torch.tensor([-1, -1])])
+        totals = torch.tensor([30, 65, 0, 0], dtype=torch.int32)
+        starts = torch.tensor([0, 1, 2, 2, 2], dtype=torch.int32)
+        table = torch.cat([step.block_table, torch.zeros_like(step.block_table)])
+        previous = PreviousSlots(4, step.page_size, step.q.device).find(starts, totals, table, slots)
+        step.layer.store(padded["k"], padded["v"], step.kv_cache, slots, previous)
         changed = (step.kv_cache != before).flatten(1).any(1).nonzero().flatten().tolist()
-        assert set(changed) <= {int(slot) // 16 for slot in step.slots}
+        assert set(changed) <= {int(slot) // step.page_size for slot in step.slots}
         out = torch.full_like(padded["q"], 7.0)
         step.layer.attend(padded["q"], padded["k"], padded["v"], step.kv_cache, runs, out)
         for index in range(2):
             step.check(out, index, exact=False)
         assert (out[2:] == 7.0).all()
 
-    def test_decoding_sees_every_key_whatever_the_host_believes(self, generator):
+    def test_decoding_sees_every_key_whatever_the_host_believes(self, generator, layer):
         step = random_step(generator, [(1, 70), (1, 33)], layer())
         lengths = np.array([60, 99], dtype=np.int32)  # drafts that were rejected, or accepted since
         seq_lens = torch.tensor([70, 33], dtype=torch.int32)
@@ -156,23 +174,31 @@ class TestAttention:
         step.check(out, 0, exact=False)
         step.check(out, 1, exact=False)
 
-    def test_verification_of_drafts(self, generator):
+    def test_verification_of_drafts(self, generator, layer):
         step = random_step(generator, [(4, 60), (4, 19), (6, 6)], layer())
         out = attend(step, step.runs(decode_len=4))
         for index, kind in enumerate([DECODE, DECODE, EXACT]):
             step.check(out, index, exact=kind == EXACT)
 
-    @pytest.mark.parametrize("chunk", [1, 7, 16])
-    def test_chunks_change_nothing_without_exact_prefill(self, generator, chunk):
-        whole = random_step(generator, [(30, 30)], layer(exact=None))
-        expected = whole.expected(0, exact=False)
-        for first in range(0, 30, chunk):
-            stop = min(first + chunk, 30)
+    @pytest.mark.parametrize("chunk", [1, 7, 16, 64])
+    def test_chunks_without_exact_prefill(self, generator, chunk, layer):
+        one = layer(exact=None)
+        whole = random_step(generator, [(70, 70)], one)
+        expected, keys = whole.expected(0, exact=False), whole.keys[0]
+        codec = one.codec_on(keys.device)
+        values = oracle.decompress(*codec.compress(whole.values[0]), codec.centroids, codec.rotation)
+        for first in range(0, 70, chunk):
+            stop = min(first + chunk, 70)
             part = type(whole)(**{**vars(whole), "lengths": [(stop - first, stop)]})
             for name in ("q", "k", "v", "slots"):
                 setattr(part, name, getattr(whole, name)[first:stop])
             out = attend(part, part.runs())
-            torch.testing.assert_close(out.double(), expected[first:stop], rtol=1e-5, atol=1e-5)
+            want = expected[first:stop]
+            if one.key_offsets:  # a group's offset follows from the chunk that begins it
+                read = written_alone(one, keys[:stop], range(chunk, stop, chunk))
+                q, k, v = (x.transpose(0, 1)[None] for x in (part.q, read, values[:stop]))
+                want = oracle.attention(q, k, v, one.sm_scale, True)[0][0].transpose(0, 1)
+            torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
 
 
 class TestWarmUp:
@@ -195,13 +221,17 @@ class TestWarmUp:
     def test_it_runs(self, monkeypatch):
         monkeypatch.setattr("turboquant_vllm.vllm.layer.MANY_PAIRS", 1 << 12)  # fewer keys: nothing is compiled here
         one = PagedLayer(16, 1, 16, 0.25, sinks=torch.zeros(16))
-        one.warm_up(16, torch.float32, torch.device("cpu"))
-        assert one.kind != PagedLayer(16, 1, 16, 0.25).kind
+        one.warm_up(64, torch.float32, torch.device("cpu"))
+        plain = PagedLayer(16, 1, 16, 0.25, key_offsets=False)
+        plain.warm_up(16, torch.float32, torch.device("cpu"))
+        scaled = PagedLayer(16, 1, 16, 0.25)
+        scaled.use_key_scales(torch.ones(1, 16), torch.device("cpu"))
+        assert len({one.kind, plain.kind, scaled.kind, PagedLayer(16, 1, 16, 0.25).kind}) == 4
 
 
 class TestPages:
     def test_a_page_is_136_bytes_a_token_and_head_and_nothing_is_copied(self):
-        one = PagedLayer(32, 8, 128, 1.0)
+        one = PagedLayer(32, 8, 128, 1.0, key_offsets=False)
         kv_cache = torch.zeros(3, 8, 16, 136, dtype=torch.uint8)
         pages = one.pages(kv_cache)
         assert pages.buffer.data_ptr() == kv_cache.data_ptr()
@@ -209,16 +239,27 @@ class TestPages:
         assert one.pages(kv_cache) is pages
         assert one.pages(torch.zeros_like(kv_cache)).buffer.data_ptr() != kv_cache.data_ptr()
 
-    def test_pages_of_several_layers_in_one_block(self, generator):
-        blocks = torch.full((5, 3, 2, 16, 72), 255, dtype=torch.uint8)
+    def test_with_offsets_it_is_140_and_a_quarter(self):
+        one = PagedLayer(32, 8, 128, 1.0)
+        kv_cache = torch.zeros(3, 8, 2, 64 * 561 // 4, dtype=torch.uint8)
+        pages = one.pages(kv_cache)
+        assert pages.buffer.data_ptr() == kv_cache.data_ptr()
+        assert pages.has_offsets
+        assert pages.page_size == 128
+        assert pages.buffer.shape == (3, PagedTQ4Cache.page_bytes(128, 8, 128, True))
+        assert 512 * 8 * 128 / pages.buffer.shape[1] > 3.6  # bf16's bytes
+
+    def test_pages_of_several_layers_in_one_block(self, generator, layer):
         step = random_step(generator, [(1, 20), (9, 9)], layer())
+        num_pages, *page = step.kv_cache.shape
+        blocks = torch.full((num_pages, 3, *page), 255, dtype=torch.uint8)
         blocks[:, 1] = step.kv_cache
         step.kv_cache = blocks[:, 1]
         out = attend(step, step.runs())
         step.check(out, 0, exact=False)
         step.check(out, 1, exact=True)
 
-    def test_the_caches_memory_is_free_once_its_owner_lets_it_go(self, generator):
+    def test_the_caches_memory_is_free_once_its_owner_lets_it_go(self, generator, layer):
         step = random_step(generator, [(1, 20)], layer())
         memory = np.full(step.kv_cache.numel() + 16, 255, dtype=np.uint8)
         at = -memory.ctypes.data % 16
@@ -230,10 +271,13 @@ class TestPages:
         assert owner() is None
 
     def test_other_tensors_are_refused(self):
+        plain, offsets = (PagedLayer(4, 2, 64, 1.0, key_offsets=x) for x in (False, True))
         with pytest.raises(ValueError, match=r"kv_cache must have shape \[num_pages, 2, page_size, 72\], got \[3, 2, 16, 64\]"):
-            layer().pages(torch.zeros(3, 2, 16, 64, dtype=torch.uint8))
+            plain.pages(torch.zeros(3, 2, 16, 64, dtype=torch.uint8))
+        with pytest.raises(ValueError, match=r"must have shape \[num_pages, 2, page_size / 64, 4752\], got \[3, 2, 64, 72\]"):
+            offsets.pages(torch.zeros(3, 2, 64, 72, dtype=torch.uint8))
         with pytest.raises(ValueError, match="kv_cache must have contiguous pages"):
-            layer().pages(torch.zeros(3, 16, 2, 72, dtype=torch.uint8).transpose(1, 2))
+            plain.pages(torch.zeros(3, 16, 2, 72, dtype=torch.uint8).transpose(1, 2))
 
     def test_one_codec_for_all_layers_whatever_the_default_device(self):
         codec = codec_for(64, torch.device("cpu"))
@@ -244,14 +288,22 @@ class TestPages:
 
 class TestOptions:
     def test_defaults_and_values(self):
-        assert Options.read({}) == Options.read(None) == Options(exact_prefill=True)
+        assert Options.read({}) == Options.read(None) == Options(exact_prefill=True, key_offsets=True, key_scales=None)
         assert Options.read({"other": 1, "turboquant": {"exact_prefill": False}}) == Options(exact_prefill=False)
+        assert Options.read({"turboquant": {"key_scales": "a/b.safetensors"}}) == Options(key_scales="a/b.safetensors")
+        assert Options.read({"turboquant": {"key_offsets": False}}) == Options(key_offsets=False)
 
     def test_mistakes_are_named(self):
-        with pytest.raises(ValueError, match="may have exact_prefill, got exactprefill"):
+        with pytest.raises(ValueError, match="may have exact_prefill, key_offsets, key_scales, got exactprefill"):
             Options.read({"turboquant": {"exactprefill": True}})
         with pytest.raises(TypeError, match="exact_prefill must be true or false, got 'no'"):
             Options.read({"turboquant": {"exact_prefill": "no"}})
+        with pytest.raises(TypeError, match="key_offsets must be true or false, got 1"):
+            Options.read({"turboquant": {"key_offsets": 1}})
+        with pytest.raises(TypeError, match="key_scales must be the path of a file, got 3"):
+            Options.read({"turboquant": {"key_scales": 3}})
+        with pytest.raises(ValueError, match="key_scales must come with key_offsets true, got false"):
+            Options.read({"turboquant": {"key_scales": "a", "key_offsets": False}})
         with pytest.raises(TypeError, match="must be a dict of options, got str"):
             Options.read({"turboquant": "fast"})
 

@@ -34,6 +34,7 @@ from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.utils import clear_layer_kv_caches, select_common_block_size
 
+from turboquant_vllm.calibration import save_key_scales
 from turboquant_vllm.vllm.backend import TQ4Backend
 from turboquant_vllm.vllm.batch import Kind
 from vllm_cases import random_step
@@ -44,13 +45,52 @@ MAX_REQS, MAX_TOKENS, MAX_LEN, WINDOW = 8, 256, 256, 40
 CPU = torch.device("cpu")
 
 
+def hf_config(layers):
+    """As much of a model's configuration as a file of scales is compared with."""
+    sizes = {"hidden_size": 256, "num_hidden_layers": layers, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return SimpleNamespace(model_type="llama", head_dim=64, rope_theta=1e4, **sizes)
+
+
+@pytest.fixture
+def save_scales(tmp_path, generator):
+    """Writes a file of scales for layers of these kinds, and returns its path and the scales."""
+
+    def save(kinds):
+        scales = {i: torch.exp(0.4 * torch.randn(2, dim, generator=generator)) for i, (dim, _) in enumerate(kinds)}
+        save_key_scales(tmp_path / "scales.safetensors", scales, hf_config(len(kinds)), source="test")
+        return str(tmp_path / "scales.safetensors"), scales
+
+    return save
+
+
+@pytest.fixture(params=["plain", "offsets", "scales"])
+def options(request, save_scales):
+    """The plugin's options for layers of these kinds, in one of its formats."""
+    of = {
+        "plain": lambda _: {"key_offsets": False},
+        "offsets": lambda _: {},
+        "scales": lambda k: {"key_scales": save_scales(k)[0]},
+    }
+    return of[request.param]
+
+
 class Runner:
     """As much of vLLM's runner as attention sees: layers of ``kinds`` (head dimension, sliding window) and their caches."""
 
-    def __init__(self, kinds, block_size=16, drafts=0, layout=None):
-        self.config = VllmConfig(device_config=DeviceConfig("cpu"), cache_config=CacheConfig(block_size=block_size))
+    def __init__(self, kinds, block_size=64, drafts=0, layout=None, sharing=None, **options):
+        self.config = VllmConfig(
+            device_config=DeviceConfig("cpu"),
+            cache_config=CacheConfig(block_size=block_size),
+            additional_config={"turboquant": options},
+        )
+        self.sharing = sharing or {}
         self.config.model_config = SimpleNamespace(
-            max_model_len=MAX_LEN, hf_config=SimpleNamespace(model_type="llama"), dtype=torch.bfloat16, is_mm_prefix_lm=False
+            max_model_len=MAX_LEN,
+            hf_config=hf_config(len(kinds)),
+            dtype=torch.bfloat16,
+            is_mm_prefix_lm=False,
+            model="no folder",
+            revision=None,
         )
         self.config.scheduler_config.disable_hybrid_kv_cache_manager = False
         self.config.scheduler_config.max_num_seqs = MAX_REQS
@@ -82,9 +122,13 @@ class Runner:
             num_kv_heads=2,
             cache_config=self.config.cache_config,
             per_layer_sliding_window=window,
-            prefix=f"model.layers.{index}.self_attn.attn",
+            prefix=self.name(index),
             attn_backend=TQ4Backend,
+            kv_sharing_target_layer_name=self.name(self.sharing[index]) if index in self.sharing else None,
         )
+
+    def name(self, index):
+        return f"model.layers.{index}.self_attn.attn"
 
     def group_of(self, layer):
         return next(index for index, groups in enumerate(self.groups) for one in groups if layer.layer_name in one.layer_names)
@@ -171,25 +215,26 @@ LAYOUTS = [None, "BLHNC"]
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("model", MODELS)
 class TestSteps:
-    def test_a_graphs_replay(self, generator, model, layout):
-        runner = Runner(MODELS[model], layout=layout)
+    def test_a_graphs_replay(self, generator, model, layout, options):
+        runner = Runner(MODELS[model], layout=layout, **options(MODELS[model]))
         assert runner.support.min_cg_support.name == "UNIFORM_BATCH"
         metadata, slots = runner.capture(4, 1)
         for layer in runner.layers:
-            step = random_step(generator, [(1, 70), (1, 17), (1, 33)], layer.impl.layer)
+            step = random_step(generator, [(1, 70), (1, 17), (1, 65)], layer.impl.layer, page_size=64)
             runner.stage(layer, step)
+            runner.eager(layer, step)  # what a replay reads is made anew for each step
             out = runner.run(layer, step, metadata, slots, 4)
             for index in range(3):
                 step.check(out, index, exact=False)
 
-    def test_a_mixed_step(self, generator, model, layout):
-        runner = Runner(MODELS[model], layout=layout)
+    def test_a_mixed_step(self, generator, model, layout, options):
+        runner = Runner(MODELS[model], layout=layout, **options(MODELS[model]))
         for layer in runner.layers:
-            step = random_step(generator, [(1, 70), (1, 17), (20, 20), (9, 30)], layer.impl.layer)
+            step = random_step(generator, [(1, 65), (1, 17), (20, 20), (9, 30), (3, 131)], layer.impl.layer, page_size=64)
             runner.stage(layer, step)
             metadata, slots = runner.eager(layer, step)
             out = runner.run(layer, step, metadata, slots, len(step.q))
-            for index in range(4):
+            for index in range(5):
                 step.check(out, index, exact=index == 2)
 
 
@@ -197,8 +242,9 @@ def test_a_graph_that_verifies_drafts(generator):
     runner = Runner(UNIFORM, drafts=3)
     metadata, slots = runner.capture(3, 4)
     layer, _ = runner.layers
-    step = random_step(generator, [(4, 70), (4, 19)], layer.impl.layer)
+    step = random_step(generator, [(4, 67), (4, 19)], layer.impl.layer)
     runner.stage(layer, step)
+    runner.eager(layer, step)
     out = runner.run(layer, step, metadata, slots, 12)
     step.check(out, 0, exact=False)
     step.check(out, 1, exact=False)
@@ -215,10 +261,69 @@ def test_a_piecewise_graphs_dummy_step_is_prompts(generator):
 
 @pytest.mark.parametrize("block_size", [16, 48, 64, 256])
 def test_blocks_are_not_split_needlessly(block_size):
-    runner = Runner(WINDOWS, block_size=block_size)
+    runner = Runner(WINDOWS, block_size=block_size, key_offsets=False)
     for layer in runner.layers:
         assert layer.kv_cache.shape[1:] == (2, block_size, 72)
     assert select_common_block_size(512, [TQ4Backend]) == 256
+
+
+@pytest.mark.parametrize("block_size", [64, 192, 512])
+def test_blocks_of_keys_with_offsets(block_size):
+    runner = Runner(WINDOWS, block_size=block_size)
+    for layer in runner.layers:
+        assert layer.kv_cache.shape[1:] == (2, min(block_size, 256) // 64, 64 * 297 // 4)
+    assert select_common_block_size(512, [TQ4Backend]) == 256
+
+
+def test_block_sizes_that_no_group_fits():
+    with pytest.raises(ValueError, match="need a block size that is a multiple of 64, got 48: set --block-size 64"):
+        Runner(UNIFORM, block_size=48)
+
+
+class TestScales:
+    def test_each_layer_has_its_own_in_place(self, save_scales):
+        path, scales = save_scales(WINDOWS)
+        runner = Runner(WINDOWS, key_scales=path)
+        held = [layer.impl.layer.codec_on(CPU).key_scales for layer in runner.layers]
+        assert all(torch.equal(x, scales[i]) for i, x in enumerate(held))
+        init_attn_backend(runner.cache, runner.config, CPU)  # as vLLM does for its measurements and again
+        again = [layer.impl.layer.codec_on(CPU).key_scales for layer in runner.layers]
+        assert [x.data_ptr() for x in again] == [x.data_ptr() for x in held]
+
+    def test_a_layer_that_shares_a_cache_has_those_of_the_cache(self, save_scales, generator):
+        path, scales = save_scales(UNIFORM)
+        runner = Runner(UNIFORM, key_scales=path, sharing={1: 0})
+        first, second = runner.layers
+        assert torch.equal(second.impl.layer.codec_on(CPU).key_scales, scales[0])
+        step = random_step(generator, [(1, 65), (3, 40)], first.impl.layer)
+        runner.stage(first, step)
+        metadata, slots = runner.eager(first, step)
+        runner.run(first, step, metadata, slots, len(step.q))
+        out = runner.run(second, step, metadata, slots, len(step.q))
+        step.check(out, 0, exact=False)
+        step.check(out, 1, exact=False)
+
+    def test_parts_of_models_that_draft_have_ones(self, save_scales, caplog):
+        path, _ = save_scales(UNIFORM)
+        runner = Runner(UNIFORM, key_scales=path)
+        runner.layers[1].is_draft_layer = True
+        runner.layers[1].impl.layer._scaled = None
+        init_attn_backend(runner.cache, runner.config, CPU)
+        assert runner.layers[0].impl.layer.codec_on(CPU).key_scales is not None
+        assert runner.layers[1].impl.layer.codec_on(CPU).key_scales is None
+        assert "no channel scales for the keys of model.layers.1.self_attn.attn" in caplog.text
+
+    def test_without_a_folder_the_log_says_so(self, caplog):
+        runner = Runner(UNIFORM)
+        assert runner.layers[0].impl.layer.codec_on(CPU).key_scales is None
+        assert "no folder is no folder here; `turboquant calibrate MODEL` measures them from a text" in caplog.text
+
+    def test_the_file_of_another_model_is_refused(self, save_scales):
+        path, _ = save_scales(WINDOWS)
+        with pytest.raises(ValueError, match="got those of another: num_hidden_layers: expected 2, got 3"):
+            Runner(UNIFORM, key_scales=path)
+        with pytest.raises(FileNotFoundError):
+            Runner(UNIFORM, key_scales=f"{path}.gone")
 
 
 def test_vllm_can_take_the_cache_back(generator):

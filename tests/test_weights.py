@@ -16,11 +16,16 @@ pytest.importorskip("transformers")
 
 import transformers
 
-from hf_models import _COMMON, _HEADS, make_config, one_thread  # noqa: F401  (one_thread is a fixture)
+from hf_models import _COMMON, _HEADS, make_config, make_model, one_thread  # noqa: F401  (one_thread is a fixture)
 from turboquant_vllm import weights
 from turboquant_vllm.calibration import FILE_NAME
 from turboquant_vllm.hf.calibration import key_scales_from_model, measure_key_scales
-from turboquant_vllm.weights import key_scales_from_safetensors, key_scales_from_weights
+from turboquant_vllm.weights import (
+    index_weights,
+    key_scales_from_safetensors,
+    key_scales_from_weights,
+    why_taken_for_weights,
+)
 
 Randn = Callable[..., torch.Tensor]
 
@@ -252,3 +257,44 @@ def test_folders_without_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
     with pytest.raises(FileNotFoundError, match=r"gone\.safetensors"):
         key_scales_from_safetensors(tmp_path, config)
+
+
+class TestBesideWeights:
+    """Some loaders read every safetensors file of a folder, but for those that an index leaves out."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        model = make_model("llama", dtype=torch.float32)
+        model.save_pretrained(tmp_path)
+        save_file({"layers.0.key_scales": torch.ones(2, 16)}, tmp_path / FILE_NAME)
+        return tmp_path
+
+    def test_weights_in_one_file_get_an_index(self, folder):
+        assert "turboquant.safetensors stands beside model.safetensors without" in why_taken_for_weights(folder)
+        expected = key_scales_from_safetensors(folder, transformers.AutoConfig.from_pretrained(folder))
+        index_weights(folder)
+        assert why_taken_for_weights(folder) == ""
+        index = json.loads((folder / "model.safetensors.index.json").read_text())
+        assert set(index["weight_map"].values()) == {"model.safetensors"}
+        assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+        transformers.AutoModelForCausalLM.from_pretrained(folder)  # has all of its weights
+        again = key_scales_from_safetensors(folder, transformers.AutoConfig.from_pretrained(folder))
+        assert all(torch.equal(w, expected[layer]) for layer, w in again.items())
+
+    def test_an_index_that_is_there_stays(self, folder):
+        (folder / "model.safetensors.index.json").write_text("{}")
+        index_weights(folder)
+        assert (folder / "model.safetensors.index.json").read_text() == "{}"
+
+    def test_a_folder_without_weights(self, tmp_path):
+        index_weights(tmp_path)
+        assert why_taken_for_weights(tmp_path) == ""
+        assert not any(tmp_path.iterdir())
+
+    def test_vllm_leaves_the_scales_alone(self, folder):
+        utils = pytest.importorskip("vllm.model_executor.model_loader.weight_utils", exc_type=ImportError)
+        files = sorted(map(str, folder.glob("*.safetensors")))
+        choose = utils.filter_duplicate_safetensors_files
+        assert len(choose(files, str(folder), "model.safetensors.index.json")) == 2
+        index_weights(folder)
+        assert choose(files, str(folder), "model.safetensors.index.json") == [str(folder / "model.safetensors")]

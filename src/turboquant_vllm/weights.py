@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import re
+import uuid
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,10 +28,11 @@ from safetensors import SafetensorError, safe_open
 from turboquant_vllm.calibration import FILE_NAME, channel_scales, model_identity
 from turboquant_vllm.records import GROUP
 
-__all__ = ["key_scales_from_safetensors", "key_scales_from_weights"]
+__all__ = ["index_weights", "key_scales_from_safetensors", "key_scales_from_weights", "why_taken_for_weights"]
 
 _log = logging.getLogger(__name__)
 
+_WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _IN_COMMON = 0.8
 _POSITIONS = 1024
 _NAME = re.compile(
@@ -120,7 +122,7 @@ def key_scales_from_safetensors(folder: str | os.PathLike[str], config: Any) -> 
         ValueError: one is damaged, or misses a tensor that the index has.
     """
     folder = Path(folder)
-    index = folder / "model.safetensors.index.json"
+    index = folder / _INDEX
     try:
         with ExitStack() as stack:
             where: dict[str, Any] = {}
@@ -132,11 +134,41 @@ def key_scales_from_safetensors(folder: str | os.PathLike[str], config: Any) -> 
         raise ValueError(f"{folder}: expected the safetensors files of a model, got {type(error).__name__}: {error}") from error
 
 
+def index_weights(folder: str | os.PathLike[str]) -> None:
+    """Write "model.safetensors.index.json" where a model's weights are in one file and the folder has no index.
+
+    A loader that reads every safetensors file of a folder, as vLLM's does, then leaves that of the scales alone.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    whole, index = Path(folder) / _WHOLE, Path(folder) / _INDEX
+    if index.exists() or not whole.is_file():
+        return
+    with safe_open(whole, framework="pt") as file:
+        names = list(file.keys())
+    content = {"metadata": {"total_size": whole.stat().st_size}, "weight_map": dict.fromkeys(names, whole.name)}
+    partial = index.with_name(f".{index.name}.{uuid.uuid4().hex}")
+    try:
+        partial.write_text(json.dumps(content, indent=2), encoding="utf-8")
+        os.replace(partial, index)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def why_taken_for_weights(folder: str | os.PathLike[str]) -> str:
+    """Why a loader that reads all safetensors files of a folder would take that of the scales for weights; or empty."""
+    folder = Path(folder)
+    if not (folder / FILE_NAME).is_file() or (folder / _INDEX).is_file() or not (folder / _WHOLE).is_file():
+        return ""
+    return f"{folder / FILE_NAME} stands beside {_WHOLE} without a {_INDEX} to tell them apart"
+
+
 def _files(folder: Path, index: Path) -> list[Path]:
     if index.is_file():
         return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
     found = sorted(path for path in folder.glob("*.safetensors") if path.name != FILE_NAME)
-    whole = [path for path in found if path.name == "model.safetensors"]  # others may be copies, such as "consolidated"
+    whole = [path for path in found if path.name == _WHOLE]  # others may be copies, such as "consolidated"
     if not found:
         raise FileNotFoundError(f"{folder}: expected safetensors files of a model, found none")
     return whole or found

@@ -18,7 +18,7 @@ from turboquant_vllm.quality.attention import Model
 from turboquant_vllm.verify.loading import check_tokens, load
 from turboquant_vllm.verify.run import Progress
 from turboquant_vllm.verify.text import longest_context, read_text, token_windows
-from turboquant_vllm.weights import key_scales_from_safetensors
+from turboquant_vllm.weights import index_weights, key_scales_from_safetensors
 
 __all__ = ["DEFAULT_CONTEXT", "DEFAULT_WINDOWS", "default_text", "run_calibrate"]
 
@@ -45,7 +45,8 @@ def run_calibrate(
         model: folder of a transformers causal language model, or its name on the Hugging Face hub.
         text: UTF-8 file to read; None takes :func:`default_text`.
         out: file to write; None writes "turboquant.safetensors" into the model's folder, where caches and vLLM find it, or,
-            for a model on the hub, into the current one.
+            for a model on the hub, into the current one. Beside weights in one file it comes with their index, without which
+            vLLM would take it for weights.
         from_weights: read no text; the scales are less good, and caches find them without a file.
         context: tokens read at a time; None takes the model's longest, at most 2048.
         count: windows of ``context`` tokens to read, spread evenly over the text.
@@ -94,6 +95,8 @@ def run_calibrate(
     if not scales:
         raise ValueError(f"model: expected one with a cache of keys, {model} has none")
     save_key_scales(out, scales, config, source=source, text=None if content is None else content.encode())
+    if out.name == FILE_NAME:
+        index_weights(out.parent)
     every = torch.cat([w.flatten() for w in scales.values()])
     heads, dim = next(iter(scales.values())).shape
     return {

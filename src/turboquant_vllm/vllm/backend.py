@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 from typing import Any, ClassVar
 
 import torch
@@ -10,16 +11,18 @@ from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from turboquant_vllm.paged import MAX_PAGE_SIZE, MIN_PAGE_SIZE
+from turboquant_vllm.records import GROUP
 from turboquant_vllm.vllm import CACHE_DTYPE
-from turboquant_vllm.vllm.impl import TQ4Impl
-from turboquant_vllm.vllm.layer import SLOT_NORM_BYTES
+from turboquant_vllm.vllm.impl import TQ4Impl, current_options
+from turboquant_vllm.vllm.layer import place_of
 from turboquant_vllm.vllm.metadata import TQ4MetadataBuilder
 
 __all__ = ["TQ4Backend"]
 
 
 class TQ4Backend(AttentionBackend):
-    """Keys and values in 4 bits per coordinate: ``head_size + 8`` bytes per token and head, without padding."""
+    """Keys and values in 4 bits per coordinate: ``(head_size + 8) * 33 / 32`` bytes per token and head, without padding;
+    ``head_size + 8`` without offsets of keys."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", CACHE_DTYPE]
@@ -39,7 +42,8 @@ class TQ4Backend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[Any]:
-        return list(range(MIN_PAGE_SIZE, MAX_PAGE_SIZE + 1, 16))
+        step = GROUP if _has_offsets(kv_cache_spec) else MIN_PAGE_SIZE
+        return list(range(step, MAX_PAGE_SIZE + 1, step))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
@@ -48,14 +52,22 @@ class TQ4Backend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Pages of codes and norms in place of keys and values."""
+        """Pages of codes and norms in place of keys and values; with offsets of keys 64 tokens are one state for vLLM."""
         if spec.state_content_bytes is not None:
             return spec
         if spec.head_size_v != spec.head_size:
             raise ValueError(
                 f"the TQ4 backend needs values as long as keys, got head sizes {spec.head_size} and {spec.head_size_v}"
             )
-        return replace(spec, dtype=torch.uint8, state_content_bytes=spec.head_size + SLOT_NORM_BYTES)
+        tokens, width = place_of(spec.head_size, _has_offsets(spec))
+        if spec.block_size == 1:
+            # vLLM asks what a token takes, for blocks as large as another kind of state: rounded down, none is too small. But
+            # a size is never that of the other format.
+            least = spec.head_size + 8 + (tokens > 1)
+            return replace(spec, dtype=torch.uint8, state_content_bytes=max(width // tokens, least))
+        if reason := _why_not_block_size(spec.block_size):
+            raise ValueError(reason)
+        return replace(spec, dtype=torch.uint8, state_content_bytes=width, tokens_per_state=tokens)
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
@@ -76,3 +88,29 @@ class TQ4Backend(AttentionBackend):
     @classmethod
     def supports_device_cpu_query_lens_mismatch(cls) -> bool:
         return False
+
+    @classmethod
+    def supports_combination(cls, *args: Any, **options: Any) -> str | None:
+        """Only block sizes are looked at: what vLLM says of them does not tell what to set."""
+        names = list(signature(AttentionBackend.supports_combination).parameters)
+        block_size = {**dict(zip(names, args, strict=False)), **options}["block_size"]
+        return None if block_size is None else _why_not_block_size(block_size) or None
+
+
+def _has_offsets(spec: object = None) -> bool:
+    """Whether keys have offsets in such a cache; where it is not known yet, by the options."""
+    if isinstance(spec, AttentionSpec) and spec.state_content_bytes is not None:
+        return spec.state_content_bytes != place_of(spec.head_size, False)[1]
+    return current_options().key_offsets
+
+
+def _why_not_block_size(block_size: int) -> str:
+    """Why pages cannot have so many tokens, and what to set; empty where they can."""
+    if block_size % MIN_PAGE_SIZE:
+        return f"expected a block size that is a multiple of {MIN_PAGE_SIZE}, got {block_size}"
+    if block_size % GROUP and current_options().key_offsets:
+        return (
+            f"keys with offsets need a block size that is a multiple of {GROUP}, got {block_size}: set --block-size {GROUP} or "
+            """leave it out, or --additional-config '{"turboquant": {"key_offsets": false}}'"""
+        )
+    return ""

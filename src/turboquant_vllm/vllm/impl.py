@@ -6,14 +6,24 @@ from typing import Any
 
 import torch
 from vllm.config import get_current_vllm_config_or_none
+from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from turboquant_vllm.vllm.flash import choose_exact
 from turboquant_vllm.vllm.layer import PagedLayer
 from turboquant_vllm.vllm.metadata import TQ4Metadata
 from turboquant_vllm.vllm.options import Options
+from turboquant_vllm.vllm.scales import check_folder
 
-__all__ = ["TQ4Impl"]
+__all__ = ["TQ4Impl", "current_options"]
+
+_latest = Options()
+
+
+def current_options() -> Options:
+    """Those of vLLM's configuration; where it has set none, of the last layer: vLLM asks for a layer's cache without any."""
+    config = get_current_vllm_config_or_none()
+    return _latest if config is None else Options.read(config.additional_config)
 
 
 class TQ4Impl(AttentionImpl[TQ4Metadata]):
@@ -44,6 +54,8 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
         softcap = logits_soft_cap or None  # vLLM writes 0 for none
         config = get_current_vllm_config_or_none()
         options = Options() if config is None else Options.read(config.additional_config)
+        global _latest
+        _latest = options
         skipped = getattr(config and config.cache_config, "kv_cache_dtype_skip_layers", None)
         if skipped and kv_cache_dtype == "auto":  # the layer may be one of those: vLLM asks for them in the same words
             raise ValueError(
@@ -59,7 +71,10 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
             softcap=softcap,
             sinks=sinks,
             exact=choose_exact(head_size, sinks is not None) if options.exact_prefill else None,
+            key_offsets=options.key_offsets,
         )
+        if options.key_offsets and config is not None:
+            check_folder(config.model_config)
         self._max_seqs = 1 if config is None else config.scheduler_config.max_num_seqs
 
     def do_kv_cache_update(
@@ -72,7 +87,7 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
     ) -> None:
         """Compress the step's keys and values into their slots."""
         if kv_cache.numel():
-            self.layer.store(key, value, kv_cache, slot_mapping)
+            self.layer.store(key, value, kv_cache, slot_mapping, _previous_slots(layer))
 
     def forward(
         self,
@@ -97,3 +112,14 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
         own = None if self.shares_cache else key
         self.layer.attend(query.view(shape), own, value, kv_cache, attn_metadata.runs, output.view(shape))
         return output
+
+
+def _previous_slots(layer: Any) -> torch.Tensor | None:
+    """The step's, of the metadata that the layer will get; None outside of steps."""
+    if not is_forward_context_available():
+        return None
+    metadata = get_forward_context().attn_metadata
+    if isinstance(metadata, list):  # of microbatches, whose first is the one that is no draft's
+        metadata = metadata[0]
+    own = metadata.get(layer.layer_name) if isinstance(metadata, dict) else metadata
+    return own.previous_slots if isinstance(own, TQ4Metadata) else None

@@ -10,19 +10,18 @@ from functools import cache
 import torch
 
 from turboquant_vllm import ops, reference
-from turboquant_vllm.checks import check_masks, check_sm_scale
+from turboquant_vllm.checks import check_masks, check_shape, check_sm_scale
 from turboquant_vllm.codec import TQ4Codec
 from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS, most_rows_over_pages
-from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.paged import PagedTQ4Cache, chunk_bytes
 from turboquant_vllm.paged_attention import tq4_paged_attention
 from turboquant_vllm.prefill import SCRATCH_BYTES
-from turboquant_vllm.records import NO_TABLES, Masks, Operand
+from turboquant_vllm.records import GROUP, NO_TABLES, Masks, Operand
 from turboquant_vllm.store import tq4_store
 from turboquant_vllm.vllm.batch import Kind, Run
 
-__all__ = ["SLOT_NORM_BYTES", "Exact", "PagedLayer", "codec_for", "exact_attention"]
+__all__ = ["Exact", "PagedLayer", "codec_for", "exact_attention", "place_of"]
 
-SLOT_NORM_BYTES = 8  # one float32 for a key and one for a value
 _MANY_SPLITS = 16
 
 # (layer, q, k, v, run, out): causal attention of a run's tokens to their own keys and values, into out. All [tokens, heads, D].
@@ -33,6 +32,12 @@ Exact = Callable[["PagedLayer", torch.Tensor, torch.Tensor, torch.Tensor, Run, t
 def codec_for(head_dim: int, device: torch.device) -> TQ4Codec:
     """The codec of all layers of this head dimension on ``device``: the same on every rank and in every process."""
     return TQ4Codec(head_dim, seed=0, device=device)
+
+
+def place_of(head_dim: int, key_offsets: bool) -> tuple[int, int]:
+    """Tokens that vLLM's cache has in one place of a head of a page, and bytes of such a place: what cannot be divided."""
+    tokens = GROUP if key_offsets else 1
+    return tokens, chunk_bytes(tokens, head_dim, key_offsets)
 
 
 def exact_attention(layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run, out: torch.Tensor) -> None:
@@ -69,6 +74,7 @@ class PagedLayer:
         sliding_window, softcap: as in :func:`turboquant_vllm.tq4_attention`.
         sinks: as there, in any dtype; read at each call, since a server may change its weights in place.
         exact: attends to dense keys and values; None: whole prompts read the pages like all others.
+        key_offsets: whether keys are kept around offsets of groups of 64 tokens.
     """
 
     def __init__(
@@ -82,16 +88,19 @@ class PagedLayer:
         softcap: float | None = None,
         sinks: torch.Tensor | None = None,
         exact: Exact | None = exact_attention,
+        key_offsets: bool = True,
     ) -> None:
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         masks = check_masks(True, sliding_window, softcap, None, num_heads, torch.device("cpu"))
         self.sliding_window, self.softcap = masks.get("sliding_window"), masks.get("softcap")
         self.sm_scale, self.sinks = check_sm_scale(sm_scale, head_dim), sinks
-        self.exact = exact
+        self.exact, self.key_offsets = exact, key_offsets
+        self._scaled: TQ4Codec | None = None  # the codec with the layer's key scales
         self._pages: tuple[weakref.ref[torch.Tensor], PagedTQ4Cache] | None = None
 
     def pages(self, kv_cache: torch.Tensor) -> PagedTQ4Cache:
-        """``kv_cache``, uint8 ``[num_pages, H_kv, page_size, D + 8]`` with contiguous pages, as a paged cache.
+        """``kv_cache``, uint8 ``[num_pages, H_kv, places, bytes]`` with contiguous pages, as a paged cache; a place has the
+        tokens and bytes that :func:`place_of` says.
 
         Nothing is copied, and nothing kept: once ``kv_cache`` is gone, its memory is free.
 
@@ -100,15 +109,18 @@ class PagedLayer:
         """
         if self._pages is not None and self._pages[0]() is kv_cache:
             return self._pages[1]
-        num_pages, heads, page_size, slot = kv_cache.shape
-        if (heads, slot) != (self.num_kv_heads, self.head_dim + SLOT_NORM_BYTES):
-            expected = f"[num_pages, {self.num_kv_heads}, page_size, {self.head_dim + SLOT_NORM_BYTES}]"
+        num_pages, heads, places, width = kv_cache.shape
+        tokens, expected_width = place_of(self.head_dim, self.key_offsets)
+        if (heads, width) != (self.num_kv_heads, expected_width):
+            per_page = "page_size" if tokens == 1 else f"page_size / {tokens}"
+            expected = f"[num_pages, {self.num_kv_heads}, {per_page}, {expected_width}]"
             raise ValueError(f"kv_cache must have shape {expected}, got {list(kv_cache.shape)}")
         if not kv_cache[:1].is_contiguous():
             raise ValueError(f"kv_cache must have contiguous pages, got strides {kv_cache.stride()}")
         # Detached, or the view would keep the tensor that it is of.
-        buffer = kv_cache.detach().view(num_pages, heads * page_size * slot)
-        cache = PagedTQ4Cache(buffer, page_size=page_size, num_kv_heads=heads, head_dim=self.head_dim)
+        buffer = kv_cache.detach().view(num_pages, heads * places * width)
+        sizes = {"page_size": places * tokens, "num_kv_heads": heads, "head_dim": self.head_dim}
+        cache = PagedTQ4Cache(buffer, **sizes, has_offsets=self.key_offsets)
         self._pages = (weakref.ref(kv_cache, self._forget), cache)
         return cache
 
@@ -116,15 +128,49 @@ class PagedLayer:
         if self._pages is not None and self._pages[0] is kv_cache:
             self._pages = None
 
+    def use_key_scales(self, key_scales: torch.Tensor | None, device: torch.device) -> None:
+        """Scale keys with ``key_scales [H_kv, D]`` from now on, None for ones; before anything is stored or captured.
+
+        Scales that were there before are written over in place, so that graphs find the new ones.
+
+        Raises:
+            TypeError, ValueError: they do not fit the layer.
+        """
+        codec = codec_for(self.head_dim, device)
+        if key_scales is not None:
+            check_shape("key_scales", key_scales, (self.num_kv_heads, self.head_dim))
+        if self._scaled is None or self._scaled.key_scales is None or self._scaled.device != codec.device:
+            self._scaled = codec.with_key_scales(key_scales)
+            return
+        new = codec.with_key_scales(torch.ones(self.num_kv_heads, self.head_dim) if key_scales is None else key_scales)
+        assert new.key_scales is not None
+        self._scaled.key_scales.copy_(new.key_scales)
+
+    def codec_on(self, device: torch.device) -> TQ4Codec:
+        """What writes and reads the layer's keys and values."""
+        return codec_for(self.head_dim, device) if self._scaled is None else self._scaled
+
     def sinks_now(self) -> torch.Tensor | None:
         """The sinks in float32."""
         return None if self.sinks is None else self.sinks.detach().float()
 
-    def store(self, k: torch.Tensor, v: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Compress ``k, v [tokens, H_kv, D]`` into the slots of the first ``len(slot_mapping)`` tokens; -1 is no slot."""
+    def store(
+        self,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        previous_slots: torch.Tensor | None = None,
+    ) -> None:
+        """Compress ``k, v [tokens, H_kv, D]`` into the slots of the first ``len(slot_mapping)`` tokens; -1 is no slot.
+
+        ``previous_slots``: of those tokens or more, as for :func:`turboquant_vllm.tq4_store`; a cache without offsets does not
+        look at them.
+        """
         cache = self.pages(kv_cache)
         count = slot_mapping.shape[0]
-        tq4_store(k[:count], v[:count], cache, codec_for(self.head_dim, cache.device), slot_mapping)
+        before = previous_slots[:count] if self.key_offsets and previous_slots is not None else None
+        tq4_store(k[:count], v[:count], cache, self.codec_on(cache.device), slot_mapping, previous_slots=before)
 
     def attend(
         self,
@@ -144,7 +190,7 @@ class PagedLayer:
             runs: of all sequences.
         """
         cache = self.pages(kv_cache)
-        codec = codec_for(self.head_dim, cache.device)
+        codec = self.codec_on(cache.device)
         for run in runs:
             rows = run.tokens
             if run.kind == Kind.EXACT and self.exact is not None and k is not None and v is not None:
@@ -171,14 +217,17 @@ class PagedLayer:
     def kind(self) -> tuple[object, ...]:
         """Layers of the same kind are served by the same kernels."""
         masks = (self.sliding_window, self.softcap, self.sinks)
-        return (self.num_heads, self.num_kv_heads, self.head_dim, *(mask is None for mask in masks))
+        scaled = self._scaled is not None and self._scaled.key_scales is not None
+        sizes = (self.num_heads, self.num_kv_heads, self.head_dim, self.key_offsets, scaled)
+        return (*sizes, *(mask is None for mask in masks))
 
     def warm_up(self, page_size: int, dtype: torch.dtype, device: torch.device) -> None:
         """Compile what chunks behind a prefix will need, few tokens or many: or a server's first long prompts would wait."""
         group = self.num_heads // self.num_kv_heads
         for tokens, keys in chunks_of_all_kinds(group, self.head_dim):
             count = -(-keys // page_size)
-            shape = (count, self.num_kv_heads, page_size, self.head_dim + SLOT_NORM_BYTES)
+            tokens_of_place, width = place_of(self.head_dim, self.key_offsets)
+            shape = (count, self.num_kv_heads, page_size // tokens_of_place, width)
             kv_cache = torch.zeros(shape, dtype=torch.uint8, device=device)
             q = torch.zeros(tokens, self.num_heads, self.head_dim, dtype=dtype, device=device)
             run = Run(

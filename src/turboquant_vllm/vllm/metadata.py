@@ -17,16 +17,24 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.vllm.batch import Kind, Run, plan_runs
-from turboquant_vllm.vllm.layer import SLOT_NORM_BYTES, codec_for
+from turboquant_vllm.vllm.layer import codec_for, place_of
+from turboquant_vllm.vllm.previous import PreviousSlots
+from turboquant_vllm.vllm.scales import use_key_scales
 
 __all__ = ["TQ4Metadata", "TQ4MetadataBuilder"]
 
 
 @dataclass  # not frozen: for layers that share a cache, vLLM fills in a subclass field by field
 class TQ4Metadata(AttentionMetadata):
-    """A step's sequences, in runs that are served alike."""
+    """A step's sequences, in runs that are served alike.
+
+    Attributes:
+        runs: of all sequences.
+        previous_slots: int64, of the step's tokens or more: the slot of the token before each, where keys have offsets.
+    """
 
     runs: list[Run]
+    previous_slots: torch.Tensor | None = None
 
 
 class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
@@ -43,17 +51,24 @@ class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         spec = kv_cache_spec
-        if spec.state_content_bytes != spec.head_size + SLOT_NORM_BYTES:
+        context = vllm_config.compilation_config.static_forward_context
+        layers = [context[name].impl.layer for name in layer_names]
+        key_offsets = layers[0].key_offsets
+        expected = place_of(spec.head_size, key_offsets)
+        if (spec.tokens_per_state, spec.state_content_bytes) != expected:
             raise ValueError(
-                f"the cache of {layer_names} must have {spec.head_size + SLOT_NORM_BYTES} bytes a token and head, "
-                f"got {spec.state_content_size_bytes}"
+                f"the cache of {layer_names} must have {expected[1]} bytes for {expected[0]} tokens of a head, got "
+                f"{spec.state_content_size_bytes} for {spec.tokens_per_state}"
             )
-        page_bytes = PagedTQ4Cache.page_bytes(spec.block_size, spec.num_kv_heads, spec.head_size)
+        page_bytes = PagedTQ4Cache.page_bytes(spec.block_size, spec.num_kv_heads, spec.head_size, key_offsets)
         assert spec.real_page_size_bytes == page_bytes, (spec, page_bytes)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         codec_for(spec.head_size, device)  # before any graph is captured
-        context = vllm_config.compilation_config.static_forward_context
-        layers = [context[name].impl.layer for name in layer_names]
+        self._previous_slots: PreviousSlots | None = None
+        if key_offsets:
+            use_key_scales(layer_names, vllm_config, device)
+            self._previous_slots = PreviousSlots(_most_tokens(vllm_config), spec.block_size, device)
+            self._previous_slots.warm_up()
         for layer in {layer.kind: layer for layer in layers}.values():
             if device.type != "cpu":  # there nothing is compiled
                 layer.warm_up(spec.block_size, vllm_config.model_config.dtype, device)
@@ -70,7 +85,7 @@ class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
         if lengths is None:  # waits for the device; vLLM's runners give the bound
             lengths = step.seq_lens.cpu()
         on_host = (step.query_start_loc_cpu[: count + 1].numpy(), lengths[:count].numpy())
-        return TQ4Metadata(plan_runs(*_on_device(step), *on_host, decode_len))
+        return TQ4Metadata(plan_runs(*_on_device(step), *on_host, decode_len), self._find_previous_slots(step))
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> TQ4Metadata:
         """All sequences decode, whatever the lengths are that they happen to have now."""
@@ -89,13 +104,26 @@ class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
             cu_seqlens_q=cu_seqlens_q,
             max_query_len=step.max_query_len,
         )
-        return TQ4Metadata([run])
+        return TQ4Metadata([run], self._find_previous_slots(step))
+
+    def _find_previous_slots(self, step: CommonAttentionMetadata) -> torch.Tensor | None:
+        """In memory that a graph will find again, like vLLM's own; nothing waits for the device."""
+        if self._previous_slots is None:
+            return None
+        return self._previous_slots.find(*_on_device(step), step.slot_mapping)
 
 
 def _on_device(step: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of vLLM's persistent tensors, which a graph will find again: cu_seqlens_q, seq_lens, block_table."""
     count = step.num_reqs
     return step.query_start_loc[: count + 1], step.seq_lens[:count], step.block_table_tensor[:count]
+
+
+def _most_tokens(config: VllmConfig) -> int:
+    """Tokens that a step may have; those of drafts that are made all at once come on top of the scheduler's."""
+    scheduler, drafts = config.scheduler_config, config.speculative_config
+    count = 0 if drafts is None else drafts.num_speculative_tokens or 0
+    return scheduler.max_num_batched_tokens + scheduler.max_num_seqs * (count + 1)
 
 
 def _check_causal(step: CommonAttentionMetadata) -> None:

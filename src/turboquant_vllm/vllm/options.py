@@ -16,9 +16,14 @@ class Options:
     Attributes:
         exact_prefill: a prompt that is read in one step attends to its exact keys and values, as in ``TurboQuantCache``. With
             False every token sees every other in 4 bits: then neither chunks, prefix hits nor preemptions change what it sees.
+        key_offsets: keys are kept around offsets that groups of 64 tokens share, as in ``TurboQuantCache``.
+        key_scales: with offsets, the file of the model's key scales (:mod:`turboquant_vllm.calibration`). None: the file
+            "turboquant.safetensors" in the model's folder, or where there is none the model's weights.
     """
 
     exact_prefill: bool = True
+    key_offsets: bool = True
+    key_scales: str | None = None
 
     @classmethod
     def read(cls, additional_config: object) -> Options:
@@ -34,6 +39,12 @@ class Options:
         names = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise ValueError(f"additional_config['turboquant'] may have {', '.join(names)}, got {', '.join(unknown)}")
-        if not isinstance(values.get("exact_prefill", True), bool):
-            raise TypeError(f"exact_prefill must be true or false, got {values['exact_prefill']!r}")
+        for name in ("exact_prefill", "key_offsets"):
+            if not isinstance(values.get(name, True), bool):
+                raise TypeError(f"{name} must be true or false, got {values[name]!r}")
+        path = values.get("key_scales")
+        if not isinstance(path, str | None):
+            raise TypeError(f"key_scales must be the path of a file, got {path!r}")
+        if path is not None and not values.get("key_offsets", True):
+            raise ValueError("key_scales must come with key_offsets true, got false")
         return cls(**values)
