@@ -64,6 +64,47 @@ def figures(rows: list[Row]) -> tuple[str, str, str]:
 _HEADER = ("increase of the perplexity, %", "KL, nats", "same top token")
 
 
+_REAL = {
+    "tq4": "TQ4, scales from a text", "tq4-weights": "TQ4, scales from the weights", "tq4-ones": "offsets alone",
+    "plain": "plain TQ4", "fp8": "fp8 (e4m3)", "int4": "int4 per token", "int4-channel": "int4, keys per channel of 64 tokens",
+}  # fmt: skip
+
+
+def _real(model: str, columns: list[tuple[str, Row]]) -> str:
+    """Divergence, what stays of the distribution and perplexity of a pretrained model, formats side by side."""
+    found = [row for row in load("real")[1] if row["model"] == model]
+    rows = []
+    for name, title in _REAL.items():
+        own = [row for row in found if row["format"] == name]
+        cells = []
+        for _, wanted in columns:
+            row = next((row for row in own if all(row.get(key, 0) == value for key, value in wanted.items())), None)
+            share = row and f"{row['kl']:.4f}, {100 * (1 - row['tvd']):.1f} %, {row['increase_percent']:+.1f} %"
+            cells.append(share or "-")
+        if any(cell != "-" for cell in cells):
+            rows.append((title, f"{own[0]['bytes_per_token_head']:g}", *cells))
+    return table(("format", "bytes", *(title for title, _ in columns)), rows)
+
+
+def smollm2() -> str:
+    """SmolLM2-135M, by context."""
+    return _real("smollm2-135m", [(f"{n} tokens", {"context": n, "decode": 0}) for n in (56, 512, 2048, 8192)])
+
+
+def gemma3() -> str:
+    """Gemma 3 270M."""
+    return _real("gemma3-270m", [("2048 tokens", {"context": 2048, "decode": 0})])
+
+
+def decoded() -> str:
+    """SmolLM2-135M: tokens that are written one by one behind a prompt, and those of prompts as long as both."""
+    columns = [
+        ("512 behind 512, one by one", {"context": 1024, "decode": 512}),
+        ("prompts of 512", {"context": 512, "decode": 0}),
+    ]
+    return _real("smollm2-135m", columns)
+
+
 def models() -> str:
     """The models that everything is measured on."""
     rows = []
@@ -207,7 +248,8 @@ def recall_name(row: Row) -> str:
 
 
 TABLES: dict[str, Callable[[], str]] = {
-    make.__name__: make for make in (models, scales, formats, positions, outliers, layers, greedy, recall)
+    make.__name__: make
+    for make in (smollm2, gemma3, decoded, models, scales, formats, positions, outliers, layers, greedy, recall)
 }
 
 
