@@ -365,7 +365,7 @@ def test_new_length_compiles_nothing_in_prefill(generator, compiled, window, off
     for q_len in (3, 7, 15, 31, 99, 199):  # one of each size class
         attend(q_len)
     known = {id(kernel) for _, kernel in compiled}
-    for q_len in range(1, 301):
+    for q_len in (*range(1, 34), *range(34, 301, 11)):
         attend(q_len)
         new = [function for function, kernel in compiled if id(kernel) not in known]
         assert not new, f"compiled again for q_len {q_len}: {new}"

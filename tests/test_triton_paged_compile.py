@@ -25,7 +25,7 @@ CALLS = {
     "masks": {"dtype": HALF, "head_dim": 192, "group": 4, "sliding_window": 100, "softcap": 30.0, "sinks": torch.zeros(8)},
 }
 FITS = {
-    "sm_80": ["page-16", "wide"],
+    "sm_80": ["page-16"],
     "sm_90": ["page-48", "float32", "offsets"],
     "sm_100": ["page-64", "offsets"],
     "sm_120": ["page-16", "wide", "masks", "windows", "wide-offsets"],
