@@ -191,7 +191,7 @@ def tokens_before(x: PackedTensor) -> int:
 
 
 def unpack(x: PackedTensor, before: int = 0) -> tuple[TQ4Tensor | TQ4Keys, TQ4Codec]:
-    """Codes and norms, from ``before`` tokens earlier on, and what reads them; of keys with offsets from where a group begins."""
+    """Codes and norms, and what reads them, from ``before`` tokens earlier on: of keys with offsets, where a group begins."""
     first, count = x.first - before, x.count + before
     codes, norms = (t.narrow(2, first, count) for t in (x.codes, x.norms))
     codec = TQ4Codec.reader(x.rotation, x.centroids, x.kind, x.key_scales)
