@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.masking_utils import eager_mask
 
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.demo.run import MODEL
-from turboquant_vllm.hf import CACHE_ARGUMENT, register
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache, register
 
 VOCABULARY, WINDOW = 97, 8
 _COMMON = {
@@ -187,6 +188,11 @@ def stock_attention(family: str) -> str:
     return FAMILIES[family][2]
 
 
+# Caches of plain TQ4, whose keys are what compress and decompress leave of them, each by itself.
+plain_cache = functools.partial(TurboQuantCache, key_offsets=False)
+plain_static_cache = functools.partial(TurboQuantStaticCache, key_offsets=False)
+
+
 class _RoundTrip:
     """Passes what a layer stores through compress and decompress; its first call returns the states as they came."""
 
@@ -211,7 +217,7 @@ class _RoundTripSlidingLayer(_RoundTrip, DynamicSlidingWindowLayer):
 def reference_cache(
     model: Any, *, exact_prefill: bool = True, seed: int = 0, skip_layers: tuple[int, ...] = ()
 ) -> DynamicCache:
-    """A dense cache whose keys and values have been through compress and decompress."""
+    """A dense cache whose keys and values have been through compress and decompress, as those of a plain cache have."""
     cache = DynamicCache(config=model.config)
     if getattr(model.config, "kv_lora_rank", None) is not None:
         return cache

@@ -21,7 +21,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from hf_models import FAMILIES, make_model, one_thread, oracle_attention, reference_cache  # noqa: F401
+from hf_models import FAMILIES, make_model, one_thread, oracle_attention, plain_cache, reference_cache  # noqa: F401
 from oracle import assert_close
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, attention_forward
@@ -262,7 +262,7 @@ def test_logits_in_single_precision():
     oracle, ours = (make_model("llama", name, torch.float32) for name in ("oracle", "tq4"))
     ids = torch.arange(3, 33).repeat(2, 1)
     logits = []
-    for model, cache in ((oracle, reference_cache(oracle)), (ours, TurboQuantCache(ours.config))):
+    for model, cache in ((oracle, reference_cache(oracle)), (ours, plain_cache(ours.config))):
         model(ids[:, :20], **{CACHE_ARGUMENT: cache})
         logits.append(model(ids[:, 20:21], **{CACHE_ARGUMENT: cache}).logits)
     want, got = logits
@@ -276,7 +276,7 @@ def test_layers_left_dense_work_beside_packed_ones(generator):
     ids, mask = torch.randint(3, 90, (2, 30), generator=generator), torch.ones(2, 30, dtype=torch.long)
     mask[1, :6] = 0
     for skipped in (0, 1):
-        caches = reference_cache(oracle, skip_layers=(skipped,)), TurboQuantCache(ours.config, skip_layers=(skipped,))
+        caches = reference_cache(oracle, skip_layers=(skipped,)), plain_cache(ours.config, skip_layers=(skipped,))
         for start, stop in ((0, 12), (12, 13), (13, 30)):
             arguments = {"attention_mask": mask[:, :stop]}
             want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: caches[0]}, **arguments).logits

@@ -12,7 +12,7 @@ pytest.importorskip("transformers")
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from hf_models import VOCABULARY, WINDOW, assert_same, make_config, make_model, one_thread  # noqa: F401
+from hf_models import VOCABULARY, WINDOW, assert_same, make_config, make_model, one_thread, plain_cache  # noqa: F401
 from saved_codec import checksum
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.files import read_tensors, write_tensors
@@ -29,7 +29,7 @@ def saved(tmp_path, generator):
     """A model, a text of 25 tokens, a cache of its first 15, and its file."""
     model = make_model("gemma3")
     ids = torch.randint(3, VOCABULARY, (2, 25), generator=generator)
-    cache = TurboQuantCache(model.config, seed=3)
+    cache = plain_cache(model.config, seed=3)
     with torch.no_grad():
         model(ids[:, :15], **{CACHE_ARGUMENT: cache})
     path = tmp_path / "prompt.safetensors"
@@ -55,10 +55,10 @@ def test_a_loaded_cache_goes_on_where_it_was(family, skipped, tmp_path, generato
         assert torch.equal(model(ids[:, start:stop], **{CACHE_ARGUMENT: loaded}).logits, want)
 
 
-def filled(kind, model, ids, skipped=()):
+def filled(kind, model, ids, skipped=(), **options):
     """A cache of two calls."""
     make = {"growing": TurboQuantCache, "static": lambda *args, **options: TurboQuantStaticCache(*args, 30, **options)}[kind]
-    cache = make(model.config, skip_layers=skipped)
+    cache = make(model.config, skip_layers=skipped, **options)
     for start, stop in ((0, 12), (12, 15)):
         model(ids[:, start:stop], **{CACHE_ARGUMENT: cache})
     return cache
@@ -66,18 +66,19 @@ def filled(kind, model, ids, skipped=()):
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("family", "skipped"),
+    ("family", "skipped", "offsets"),
     [
-        *(("gemma3", skipped) for skipped in ((), (0,), (1,), (0, 1))),
-        *((family, (0,)) for family in ("llama", "mistral", "gpt_oss", "llama4", "deepseek_v3", "gemma3n")),
+        *(("gemma3", skipped, False) for skipped in ((), (0,))),
+        *(("gemma3", skipped, True) for skipped in ((), (0,), (1,), (0, 1))),
+        *((family, (0,), True) for family in ("llama", "mistral", "gpt_oss", "llama4", "deepseek_v3", "gemma3n")),
     ],
 )
 @pytest.mark.parametrize("writer", ["growing", "static"])
-def test_either_kind_of_cache_reads_what_the_other_wrote(writer, family, skipped, tmp_path, generator):
+def test_either_kind_of_cache_reads_what_the_other_wrote(writer, family, skipped, offsets, tmp_path, generator):
     model = make_model(family)
     ids = torch.randint(3, VOCABULARY, (2, 25), generator=generator)
-    expected = filled("growing", model, ids, skipped)
-    filled(writer, model, ids, skipped).save(tmp_path / "file")
+    expected = filled("growing", model, ids, skipped, key_offsets=offsets)
+    filled(writer, model, ids, skipped, key_offsets=offsets).save(tmp_path / "file")
     loaded = [
         TurboQuantStaticCache.load(tmp_path / "file", model.config, max_cache_len=40),
         TurboQuantCache.load(tmp_path / "file", model.config),
@@ -96,7 +97,7 @@ def test_either_kind_of_cache_reads_what_the_other_wrote(writer, family, skipped
 def test_a_window_is_not_cropped_to_tokens_that_no_file_had(skipped, tmp_path, generator):
     model = make_model("gemma3")
     ids = torch.randint(3, VOCABULARY, (2, 25), generator=generator)
-    filled("growing", model, ids, skipped).save(tmp_path / "file")
+    filled("growing", model, ids, skipped, key_offsets=False).save(tmp_path / "file")
     layer = TurboQuantStaticCache.load(tmp_path / "file", model.config, max_cache_len=40).layers[0]
     layer.crop(0)
     with pytest.raises(RuntimeError, match="cannot remove 1 tokens behind a window of 8"):
@@ -125,8 +126,8 @@ def as_version_1(path):
 def test_files_of_version_1_are_read(reader, skipped, tmp_path, generator):
     model = make_model("gemma3")
     ids = torch.randint(3, VOCABULARY, (2, 25), generator=generator)
-    path, expected = tmp_path / "file", filled("growing", model, ids, skipped)
-    static = filled("static", model, ids, skipped)
+    path, expected = tmp_path / "file", filled("growing", model, ids, skipped, key_offsets=False)
+    static = filled("static", model, ids, skipped, key_offsets=False)
     for cache in (expected, static):
         cache.save(path)
         if cache is static and skipped:  # of a dense layer of a cache of fixed size it had all tokens, and no window
@@ -139,7 +140,7 @@ def test_files_of_version_1_are_read(reader, skipped, tmp_path, generator):
         loaded = reader.load(path, model.config, **options)
         want = model(ids[:, 15:], **{CACHE_ARGUMENT: expected}).logits
         assert_same(model(ids[:, 15:], **{CACHE_ARGUMENT: loaded}).logits, want)
-        expected = filled("growing", model, ids, skipped)
+        expected = filled("growing", model, ids, skipped, key_offsets=False)
 
 
 def test_a_file_that_is_too_long_is_refused(tmp_path, generator):
@@ -168,6 +169,23 @@ def test_files_state_what_they_hold(saved):
     assert header["layers"][0] == {"kind": "packed", "window": 8, "length": 15, "dtype": "float64"}
     assert tensors["0.codes"].shape == (2, 2, 2, 7, 16)
     assert torch.equal(tensors["rotation.32"], TQ4Codec(32, seed=3).rotation)
+
+
+def test_files_of_keys_with_offsets_state_what_they_hold(tmp_path, generator):
+    config, path = make_config("gemma3"), tmp_path / "file"
+    cache = TurboQuantCache(config, key_scales={1: torch.rand(2, 32, generator=generator) + 0.5})
+    for layer in range(2):
+        cache.update(*torch.randn(2, 2, 2, 75, 32, generator=generator), layer)
+    cache.save(path)
+    tensors, metadata = contents(path)
+    layer = {"kind": "packed", "window": 8, "length": 75, "offsets": True, "dtype": "float32"}
+    assert json.loads(metadata["cache"])["layers"] == [layer, {**layer, "window": None}]
+    shapes = {name: list(x.shape) for name, x in tensors.items() if name[0] in "01"}
+    assert shapes == {
+        "0.codes": [2, 2, 2, 11, 16], "0.norms": [2, 2, 2, 11], "0.groups": [2, 2, 1, 2, 32], "0.steps": [2, 2, 1, 4],
+        "1.codes": [2, 2, 2, 75, 16], "1.norms": [2, 2, 2, 75], "1.groups": [2, 2, 2, 2, 32], "1.steps": [2, 2, 2, 4],
+        "1.key_scales": [2, 32],
+    }  # fmt: skip
 
 
 def test_an_empty_cache_can_be_saved(tmp_path):
@@ -239,15 +257,37 @@ DENSE = [
 ]
 
 
+# Of 75 tokens, of which a window of 8 is in the second group.
+OFFSETS = [
+    (lambda t, h: t.pop("1.groups"), "layer 1: expected groups torch.int8 .2, 2, 2, 2, 32., got none"),
+    (lambda t, h: t.pop("0.steps"), "layer 0: expected steps torch.float32 .2, 2, 1, 4., got none"),
+    (
+        lambda t, h: t.update({"0.groups": t["0.groups"].char().int()}),
+        "layer 0: expected groups torch.int8 .*, got torch.int32",
+    ),
+    (lambda t, h: narrow(t, "1.steps", 2, 1), "layer 1: expected steps torch.float32 .2, 2, 2, 4., got .*2, 2, 1, 4"),
+    (lambda t, h: t.update({"1.key_scales": torch.ones(2, 16)}), "layer 1: expected key_scales torch.float32 .2, 32., got"),
+    (lambda t, h: t.update({"1.key_scales": torch.zeros(2, 32)}), "layer 1: expected key_scales to be positive and finite"),
+    (lambda t, h: h["layers"][0].pop("offsets"), "layer 0: expected 7 of 75 tokens, got 11"),
+    (lambda t, h: h["layers"][0].update(length=76), "layer 0: expected 12 of 76 tokens, got 11"),
+    (lambda t, h: [narrow(t, f"0.{name}", 3, 8) for name in ("codes", "norms")], "layer 0: expected 11 of 75 tokens, got 8"),
+]
+
+
 @pytest.mark.parametrize(
-    ("skipped", "change", "message"), [*(((), *case) for case in LAYERS), *(((0,), *case) for case in DENSE)]
+    ("skipped", "tokens", "change", "message"),
+    [
+        *(((), 15, *case) for case in LAYERS),
+        *(((0,), 15, *case) for case in DENSE),
+        *(((), 75, *case) for case in OFFSETS),
+    ],
 )
 @pytest.mark.parametrize("reader", [TurboQuantCache, TurboQuantStaticCache])
-def test_files_that_do_not_fit_are_refused(reader, skipped, change, message, tmp_path):
+def test_files_that_do_not_fit_are_refused(reader, skipped, tokens, change, message, tmp_path):
     config = make_config("gemma3")
-    cache = TurboQuantCache(config, seed=3, skip_layers=skipped)
+    cache = TurboQuantCache(config, seed=3, skip_layers=skipped, key_offsets=tokens == 75)
     for layer in range(2):
-        cache.update(torch.ones(2, 2, 15, 32), torch.ones(2, 2, 15, 32), layer)
+        cache.update(torch.ones(2, 2, tokens, 32), torch.ones(2, 2, tokens, 32), layer)
     path = tmp_path / "file"
     cache.save(path)
     tensors, metadata = contents(path)
@@ -255,7 +295,7 @@ def test_files_that_do_not_fit_are_refused(reader, skipped, change, message, tmp
     change(tensors, header)
     write_tensors(path, tensors, {**metadata, "cache": json.dumps(header)})
     with pytest.raises(ValueError, match=f"file: .*{message}"):
-        reader.load(path, config, **({} if reader is TurboQuantCache else {"max_cache_len": 40}))
+        reader.load(path, config, **({} if reader is TurboQuantCache else {"max_cache_len": 80}))
 
 
 def test_a_changed_byte_is_noticed(saved):

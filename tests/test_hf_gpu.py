@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_models import VOCABULARY, generated, make_model, reference_cache, stock_attention
+from hf_models import VOCABULARY, generated, make_model, plain_cache, reference_cache, stock_attention
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 
@@ -46,7 +46,7 @@ def test_logits_are_as_good_as_those_of_stock_attention(family, dtype, generator
     errors = []
     for attention in ("tq4", stock_attention(family)):
         model = make_model(family, attention, dtype).to(DEVICE)
-        got = logits_of(model, TurboQuantCache(model.config), ids, mask)
+        got = logits_of(model, plain_cache(model.config), ids, mask)
         errors.append((got - want)[mask.bool()].abs().flatten())
     largest = want.abs().max()
     # Both models' own rounding, and the codes that it changes, are the same kind of noise.

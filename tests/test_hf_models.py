@@ -22,10 +22,12 @@ from hf_models import (
     generated,
     make_model,
     one_thread,  # noqa: F401
+    plain_cache,
+    plain_static_cache,
     reference_cache,
     stock_attention,
 )
-from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache, register
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, register
 
 families = pytest.mark.parametrize("family", FAMILIES)
 
@@ -47,7 +49,7 @@ def tokens(generator: torch.Generator, *shape: int) -> torch.Tensor:
 def test_transformers_own_attention_reads_the_same_cache(family, generator):
     stock = model_of(family, stock_attention(family))
     ids = tokens(generator, 2, 23)
-    expected, packed = reference_cache(stock), TurboQuantCache(stock.config)
+    expected, packed = reference_cache(stock), plain_cache(stock.config)
     for start, stop in ((0, 11), (11, 12), (12, 18), (18, 23)):
         part = ids[:, start:stop]
         assert torch.equal(stock(part, **{CACHE_ARGUMENT: packed}).logits, stock(part, **{CACHE_ARGUMENT: expected}).logits)
@@ -58,7 +60,7 @@ def test_transformers_own_attention_reads_the_same_cache(family, generator):
 def test_any_cutting_of_a_text_gives_the_same_logits_as_a_dense_cache(family, generator):
     oracle, ours = both(family)
     ids = tokens(generator, 2, 23)
-    expected, packed = reference_cache(oracle), TurboQuantCache(ours.config)
+    expected, packed = reference_cache(oracle), plain_cache(ours.config)
     for start, stop in ((0, 11), (11, 12), (12, 13), (13, 18), (18, 23)):
         want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: expected}).logits
         assert_same(ours(ids[:, start:stop], **{CACHE_ARGUMENT: packed}).logits, want)
@@ -75,7 +77,7 @@ def test_without_exact_prefill_chunks_change_nothing(family, generator):
     ids = tokens(generator, 2, 19)
     want = oracle(ids, **{CACHE_ARGUMENT: reference_cache(oracle, exact_prefill=False)}).logits
     for chunk in (19, 7):
-        packed = TurboQuantCache(ours.config, exact_prefill=False)
+        packed = plain_cache(ours.config, exact_prefill=False)
         got = [ours(part, **{CACHE_ARGUMENT: packed}).logits for part in ids.split(chunk, 1)]
         assert_same(torch.cat(got, 1), want)
 
@@ -93,7 +95,7 @@ def test_padding_changes_nothing(family, padding, generator):
         if padding == "right":
             mask[row, :longest] = mask[row, :longest].flip(0)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    expected, packed = reference_cache(oracle), TurboQuantCache(ours.config)
+    expected, packed = reference_cache(oracle), plain_cache(ours.config)
     for start, stop in ((0, 9), (9, longest), (longest, longest + 1), (longest + 1, longest + 8)):
         arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
         want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: expected}, **arguments).logits
@@ -114,7 +116,7 @@ def test_generate(family, options, generator):
     if "prefill_chunk_size" not in options:  # which transformers does not offer for padded batches of some models
         mask[1, :5] = 0
     expected = generated(oracle, reference_cache(oracle), ids, attention_mask=mask, **options)
-    actual = generated(ours, TurboQuantCache(ours.config), ids, attention_mask=mask, **options)
+    actual = generated(ours, plain_cache(ours.config), ids, attention_mask=mask, **options)
     assert_same_generation(actual, expected)
 
 
@@ -123,7 +125,7 @@ def test_sampled_sequences_of_one_prompt(family, generator):
     oracle, ours = both(family)
     ids = tokens(generator, 1, 12)
     results = []
-    for model, cache in ((oracle, reference_cache(oracle)), (ours, TurboQuantCache(ours.config))):
+    for model, cache in ((oracle, reference_cache(oracle)), (ours, plain_cache(ours.config))):
         torch.manual_seed(1)
         results.append(generated(model, cache, ids, num_return_sequences=3, do_sample=True))
     assert_same_generation(*results[::-1])
@@ -135,7 +137,7 @@ def test_prompt_lookup_takes_wrong_guesses_back(family, generator):
     ids = tokens(generator, 1, 5).repeat(1, 4)  # repetitions, so that there is something to look up
     # Guesses belong to the first call, so only without exact prefill do they change nothing.
     expected = generated(oracle, reference_cache(oracle, exact_prefill=False), ids)
-    packed = TurboQuantCache(ours.config, exact_prefill=False)
+    packed = plain_cache(ours.config, exact_prefill=False)
     actual = generated(ours, packed, ids, prompt_lookup_num_tokens=3)
     assert_same_generation(actual, expected)
 
@@ -145,7 +147,7 @@ def test_a_conversation_goes_on_with_the_same_cache_and_starts_again_after_reset
     oracle, ours = both(family)
     first, more, other = tokens(generator, 2, 9), tokens(generator, 2, 5), tokens(generator, 3, 7)
     results = []
-    for model, cache in ((oracle, reference_cache(oracle)), (ours, TurboQuantCache(ours.config))):
+    for model, cache in ((oracle, reference_cache(oracle)), (ours, plain_cache(ours.config))):
         one = generated(model, cache, first, max_new_tokens=5)
         two = generated(model, cache, torch.cat([one.sequences, more], 1), max_new_tokens=5)
         if isinstance(cache, TurboQuantCache):
@@ -176,11 +178,11 @@ def test_models_with_attention_of_their_own_get_it_decompressed_or_refuse(name, 
     want = [model(part, **{CACHE_ARGUMENT: expected}).logits for part in parts]
     for attention in ("eager",) if refuses else ("eager", "tq4"):
         model.config._attn_implementation = attention  # which set_attn_implementation refuses for some of these
-        packed = TurboQuantCache(model.config)
+        packed = plain_cache(model.config)
         for part, logits in zip(parts, want, strict=True):
             assert torch.equal(model(part, **{CACHE_ARGUMENT: packed}).logits, logits)
         assert packed.packed_layers == [0, 1]
         if name == "mpt":  # the only one that takes a cache of fixed size
-            static = TurboQuantStaticCache(model.config, max_cache_len=20)
+            static = plain_static_cache(model.config, max_cache_len=20)
             for part, logits in zip(parts, want, strict=True):
                 assert_same(model(part, **{CACHE_ARGUMENT: static}).logits, logits)

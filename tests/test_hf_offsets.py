@@ -1,4 +1,4 @@
-"""Growing caches whose keys have offsets: a model computes over one what it computes over what the keys read back as."""
+"""Caches whose keys have offsets: a model computes over one what it computes over what the keys read back as."""
 
 from __future__ import annotations
 
@@ -7,10 +7,13 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_models import VOCABULARY, make_config, make_model, one_thread  # noqa: F401
+from hf_models import VOCABULARY, make_config, make_model, one_thread, oracle_attention  # noqa: F401
+from oracle import assert_close
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.codec import TQ4Keys
-from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
+from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache, attention_forward
+from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
+from turboquant_vllm.hf.tensors import PackedTensor, some_of
 
 FAMILIES = ["llama", "gemma3"]
 
@@ -114,6 +117,104 @@ def test_beams_crop_copies_files(generator, family, tmp_path):
     static.save(tmp_path / "static")
     loaded = TurboQuantCache.load(tmp_path / "static", model.config)
     torch.testing.assert_close(model(flipped[:, 82:85], **{CACHE_ARGUMENT: loaded}).logits, want)
+
+
+# Windows: groups are kept whole, but what a call returns is what its mask has room for.
+
+
+def reloaded(layer):
+    new = PackedSlidingLayer(0, layer.window, seed=0, exact_prefill=False, key_offsets=True)
+    keys, values, length = layer.export()
+    new.restore(keys, values, layer.dtype, length)
+    return new
+
+
+CHANGES = {
+    "crop": lambda layer: layer.crop(-3),
+    "crop_to_a_whole_group": lambda layer: layer.crop(64 - layer.get_seq_length()) if layer.get_seq_length() > 64 else None,
+    "reorder": lambda layer: layer.reorder_cache(torch.tensor([1, 0])),
+    "file": lambda layer: reloaded(layer) if layer.window else None,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("window", [8, 70])
+@pytest.mark.parametrize("counts", [(12, 3, 1), (100, 1, 30, 1), (61, 1, 1, 1, 1, 2)])
+def test_windows_return_what_their_masks_have_room_for(change, window, counts, randn):
+    options = {"seed": 0, "exact_prefill": False, "key_offsets": True}
+    layer, full = PackedSlidingLayer(0, window, **options), PackedLayer(0, **options)
+    if change.startswith("crop"):
+        layer.activate_past_recording()
+    for i, count in enumerate((*counts, 4, 1, 1)):
+        if i == len(counts):
+            layer = CHANGES[change](layer) or layer
+            CHANGES[change](full)
+        seen = layer.get_seq_length()
+        assert seen == full.get_seq_length()
+        kept = min(seen, window - 1)
+        assert layer.get_mask_sizes(count) == (kept + count, seen - kept)
+        states = randn(2, 2, count, 16) + 3, randn(2, 2, count, 16)
+        for got, want in zip(layer.update(*states), full.update(*states), strict=True):
+            assert got.shape == (2, 2, kept + count, 16)
+            assert torch.equal(got.dense(), want.dense()[:, :, -kept - count :])
+    assert layer.nbytes <= full.nbytes
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("attention", "skipped"), [("tq4", 0), ("tq4", 1), ("sdpa", 0)])
+def test_windows_of_both_kinds_share_a_mask(attention, skipped, generator, tmp_path):
+    model, other = model_of("mistral", attention), model_of("mistral", "oracle")  # all of whose layers have a window
+    ids = tokens(generator, 2, 95)
+    cache, same = (offsets_cache(model.config, skip_layers=(skipped,)) for _ in range(2))
+    for first, stop in ((0, 70), (70, 75), (75, 76), (76, 90), (90, 95)):
+        got = model(ids[:, first:stop], **{CACHE_ARGUMENT: cache}).logits
+        want = other(ids[:, first:stop], **{CACHE_ARGUMENT: same}).logits
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        if stop == 76:
+            cache.save(tmp_path / "file")
+            cache = TurboQuantCache.load(tmp_path / "file", model.config)
+            assert cache.packed_layers == [1 - skipped]
+
+
+@torch.no_grad()
+def test_a_window_is_cropped_to_what_its_file_had(generator, tmp_path):
+    model = model_of("gemma3")  # whose first layer has a window of 8
+    cache = offsets_cache(model.config)
+    cache.update(*torch.randn(2, 2, 2, 80, 32, generator=generator), 0)
+    cache.save(tmp_path / "file")
+    for loaded in (
+        TurboQuantCache.load(tmp_path / "file", model.config),
+        TurboQuantStaticCache.load(tmp_path / "file", model.config, max_cache_len=100),
+    ):
+        layer = loaded.layers[0]
+        with pytest.raises(RuntimeError, match="layer 0: cannot remove 10 tokens"):
+            layer.crop(-10)  # the window would begin at token 63, which is in the group before
+        layer.crop(-9)
+        assert layer.get_seq_length() == 71
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_keys_that_begin_within_a_group(dtype, randn):
+    codec = TQ4Codec(16)
+    k, v = randn(3, 2, 150, 16).to(dtype) + 2, randn(3, 2, 150, 16).to(dtype)
+    whole, all_values = (PackedTensor.of(x, codec, dtype) for x in (codec.compress_keys(k), codec.compress(v)))
+    keys, values = (some_of(x, slice(0, 2), slice(70, 150)) for x in (whole, all_values))
+    dense = [x.dense().double()[:2, :, 70:] for x in (whole, all_values)]
+    assert torch.equal(keys.dense().double(), dense[0])
+    later = torch.arange(80) - 80  # positions, counted from the end
+    for q_len in (1, 3):
+        queries = torch.arange(q_len)[:, None] - q_len
+        q = randn(2, 4, q_len, 16).to(dtype)
+        for window in (None, 1, 9, 78, 79, 80, 81, 100):
+            sees = (later <= queries) & (later > queries - (window or 1000))
+            bias = torch.zeros(1, 1, q_len, 80).double().masked_fill(~sees, float("-inf"))
+            want = oracle_attention(torch.nn.Module(), q.double(), *dense, bias)[0]
+            got, _ = attention_forward(torch.nn.Module(), q, keys, values, None, sliding_window=window)
+            assert_close(got, want)
+        everything = torch.zeros(1, 1, q_len, 80).double()
+        for pair, vectors in (((keys, values), dense), ((values, keys), dense[::-1]), ((keys, keys), (dense[0], dense[0]))):
+            got, _ = attention_forward(torch.nn.Module(), q, *pair, None, is_causal=False)
+            assert_close(got, oracle_attention(torch.nn.Module(), q.double(), *vectors, everything)[0])
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from hf_models import (
     make_config,
     make_model,
     one_thread,  # noqa: F401
+    plain_static_cache,
     reference_cache,
 )
 from oracle import assert_close
@@ -69,7 +70,7 @@ def test_any_cutting_of_a_padded_text_gives_the_same_logits_as_a_dense_cache(fam
     mask[1, :7] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     expected = reference_cache(oracle, skip_layers=skipped)
-    static = TurboQuantStaticCache(ours.config, max_cache_len=30, skip_layers=skipped)
+    static = plain_static_cache(ours.config, max_cache_len=30, skip_layers=skipped)
     for start, stop in ((0, 11), (11, 12), (12, 13), (13, 18), (18, 23)):
         arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
         want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: expected}, **arguments).logits
@@ -84,7 +85,7 @@ def test_generate_and_generate_again_after_reset(family, options, generator):
     oracle, ours = both(family)
     if family == "llama4" and "block_sequence_ids" not in signature(create_chunked_causal_mask).parameters:
         pytest.skip("these releases of transformers cannot generate with this model and any cache of fixed size")
-    static = TurboQuantStaticCache(ours.config, max_cache_len=24)
+    static = plain_static_cache(ours.config, max_cache_len=24)
     for _ in range(2):
         ids = tokens(generator, 2, 12)
         mask = torch.ones_like(ids)
@@ -125,7 +126,7 @@ def test_generate_compiles_one_graph_for_all_steps(family, attention, length, pa
 def test_long_windows_turn_over_their_pages(generator):
     oracle, ours = both("gemma3")
     ids = tokens(generator, 1, 700)
-    expected, static = reference_cache(oracle), TurboQuantStaticCache(ours.config, max_cache_len=700)
+    expected, static = reference_cache(oracle), plain_static_cache(ours.config, max_cache_len=700)
     for start, stop in ((0, 300), *((i, i + 1) for i in range(300, 304)), (304, 480), (480, 690), (690, 691)):
         want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: expected}).logits
         assert_same(ours(ids[:, start:stop], **{CACHE_ARGUMENT: static}).logits, want)
@@ -201,8 +202,10 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changes_do_what_they_do_to_a_growing_layer(change, states):
-    layer, growing = layer_of(), TurboQuantCache(make_config("llama")).layers[0]
+@pytest.mark.parametrize("offsets", [False, True])
+def test_changes_do_what_they_do_to_a_growing_layer(change, offsets, states):
+    layer = layer_of(key_offsets=offsets)
+    growing = TurboQuantCache(make_config("llama"), key_offsets=offsets).layers[0]
     for count in (3, 30):
         k, v = states(3, count)
         layer.update(k, v)
@@ -293,16 +296,18 @@ def test_generate_with_too_little_room_says_so(attention, skipped, generator):
 def test_dense_layers_take_every_option_of_packed_ones(family, skipped, attention, generator):
     model = model_of(family, attention)
     skipped = tuple(layer for layer in skipped if layer < model.config.num_hidden_layers)
-    options = {"skip_layers": skipped, "exact_prefill": False, "seed": 7}
-    ids, mask = tokens(generator, 2, 15), torch.ones(2, 15, dtype=torch.long)
-    mask[1, :4] = 0
-    growing, static = TurboQuantCache(model.config, **options), TurboQuantStaticCache(model.config, 64, **options)
-    for start, stop in ((0, 9), (9, 10), (10, 15)):
-        arguments = {"attention_mask": mask[:, :stop]}
-        want = model(ids[:, start:stop], **{CACHE_ARGUMENT: growing}, **arguments).logits
-        got = model(ids[:, start:stop], **{CACHE_ARGUMENT: static}, **arguments).logits
-        real = mask[:, start:stop].bool()
-        assert_same(got[real], want[real])
+    for offsets in (False, True):
+        options = {"skip_layers": skipped, "exact_prefill": False, "seed": 7, "key_offsets": offsets}
+        ids, mask = tokens(generator, 2, 15), torch.ones(2, 15, dtype=torch.long)
+        if not offsets:  # the keys of padding have a part in offsets, and attentions differ in what they make of padding
+            mask[1, :4] = 0
+        growing, static = TurboQuantCache(model.config, **options), TurboQuantStaticCache(model.config, 64, **options)
+        for start, stop in ((0, 9), (9, 10), (10, 15)):
+            arguments = {"attention_mask": mask[:, :stop]}
+            want = model(ids[:, start:stop], **{CACHE_ARGUMENT: growing}, **arguments).logits
+            got = model(ids[:, start:stop], **{CACHE_ARGUMENT: static}, **arguments).logits
+            real = mask[:, start:stop].bool()
+            assert_same(got[real], want[real])
 
 
 def test_layers_of_each_kind():
@@ -319,7 +324,7 @@ def test_layers_of_each_kind():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"max_cache_len": 0}, ValueError, "max_cache_len must be at least 1, got 0"),
+        ({"max_cache_len": 0}, ValueError, "max_cache_len must be from 1 to 2147483584, got 0"),
         ({"max_cache_len": 8, "seed": -1}, ValueError, "seed must not be negative, got -1"),
         ({"max_cache_len": 8, "skip_layers": (5,)}, ValueError, "skip_layers must hold numbers from -2 to 1, got 5"),
     ],
@@ -361,7 +366,7 @@ def test_padding_between_visible_keys_changes_nothing(generator):
     ids, mask = tokens(generator, 2, 16), torch.ones(2, 16, dtype=torch.long)
     mask[1, 6:12] = 0
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    expected, static = reference_cache(oracle), TurboQuantStaticCache(ours.config, max_cache_len=40)
+    expected, static = reference_cache(oracle), plain_static_cache(ours.config, max_cache_len=40)
     for start, stop in ((0, 12), (12, 13), (13, 14), (14, 16)):
         arguments = {"attention_mask": mask[:, :stop], "position_ids": positions[:, start:stop]}
         want = oracle(ids[:, start:stop], **{CACHE_ARGUMENT: expected}, **arguments).logits

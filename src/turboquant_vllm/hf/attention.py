@@ -14,9 +14,9 @@ from turboquant_vllm.codec import TQ4Keys, TQ4Tensor
 from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.hf.dense import dense_attention
 from turboquant_vllm.hf.pages import PagedTensor, SpanMask, attend_pages
-from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, unpack
+from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor, some_of, tokens_before, unpack
 from turboquant_vllm.limits import why_not_decode
-from turboquant_vllm.records import GROUP, Masks, Operand, Tables
+from turboquant_vllm.records import Masks, Operand, Tables
 
 __all__ = ["ATTENTION_NAME", "attention_forward", "register"]
 
@@ -131,19 +131,30 @@ def _attend(
     if window is not None and key.shape[2] <= window:
         window = None
     is_causal = is_causal and (query.shape[2] > 1 or window is not None)
+    before = tokens_before(key) if isinstance(key, PackedTensor) else 0
+    hidden = not before  # groups are read whole, so what comes before the keys must be before all windows
+    if before and query.shape[2] == 1:
+        is_causal, window, hidden = True, min(key.shape[2], window or key.shape[2]), True
+    elif before and is_causal and window is not None:
+        hidden = query.shape[2] + window - 1 <= key.shape[2]
     masks: dict[str, Any] = {"is_causal": is_causal, "sliding_window": window, "softcap": softcap, "sinks": sinks}
-    if not (isinstance(key, PackedTensor) and isinstance(value, PackedTensor)):
+    if not (isinstance(key, PackedTensor) and isinstance(value, PackedTensor) and hidden and _lie_alike(key, value)):
         return dense_attention(query, _dense(key), _dense(value), sm_scale=sm_scale, **masks)
     if not torch.compiler.is_compiling() and _decodes(query.device, query.dtype, query.shape, key.shape[1]):
-        return _decode(query, key, value, sm_scale, is_causal, window, softcap, sinks)
-    keys, codec = unpack(key)
-    values, _ = unpack(value)
+        return _decode(query, key, value, before, sm_scale, is_causal, window, softcap, sinks)
+    keys, codec = unpack(key, before)
+    values, _ = unpack(value, before)
     if query.dtype == torch.float64:  # which no kernel takes
         scale = check_sm_scale(sm_scale, query.shape[-1])
         tables = codec.key_tables if isinstance(keys, TQ4Keys) else codec.tables
         return reference.attention(query, Operand(*keys), Operand(*values), tables, scale, Masks(**masks))[0]
     assert isinstance(values, TQ4Tensor)
     return tq4_attention(query, keys, values, codec, sm_scale=sm_scale, **masks)
+
+
+def _lie_alike(key: PackedTensor, value: PackedTensor) -> bool:
+    """Whether values begin where these keys do, and are none that have offsets: some models change them about."""
+    return value.groups is None and value.first == key.first
 
 
 @lru_cache(maxsize=1024)
@@ -157,13 +168,17 @@ def _decode(
     query: torch.Tensor,
     key: PackedTensor,
     value: PackedTensor,
+    before: int,
     sm_scale: float | None,
     is_causal: bool,
     window: int | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """As :func:`_attend` of few queries on a GPU, where the host's time counts: nothing is viewed or checked needlessly."""
+    """As :func:`_attend` of few queries on a GPU, where the host's time counts: nothing is viewed or checked needlessly.
+
+    ``before`` more tokens are read, which the window hides.
+    """
     if softcap is not None or sinks is not None:  # these come from the model, all else from the cache
         check_masks(is_causal, window, softcap, sinks, query.shape[1], query.device)
     operands = key.operands
@@ -174,7 +189,7 @@ def _decode(
     scale = check_sm_scale(sm_scale, query.shape[3])
     masks = Masks(is_causal, window, softcap, sinks)
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    for launch in operands.prepare(query, key.count, scale, masks, out, None, first=key.first):
+    for launch in operands.prepare(query, key.count + before, scale, masks, out, None, first=key.first - before):
         launch()
     return out
 
@@ -195,13 +210,8 @@ def _attend_padded(
             queries = keys[keys >= earlier] - earlier
         some = query[sequences, :, queries]
         if some.numel():
-            window, first = mask.window, keys
-            if isinstance(key, PackedTensor) and key.groups is not None and isinstance(keys, slice) and some.shape[2] == 1:
-                # Groups are read whole; what comes before the keys is before a window that holds them all.
-                first, kept = slice(keys.start // GROUP * GROUP, keys.stop), keys.stop - keys.start
-                window = kept if window is None else min(window, kept)
-            part = (_part(x, sequences, first) for x in (key, value))
-            output[sequences, :, queries] = _attend(some, *part, is_causal=True, window=window, **options)
+            part = (_part(x, sequences, keys) for x in (key, value))
+            output[sequences, :, queries] = _attend(some, *part, is_causal=True, window=mask.window, **options)
     return output
 
 
@@ -209,14 +219,13 @@ def _part(x: torch.Tensor, sequences: slice, keys: slice | torch.Tensor) -> torc
     """Some keys of some sequences, packed where they are packed."""
     if not isinstance(x, PackedTensor):
         return x[sequences, :, keys]
+    if isinstance(keys, slice):
+        return some_of(x, sequences, keys)
+    if x.groups is not None:
+        return x.dense()[sequences, :, keys]
     packed, codec = unpack(x)
     codes, norms = (t[sequences, :, keys] for t in packed[:2])
-    if isinstance(packed, TQ4Tensor):
-        return PackedTensor.of(TQ4Tensor(codes, norms), codec, x.dtype)
-    if not isinstance(keys, slice) or keys.start % GROUP:
-        return x.dense()[sequences, :, keys]
-    groups, steps = (t[sequences, :, keys.start // GROUP : -(-keys.stop // GROUP)] for t in packed[2:])
-    return PackedTensor.of(TQ4Keys(codes, norms, groups, steps), codec, x.dtype)
+    return PackedTensor.of(TQ4Tensor(codes, norms), codec, x.dtype)
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:

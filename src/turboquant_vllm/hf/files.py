@@ -185,7 +185,7 @@ def _check_layer(path: Any, index: int, layer: object, tensors: Tensors) -> list
         least, count = _kept(window, length), first.shape[3]
         if layer.get("offsets"):
             names += _check_offsets(where, index, first, tensors)
-            least = max(least, min(count, least + GROUP - 1, length))  # groups are kept whole
+            least = min(length, least + (length - least) % GROUP)  # groups are kept whole
         names += [name for x in _TABLES if (name := f"{x}.{2 * first.shape[4]}") in tensors]
     if not least <= count <= (length if kind == "dense" else least):
         raise ValueError(f"{where}: expected {least} of {length} tokens, got {count}")
@@ -204,6 +204,9 @@ def _check_offsets(where: str, index: int, codes: torch.Tensor, tensors: Tensors
         if got is None or got.dtype != dtype or got.shape != shape:
             what = "none" if got is None else f"{got.dtype} {list(got.shape)}"
             raise ValueError(f"{where}: expected {name} {dtype} {list(shape)}, got {what}")
+    scales = tensors.get(f"{index}.key_scales")
+    if scales is not None and not bool((scales.isfinite() & (scales > 0)).all()):
+        raise ValueError(f"{where}: expected key_scales to be positive and finite, got others")
     return [f"{index}.{name}" for name in expected]
 
 

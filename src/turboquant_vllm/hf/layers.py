@@ -288,8 +288,7 @@ class PackedSlidingLayer(PackedLayer):
         self.storage.append(key_states, value_states, again)
 
     def _returned(self, count: int) -> int:
-        assert self.storage is not None
-        return self.storage.readable(min(self.length, self.window - 1 + count))
+        return min(self.length, self.window - 1 + count)
 
     @property
     def _kept(self) -> int:
@@ -308,7 +307,8 @@ class PackedSlidingLayer(PackedLayer):
         return self.window
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._kept + query_length, self.length - self._kept
+        kept = min(self.length, self.window - 1)  # not with the rest of their group: layers of all kinds share a mask
+        return kept + query_length, self.length - kept
 
     def reset(self) -> None:
         super().reset()

@@ -20,7 +20,7 @@ from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.records import GROUP
 from turboquant_vllm.rotation import RotationKind
 
-__all__ = ["CausalMask", "DeferredTensor", "PackedTensor", "additive", "find_parts", "unpack"]
+__all__ = ["CausalMask", "DeferredTensor", "PackedTensor", "additive", "find_parts", "some_of", "tokens_before", "unpack"]
 
 
 class DeferredTensor(torch.Tensor):
@@ -120,7 +120,7 @@ class PackedTensor(DeferredTensor):
         codes: uint8 ``[B, H_kv, capacity, D // 2]``.
         norms: float32 ``[B, H_kv, capacity]``.
         groups, steps, key_scales: of keys with offsets, as :class:`turboquant_vllm.records.Operand` and
-            :class:`turboquant_vllm.records.Tables` have them; ``first`` is then where a group begins.
+            :class:`turboquant_vllm.records.Tables` have them; groups are counted from token 0, whatever ``first`` is.
         operands: of keys: what the native kernel takes of them and of the values beside them, if their storage keeps that.
     """
 
@@ -167,8 +167,9 @@ class PackedTensor(DeferredTensor):
 
     def dense(self) -> torch.Tensor:
         """The vectors decompressed, ``[B, H_kv, n, D]``."""
-        packed, codec = unpack(self)
-        return codec.decompress(packed, self.dtype)
+        before = tokens_before(self)
+        packed, codec = unpack(self, before)
+        return codec.decompress(packed, self.dtype)[:, :, before:]
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         names = ["codes", "norms", "rotation", "centroids"]
@@ -181,14 +182,33 @@ class PackedTensor(DeferredTensor):
         return PackedTensor(inner["codes"], inner["norms"], inner["rotation"], inner["centroids"], *context, *offsets)
 
 
-def unpack(x: PackedTensor) -> tuple[TQ4Tensor | TQ4Keys, TQ4Codec]:
-    """Codes and norms, and what reads them. A function, since torch.compile follows no property of a tensor."""
-    codes, norms = (t.narrow(2, x.first, x.count) for t in (x.codes, x.norms))
+# Functions, since torch.compile follows no property of a tensor.
+
+
+def tokens_before(x: PackedTensor) -> int:
+    """How many tokens before its first one the group of that began: keys with offsets are read from there."""
+    return 0 if x.groups is None else x.first % GROUP
+
+
+def unpack(x: PackedTensor, before: int = 0) -> tuple[TQ4Tensor | TQ4Keys, TQ4Codec]:
+    """Codes and norms, and what reads them, from ``before`` tokens earlier on: of keys with offsets, where a group begins."""
+    first, count = x.first - before, x.count + before
+    codes, norms = (t.narrow(2, first, count) for t in (x.codes, x.norms))
     codec = TQ4Codec.reader(x.rotation, x.centroids, x.kind, x.key_scales)
     if x.groups is None or x.steps is None:
         return TQ4Tensor(codes, norms), codec
-    groups, steps = (t.narrow(2, x.first // GROUP, -(-x.count // GROUP)) for t in (x.groups, x.steps))
+    assert first % GROUP == 0, first
+    groups, steps = (t.narrow(2, first // GROUP, -(-count // GROUP)) for t in (x.groups, x.steps))
     return TQ4Keys(codes, norms, groups, steps), codec
+
+
+def some_of(x: PackedTensor, sequences: slice, tokens: slice) -> PackedTensor:
+    """Some tokens of some sequences, as they are."""
+    codes, norms, groups, steps = (None if t is None else t[sequences] for t in (x.codes, x.norms, x.groups, x.steps))
+    assert codes is not None
+    assert norms is not None
+    where = (x.dtype, x.first + tokens.start, tokens.stop - tokens.start)
+    return PackedTensor(codes, norms, x.rotation, x.centroids, x.kind, *where, groups, steps, x.key_scales)
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
