@@ -29,7 +29,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 
 from common import RESULTS, environment, write_results
 from hf_host import host_row
-from hf_logits import LARGEST_RATIO, exact_logits, relative_error, round_trip
+from hf_logits import LARGEST_RATIO, exact_logits, relative_error, round_trips
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache, register
 
@@ -96,7 +96,7 @@ def fill(cache: Any, model: Any, batch: int, tokens: int) -> None:
     states = draw(model, batch, tokens)
     if not hasattr(cache, "packed_layers"):
         codec = TQ4Codec(model.config.head_dim, device=model.device)
-        states = [round_trip(x, codec).to(DTYPE) for x in states]
+        states = [x.to(DTYPE) for x in round_trips(*states, codec)]
     for layer in range(model.config.num_hidden_layers):
         cache.update(*states, layer)
 
@@ -169,8 +169,8 @@ def tokens_per_second(
 def error_of(model: Any, logits: torch.Tensor, ids: torch.Tensor, tokens: int, packed: bool) -> float:
     """How far logits of ``ids [B, S]`` behind a full cache are from those that they must be."""
     codec = TQ4Codec(model.config.head_dim, device=model.device)
-    keys, values = (round_trip(x, codec) for x in draw(model, ids.shape[0], tokens))
-    return relative_error(logits, exact_logits(model, keys, values, ids, codec if packed else None))
+    keys, values = draw(model, ids.shape[0], tokens)
+    return relative_error(logits, exact_logits(model, keys, values, ids, codec, packed))
 
 
 # Tokens a second, the logits' error, and what else a row says of a cache; None where memory does not suffice.

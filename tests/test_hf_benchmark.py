@@ -48,13 +48,17 @@ def swap_sequences(layer):
 
 
 def swap_heads(layer):
-    keys, key_norms, *_ = layer.storage.keys
-    for x in (keys, key_norms):
+    for x in layer.storage.keys:
         x.copy_(x.flip(1))
 
 
 def lose_the_first_token(layer):
     layer.storage.start += 1
+
+
+def swap_offsets(layer):
+    for x in layer.storage.keys[2:]:
+        x.copy_(x.flip(1))
 
 
 def lose_the_last_token(layer):
@@ -77,7 +81,15 @@ def test_a_right_cache_passes(model, largest):
 
 @pytest.mark.parametrize(
     "change",
-    [swap_sequences, swap_heads, lose_the_first_token, lose_the_last_token, shift_codes, scale_the_values_of_a_head],
+    [
+        swap_sequences,
+        swap_heads,
+        swap_offsets,
+        lose_the_first_token,
+        lose_the_last_token,
+        shift_codes,
+        scale_the_values_of_a_head,
+    ],
 )
 def test_a_wrong_cache_does_not(change, model, largest):
     assert error_with(model, "tq4", TurboQuantCache(model.config), change) > largest
