@@ -81,7 +81,7 @@ def _real(model: str, columns: list[tuple[str, Row]]) -> str:
             row = next((row for row in own if all(row.get(key, 0) == value for key, value in wanted.items())), None)
             share = row and f"{row['kl']:.4f}, {100 * (1 - row['tvd']):.1f} %, {row['increase_percent']:+.1f} %"
             cells.append(share or "-")
-        if any(cell != "-" for cell in cells):
+        if cells[0] != "-":
             rows.append((title, f"{own[0]['bytes_per_token_head']:g}", *cells))
     return table(("format", "bytes", *(title for title, _ in columns)), rows)
 
