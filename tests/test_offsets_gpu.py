@@ -8,8 +8,10 @@ import torch
 from attention_cases import poisoned_memory
 from group_store_contract import GroupStoreContract
 from offset_contract import OffsetContract, PagedOffsetContract
-from turboquant_vllm import ops, tq4_store
+from paged_cases import check_batch, random_batch
+from turboquant_vllm import TQ4Codec, ops, tq4_paged_attention, tq4_store
 from turboquant_vllm.limits import why_not_decode
+from turboquant_vllm.records import GROUP
 
 pytestmark = pytest.mark.gpu
 
@@ -74,3 +76,27 @@ class TestStore(GroupStoreContract):
             tq4_store(k, v, cache, codec, slots, previous_slots=previous_slots, backend="cuda")
 
         return call
+
+
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_graph_replays_with_other_lengths(generator, backend):
+    batch = random_batch(generator, [(1, 400), (1, 390), (1, 380)], dtype=HALF, device="cuda", group=4, page_size=64, offsets=True)
+    codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar", batch.key_scales)
+    index = (batch.block_table, batch.seq_lens, batch.cu_seqlens_q)
+    options = {"sm_scale": batch.sm_scale, "max_query_len": 1, "return_lse": True, "backend": backend}
+    tq4_paged_attention(batch.q, batch.cache, codec, *index, **options)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = tq4_paged_attention(batch.q, batch.cache, codec, *index, **options)
+    for lengths in ([400, 390, 380], [17, 1, 64], [0, 65, 129]):
+        now = batch.replace(
+            seq_lens=torch.tensor(lengths, dtype=torch.int32, device="cuda"),
+            sequences=[
+                {name: x[:, :, : -(-n // GROUP) if name in ("k_groups", "k_steps") else n] for name, x in s.items()}
+                for s, n in zip(batch.sequences, lengths, strict=True)
+            ],
+        )
+        batch.seq_lens.copy_(now.seq_lens)
+        graph.replay()
+        torch.cuda.synchronize()
+        check_batch(lambda _: (out.clone(), lse.clone()), now)
