@@ -96,7 +96,8 @@ def fill(cache: Any, model: Any, batch: int, tokens: int) -> None:
     states = draw(model, batch, tokens)
     if not hasattr(cache, "packed_layers"):
         codec = TQ4Codec(model.config.head_dim, device=model.device)
-        states = [x.to(DTYPE) for x in round_trips(*states, codec)]
+        keys, values = states
+        states = [x.to(DTYPE) for x in round_trips(keys, values, codec)]
     for layer in range(model.config.num_hidden_layers):
         cache.update(*states, layer)
 

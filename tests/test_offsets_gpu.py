@@ -80,7 +80,8 @@ class TestStore(GroupStoreContract):
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_graph_replays_with_other_lengths(generator, backend):
-    batch = random_batch(generator, [(1, 400), (1, 390), (1, 380)], dtype=HALF, device="cuda", group=4, page_size=64, offsets=True)
+    sizes = {"dtype": HALF, "device": "cuda", "group": 4, "page_size": 64, "offsets": True}
+    batch = random_batch(generator, [(1, 400), (1, 390), (1, 380)], **sizes)
     codec = TQ4Codec.reader(batch.rotation, batch.centroids, "haar", batch.key_scales)
     index = (batch.block_table, batch.seq_lens, batch.cu_seqlens_q)
     options = {"sm_scale": batch.sm_scale, "max_query_len": 1, "return_lse": True, "backend": backend}
