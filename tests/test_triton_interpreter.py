@@ -48,9 +48,10 @@ class TestContract(AttentionContract):
     pass
 
 
-@both_dtypes
 class TestMasks(MaskContract):
-    pass
+    @pytest.fixture
+    def dtype(self):  # scores are float32 for both, and so are what masks do to them
+        return HALF
 
 
 class TestOffsets(OffsetContract):
@@ -201,7 +202,8 @@ def test_sums_over_many_tiles_do_not_shrink(interpreter, generator):
     case = case.replace(q=torch.zeros_like(case.q), v=v, v_norms=v_norms, centroids=torch.cat([-levels, levels.flip(0)]))
     out, _ = interpreter.call("triton.launch:attention", *case.arguments)
     want, _ = expected(case)
-    assert (out.double() - want).abs().max() <= 4 * 2.0**-24 * want.abs().max()
+    # Rotating back sums 32 products, each rounded by at most half an ulp of the sum so far; each of 256 tiles would shrink by one.
+    assert (out.double() - want).abs().max() <= 16 * 2.0**-24 * want.abs().max()
 
 
 CODECS = [(16, "haar"), (20, "haar"), (64, "hadamard"), (96, "haar"), (128, "hadamard"), (256, "hadamard")]
