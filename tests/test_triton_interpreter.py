@@ -202,7 +202,7 @@ def test_sums_over_many_tiles_do_not_shrink(interpreter, generator):
     case = case.replace(q=torch.zeros_like(case.q), v=v, v_norms=v_norms, centroids=torch.cat([-levels, levels.flip(0)]))
     out, _ = interpreter.call("triton.launch:attention", *case.arguments)
     want, _ = expected(case)
-    # Rotating back sums 32 products, each rounded by at most half an ulp of the sum so far; each of 256 tiles would shrink by one.
+    # Rotating back sums 32 products, each rounded by half an ulp of the sum at most; each of 256 tiles would shrink by one.
     assert (out.double() - want).abs().max() <= 16 * 2.0**-24 * want.abs().max()
 
 
