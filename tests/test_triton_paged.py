@@ -44,9 +44,10 @@ def run(interpreter):
     return call
 
 
-@pytest.mark.parametrize("dtype", [HALF, FULL], ids=["fp16", "fp32"])
 class TestContract(PagedContract):
-    pass
+    @pytest.fixture
+    def dtype(self):  # what is not of pages is tested in both, in test_triton_interpreter
+        return HALF
 
 
 class TestOffsets(PagedOffsetContract):

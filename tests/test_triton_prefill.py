@@ -200,8 +200,11 @@ def run_pages(interpreter):
     return call
 
 
-@pytest.mark.parametrize("dtype", [HALF, FULL], ids=["fp16", "fp32"])
 class TestPages(PagedContract):
+    @pytest.fixture
+    def dtype(self):
+        return FULL
+
     @pytest.fixture
     def run(self, run_pages):
         return run_pages
