@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,9 @@ from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache
 from turboquant_vllm.hf.calibration import key_scales_from_model
 
 Cuts = Callable[[int], Iterable[int]]  # of the length of a prompt
-RUNS = 8  # right ones: of three prompts, they give a bound of 6.4 spreads; a spread that were known would give 4.8
+# Least degrees of freedom of what right runs say: the bound is 6.0 spreads of theirs. Were the spread known, it would be 4.8.
+FREEDOM = 28
+FEWEST_RUNS = 4  # right ones, however many prompts there are: each has a mean and a spread of its own
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,7 @@ class Gate:
     """
 
     def __init__(self, model: Any, *, exact_prefill: bool, key_offsets: bool = False) -> None:
-        rounded = [model, *(neighbour(model, seed) for seed in range(1, RUNS))]
-        self._pairs = [(copy.deepcopy(one).float(), one) for one in rounded]
+        self._pairs = [(copy.deepcopy(model).float(), model)]
         self._token_by_token = (
             key_offsets  # a group's offset follows from the call that begins it: the engine's are of one token
         )
@@ -64,13 +66,17 @@ class Gate:
 
         ``cuts(length)``: where a prompt was cut into pieces that were read one after the other.
         """
+        runs = max(FEWEST_RUNS, 1 + math.ceil(FREEDOM / len(prompts)))
+        for seed in range(len(self._pairs), runs):
+            rounded = neighbour(self._pairs[0][1], seed)
+            self._pairs.append((copy.deepcopy(rounded).float(), rounded))
         ours, theirs = [], []
         for prompt, answer in zip(prompts, answers, strict=True):
             chosen = answer.log_probs.gather(-1, torch.tensor(answer.tokens)[:, None])[:, 0]
             assert (chosen == answer.log_probs.amax(-1)).all(), "an answer that is not greedy"  # NaN fails, too
             ends = [0, *cuts(len(prompt)), len(prompt)]
             pieces = [prompt[first:stop] for first, stop in itertools.pairwise(ends)]
-            read = [[self._log_probs(model, pieces, answer.tokens) for model in pair] for pair in self._pairs]
+            read = [[self._log_probs(model, pieces, answer.tokens) for model in pair] for pair in self._pairs[:runs]]
             ours.append(answer.log_probs - read[0][0])
             theirs.append([rounded - exact for exact, rounded in read])
         assert_as_near(ours, theirs)

@@ -37,9 +37,11 @@ def assert_as_near(ours: Sequence[torch.Tensor], theirs: Sequence[Sequence[torch
     """Errors ``ours`` are of the size of ``theirs``, of right runs: each prompt's, and in the mean over prompts.
 
     A size is the root of the mean square over a prompt's places. Its logarithm has a mean that is the prompt's own and a spread
-    that is taken to be all prompts', both estimated from ``theirs``. So the distance of ours from the mean of ``n`` others has
+    that is all prompts', both estimated from ``theirs``. So the distance of ours from the mean of ``n`` others has
     ``sqrt(1 + 1 / n)`` of that spread, and in units of the estimate it is a draw of Student's t, which gives the bound for
-    :data:`FALSE_ALARM`. One prompt's error may be a few times a right run's; the mean over prompts only a part of that.
+    :data:`FALSE_ALARM`. Where a prompt is so short that some runs flip no code at all, its right runs spread more: then the
+    spread that they show is taken. One prompt's error may be a few times a right run's; the mean over prompts only a part of
+    that.
 
     Args:
         ours: one tensor for each prompt, its errors at all places.
@@ -51,19 +53,20 @@ def assert_as_near(ours: Sequence[torch.Tensor], theirs: Sequence[Sequence[torch
     assert logs.shape == (prompts,)
     assert runs >= 2
     means, freedom = others.mean(1), prompts * (runs - 1)
-    spread = math.sqrt((others - means[:, None]).square().sum().item() / freedom)
-    bound = scipy.stats.t.isf(FALSE_ALARM, freedom) * spread * math.sqrt(1 + 1 / runs)
-    distances = (logs - means).tolist()
-    mean, mean_bound = sum(distances) / prompts, bound / math.sqrt(prompts)
-    errors = ", ".join(f"{math.exp(x):.2f}" for x in distances)
+    own = others.var(1)
+    factor = scipy.stats.t.isf(FALSE_ALARM, freedom) * math.sqrt(1 + 1 / runs)
+    bounds = factor * own.clamp(min=own.mean()).sqrt()
+    mean_bound = factor * math.sqrt(own.mean() / prompts)
+    distances = logs - means
+    errors = ", ".join(f"{x:.2f} of {y:.2f}" for x, y in zip(distances.exp().tolist(), bounds.exp().tolist(), strict=True))
     message = (
-        f"errors of prompts in units of a right run's: {errors} ({math.exp(bound):.2f} allowed); "
-        f"their mean: {math.exp(mean):.2f} ({math.exp(mean_bound):.2f} allowed); spread of right runs: {spread:.2f}"
+        f"errors of prompts in units of a right run's, and what is allowed: {errors}; "
+        f"in the mean {distances.mean().exp():.2f} of {math.exp(mean_bound):.2f}; spread of right runs: {own.mean().sqrt():.2f}"
     )
     print(message)
     # Written so that NaN fails, too.
-    assert all(x <= bound for x in distances), message
-    assert mean <= mean_bound, message
+    assert (distances <= bounds).all(), message
+    assert distances.mean() <= mean_bound, message
 
 
 def _log_size(errors: torch.Tensor) -> float:
