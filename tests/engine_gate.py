@@ -54,9 +54,8 @@ class Gate:
 
     def __init__(self, model: Any, *, exact_prefill: bool, key_offsets: bool = False) -> None:
         self._pairs = [(copy.deepcopy(model).float(), model)]
-        self._token_by_token = (
-            key_offsets  # a group's offset follows from the call that begins it: the engine's are of one token
-        )
+        # A group's offset follows from the call that begins it: the engine's are of one token.
+        self._token_by_token = key_offsets
         self._format: dict[str, Any] = {"exact_prefill": exact_prefill, "key_offsets": key_offsets}
         if key_offsets:
             self._format["key_scales"] = key_scales_from_model(model)
