@@ -153,7 +153,7 @@ def test_prefix_hits_beside_prompts_of_equal_length(model, prompts):
 
 @pytest.mark.parametrize("exact_prefill", [True, False])
 def test_keys_with_offsets(model, prompts, exact_prefill):
-    """Offsets and the scales of the model's weights: prompts together, and one in chunks."""
+    """Offsets and the scales of the model's weights: prompts together, and in chunks."""
     form = {"exact_prefill": exact_prefill, "key_offsets": True}
     gate = Gate(model, **form)
     with Engine(**form) as engine:
