@@ -209,6 +209,16 @@ def test_a_hit_from_disk_restores_log_and_names(monkeypatch: pytest.MonkeyPatch)
     assert runtime.resource_usage(second) == runtime.resource_usage(first)
 
 
+def test_a_compilation_of_the_same_source_has_log_and_names_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVRTC has a cache of its own where there is a driver."""
+    pytest.importorskip("cuda.core")
+    first = runtime.compile_cubin(SOURCE, arch="sm_90", name="k", name_expressions=["fill<7>"])
+    empty_caches(tmp_path / "other", monkeypatch)
+    second = runtime.compile_cubin(SOURCE, arch="sm_90", name="k", name_expressions=["fill<7>"])
+    assert second.kernels == first.kernels
+    assert runtime.resource_usage(second) == runtime.resource_usage(first)
+
+
 def flip(position: int) -> Callable[[Path], None]:
     def damage(path: Path) -> None:
         content = bytearray(path.read_bytes())

@@ -140,7 +140,8 @@ def _run_nvrtc(
     core = _cuda().core
     ptxas = settings.get("ptxas_options", ())
     ptxas = ["-v", *([ptxas] if isinstance(ptxas, str) else ptxas)]  # -v reports resource usage in the log
-    settings = {**settings, "name": os.path.basename(name), "arch": arch, "ptxas_options": ptxas}
+    # What NVRTC keeps itself comes without a log, and so without names.
+    settings = {**settings, "name": os.path.basename(name), "arch": arch, "ptxas_options": ptxas, "no_cache": True}
     macro_list = sorted(macros.items()) or None
     log = io.StringIO()
     try:
