@@ -150,7 +150,7 @@ def oracle_attention(
         weights = torch.cat([scores, sinks.to(scores.dtype)], -1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
-    return torch.einsum("bhqk,bhkd->bqhd", weights, value.repeat_interleave(group, 1)), None
+    return torch.einsum("bhqk,bhkd->bqhd", weights, value.repeat_interleave(group, 1)).contiguous(), None
 
 
 def make_config(family: str) -> Any:
