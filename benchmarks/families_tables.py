@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
@@ -55,18 +56,24 @@ def _rows(name: str) -> list[Row]:
     return [row for row in load()[1] if group(row) == name]
 
 
+def _said(found: Row) -> str:
+    """The words with which a way was refused or could not be compared, without figures of a single family."""
+    words = found.get("refused") or found.get("not_comparable") or ""
+    return re.sub("(changes the logits) by .*", r"\1", words)
+
+
 def _notes() -> dict[str, str]:
-    """A letter for all words with which a way was refused or could not be compared."""
+    """A number for all words with which a way was refused or could not be compared."""
     words: dict[str, str] = {}
     for row in load()[1]:
         for found in row.get("ways", {}).values():
-            if said := found.get("refused") or found.get("not_comparable"):
+            if said := _said(found):
                 words.setdefault(said, f"[{len(words) + 1}]")
     return words
 
 
 def _cell(found: Row) -> str:
-    if said := found.get("refused") or found.get("not_comparable"):
+    if said := _said(found):
         return _notes()[said]
     return "NaN" if found["difference"] is None else f"{found['difference']:.0e}"
 

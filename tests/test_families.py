@@ -49,6 +49,11 @@ def test_every_family_has_a_row():
     assert sum(line.startswith("| ") for name in ("checked", "different") for line in TABLES[name]().splitlines()) > 100
 
 
+def test_families_that_were_checked_read_what_is_in_4_bits():
+    rows = [row for row in families_tables.load()[1] if group(row) == "checked"]
+    assert all(row["moved"] > 1e-4 for row in rows)
+
+
 def test_the_page_holds_what_its_commands_print():
     page = families_tables.PAGE.read_text(encoding="utf-8")
     assert list(TABLES) == [line.split()[3] for line in page.splitlines() if line.startswith("<!-- python")]
