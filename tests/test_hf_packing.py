@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import FalconH1Config, FalconH1ForCausalLM, LlamaConfig
+from transformers import FalconH1Config, FalconH1ForCausalLM, LlamaConfig, MoshiConfig
 
 from hf_models import FAMILIES, VOCABULARY, assert_same, make_config, make_model, one_thread  # noqa: F401
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
@@ -87,3 +87,10 @@ def test_a_model_of_which_nothing_is_packed_is_not_measured():
         ValueError, match=r"kept in 4 bits, a model \(FalconH1ForCausalLM\) has attention and a recurrent state"
     ):
         check_cache(FalconH1ForCausalLM(config).eval(), "a model")
+
+
+def test_masks_without_the_window_of_the_configuration():
+    config = MoshiConfig(num_hidden_layers=2)
+    assert TurboQuantCache(config).packed_layers == [0, 1]
+    with pytest.raises(ValueError, match="got model_type moshi; TurboQuantCache works"):
+        TurboQuantStaticCache(config, 64)

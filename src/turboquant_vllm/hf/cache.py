@@ -21,6 +21,8 @@ __all__ = ["TurboQuantCache", "TurboQuantStaticCache"]
 
 
 _LONGEST = 2**31 - 64  # lengths are 32-bit numbers, also rounded up to pages
+# Models whose masks show what is behind the window that their configuration names: pages, which hold more, would be seen.
+_MASKS_WITHOUT_WINDOWS = ("moshi",)
 
 
 class _SavedCache:
@@ -165,7 +167,8 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
         seed, skip_layers, exact_prefill, key_offsets, key_scales: as for :class:`TurboQuantCache`.
 
     Raises:
-        TypeError, ValueError: as for :class:`TurboQuantCache`; ``max_cache_len`` is out of range; the model has an encoder.
+        TypeError, ValueError: as for :class:`TurboQuantCache`; ``max_cache_len`` is out of range; the model has an encoder, or
+            masks without the window that its configuration names.
     """
 
     def __init__(
@@ -186,6 +189,12 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
             raise ValueError(
                 "config: expected a model without an encoder for a cache of fixed size (cross-attention would see places that "
                 "are not in use), got is_encoder_decoder=True; EncoderDecoderCache(TurboQuantCache(config), ...) works"
+            )
+        kind = config.get_text_config(decoder=True).model_type
+        if kind in _MASKS_WITHOUT_WINDOWS:
+            raise ValueError(
+                "config: expected a model whose masks hide what its sliding window does for a cache of fixed size, got "
+                f"model_type {kind}; TurboQuantCache works"
             )
         check_seed(seed)
         check_flag("exact_prefill", exact_prefill)
