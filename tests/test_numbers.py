@@ -55,7 +55,7 @@ class Calls:
         from turboquant_vllm.vllm.layer import PagedLayer
 
         sm_scale = 1 / math.sqrt(D) if sm_scale is None else sm_scale
-        layer = PagedLayer(4, 2, D, sm_scale, exact=None, **options)
+        layer = PagedLayer(4, 2, D, sm_scale, exact=None, key_offsets=False, **options)
         out = torch.empty(3, 4, D)
         run = Run(Kind.CONTINUED, slice(0, 3), *self.index, max_query_len=3, seq_lens_cpu=(N,), cu_seqlens_q_cpu=(0, 3))
         pages = self.cache.buffer.view(3, 2, 16, D + 8)
