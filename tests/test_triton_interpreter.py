@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from packaging.version import Version
 
 from attention_cases import LAYOUTS, check, check_gate, expected, lay_out, pytorch_attention, random_case
 from attention_contract import AttentionContract, check_causal_sizes
@@ -16,17 +13,11 @@ from compression_checks import check_compress, check_decompress, special_vectors
 from mask_contract import MaskContract
 from offset_contract import OffsetContract
 from store_cases import check_store, random_store
+from triton_interpreter import in_interpreter
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.codec import SCALES
 
-VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
-pytestmark = [
-    pytest.mark.triton_interpreter,
-    pytest.mark.skipif(
-        VERSIONS["triton"] < Version("3.7") and VERSIONS["numpy"] >= Version("2.4"),
-        reason="the interpreter of Triton 3.6 needs numpy < 2.4",
-    ),
-]
+pytestmark = in_interpreter
 
 HALF, FULL = torch.float16, torch.float32
 PACKED, PACKED_KEYS, PACKED_VALUES, DENSE = (True, True), (True, False), (False, True), (False, False)

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from packaging.version import Version
 
 from offset_contract import PagedOffsetContract
 from paged_cases import check_batch, check_sequence, random_batch
 from paged_contract import PagedContract
+from triton_interpreter import in_interpreter
 
-VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
-pytestmark = [
-    pytest.mark.triton_interpreter,
-    pytest.mark.skipif(
-        VERSIONS["triton"] < Version("3.7") and VERSIONS["numpy"] >= Version("2.4"),
-        reason="the interpreter of Triton 3.6 needs numpy < 2.4",
-    ),
-]
+pytestmark = in_interpreter
 
 HALF, FULL = torch.float16, torch.float32
 SETTINGS = hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
-from packaging.version import Version
 
 from attention_cases import check, compare, expected, random_case
 from attention_contract import AttentionContract, check_causal_sizes
 from paged_cases import check_batch, known_lengths, random_batch
 from paged_contract import PagedContract
+from triton_interpreter import in_interpreter
 from turboquant_vllm import reference
 from turboquant_vllm.prefill import Dense, Part, dense_attention
 
-VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
-pytestmark = [
-    pytest.mark.triton_interpreter,
-    pytest.mark.skipif(
-        VERSIONS["triton"] < Version("3.7") and VERSIONS["numpy"] >= Version("2.4"),
-        reason="the interpreter of Triton 3.6 needs numpy < 2.4",
-    ),
-]
+pytestmark = in_interpreter
 
 HALF, FULL = torch.float16, torch.float32
 

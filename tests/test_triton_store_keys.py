@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-from importlib import metadata
-
 import pytest
 import torch
-from packaging.version import Version
 
 from group_store_cases import GroupedPages
 from group_store_contract import GroupStoreContract, keys_like_a_models
+from triton_interpreter import in_interpreter
 from turboquant_vllm import TQ4Codec
 
-VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
-pytestmark = [
-    pytest.mark.triton_interpreter,
-    pytest.mark.skipif(
-        VERSIONS["triton"] < Version("3.7") and VERSIONS["numpy"] >= Version("2.4"),
-        reason="the interpreter of Triton 3.6 needs numpy < 2.4",
-    ),
-]
+pytestmark = in_interpreter
 
 HALF, FULL = torch.float16, torch.float32
 

@@ -11,13 +11,25 @@ import importlib
 import multiprocessing
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing
+from packaging.version import Version
 
 from attention_cases import poisoned_memory
+
+_VERSIONS = {name: Version(metadata.version(name)) for name in ("triton", "numpy")}
+# Of modules whose tests run there.
+in_interpreter = [
+    pytest.mark.triton_interpreter,
+    pytest.mark.skipif(
+        _VERSIONS["triton"] < Version("3.7") and _VERSIONS["numpy"] >= Version("2.4"),
+        reason="the interpreter of Triton 3.6 needs numpy < 2.4",
+    ),
+]
 
 
 class Interpreter:
