@@ -19,10 +19,10 @@ from turboquant_vllm.store import tq4_store
 Randn = Callable[..., torch.Tensor]
 
 
-def some_keys(randn: Randn, length: int) -> torch.Tensor:
+def some_keys(randn: Randn, length: int, heads: int = 2) -> torch.Tensor:
     """Keys ``[H_kv, N, D]`` with a common part, and one that is unlike all others."""
-    keys = randn(2, length, 64) + 3 * randn(2, 1, 64)
-    keys[:, length // 12] = 20 * randn(2, 64)
+    keys = randn(heads, length, 64) + 3 * randn(heads, 1, 64)
+    keys[:, length // 12] = 20 * randn(heads, 64)
     return keys
 
 
@@ -46,10 +46,10 @@ def test_whole_prompts_are_what_the_codec_writes(randn: Randn, length: int) -> N
 
 @pytest.mark.parametrize(("prompt", "step"), [(64, 1), (128, 1), (1, 1), (70, 1), (64, 4), (150, 7)])
 def test_growing_keys_are_what_the_store_writes(randn: Randn, prompt: int, step: int) -> None:
-    length = 230
-    keys = some_keys(randn, length)
+    length, heads = 230, 8
+    keys = some_keys(randn, length, heads)
     codec = TQ4Codec(64)
-    cache = PagedTQ4Cache.allocate(1, page_size=256, num_kv_heads=2, head_dim=64, has_offsets=True)
+    cache = PagedTQ4Cache.allocate(1, page_size=256, num_kv_heads=heads, head_dim=64, has_offsets=True)
     ours, y = GrowingKeys([Rule()], 256), rotate_keys(keys, codec.key_tables)
     for first, last in [(0, prompt), *((at, min(at + step, length)) for at in range(prompt, length, step))]:
         new = keys[:, first:last].transpose(0, 1)
@@ -62,8 +62,9 @@ def test_growing_keys_are_what_the_store_writes(randn: Randn, prompt: int, step:
     mine, library = ((x - y).norm() for x in (read, theirs))
     assert abs(mine / library - 1) < 0.03
     if step == 1 and prompt != 70:
-        # A code that rounding moves changes the offset of the next group, and by as much all of its keys.
-        assert ((read - theirs).norm(dim=-1) / theirs.norm(dim=-1)).mean() < 2e-3
+        # Where rounding moves a code, the next offset of that head may be a step off, and all its keys: of most heads it is not.
+        off = (read - theirs)[:, 64:192].unflatten(1, (-1, 64)).norm(dim=(-2, -1)) / theirs[:, 64:192].norm(dim=(1, 2))[:, None]
+        assert (off.median(0).values < 1e-5).all()
 
 
 def test_a_rule_that_begins_the_first_group_anew_makes_it_better(randn: Randn) -> None:
