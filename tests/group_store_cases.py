@@ -10,7 +10,7 @@ import torch
 from compression_checks import check_compress
 from store_cases import lay_out_rows
 from turboquant_vllm import PagedTQ4Cache, TQ4Codec
-from turboquant_vllm.paged import chunk_bytes
+from turboquant_vllm.paged import chunk_bytes, slots_per_page
 from turboquant_vllm.records import GROUP, Operand
 from turboquant_vllm.reference_keys import PRIOR_WEIGHT, _Run, _runs, read_rotated, rotate_keys
 
@@ -64,7 +64,8 @@ class GroupedPages:
         """-1 before the first."""
         if position < 0:
             return -1
-        return int(self.tables[sequence][position // self.page_size]) * self.page_size + position % self.page_size
+        page, place = divmod(position, self.page_size)
+        return int(self.tables[sequence][page]) * slots_per_page(self.page_size, True) + place
 
     def write(
         self, store: Store, *chunks: torch.Tensor | None, first: int | None = None, pad: float = 0.0, check: bool = True
@@ -74,7 +75,7 @@ class GroupedPages:
         ``pad``: how many tokens without a slot stand before each, in the mean.
         """
         rows, slots, previous = [], [], []
-        outside = (-1, self.num_pages * self.page_size, -(2**31), 2**31 - 1)
+        outside = (-1, self.cache_in(self.memory).num_slots, -(2**31), 2**31 - 1)
         for sequence, chunk in enumerate(chunks):
             if chunk is None:
                 continue
@@ -106,7 +107,7 @@ class GroupedPages:
         check_keys(new, old, k, self.codec, slots, previous)
         kept = (slots >= 0) & (slots < new.num_slots)
         slot = slots[kept].long()
-        page, place = slot // self.page_size, slot % self.page_size
+        page, place = slot // new.slots_per_page, slot % new.slots_per_page
         stored = new.v_codes[page, :, place], new.v_norms[page, :, place]
         check_compress(lambda *_: stored, v[kept], self.codec)
         old.v_codes[page, :, place], old.v_norms[page, :, place] = stored
@@ -133,7 +134,7 @@ def check_keys(
     error = ROUNDING * y.norm(dim=-1)
     before = None
     for run in _runs(slots.tolist(), new):
-        page, group = run.slots[0] // new.page_size, run.group
+        page, group = run.slots[0] // new.slots_per_page, run.group
         own, rounding = y[:, run.rows], error[:, run.rows]
         if run.begins:
             for head in range(y.shape[0]):
@@ -172,10 +173,10 @@ def _priors(
 ) -> list[torch.Tensor | None]:
     """What a group's mean may be filled up with, ``[D]``; None: nothing."""
     slot = run.slots[0]
-    last = (slot - 1 if slot % old.page_size else -1) if previous is None else int(previous[run.rows[0]])
+    last = (slot - 1 if slot % old.slots_per_page else -1) if previous is None else int(previous[run.rows[0]])
     if not 0 <= last < old.num_slots:
         return [None]
-    page, place = last // old.page_size, last % old.page_size
+    page, place = last // old.slots_per_page, last % old.slots_per_page
     group = place // GROUP
     keys = old.keys.each(lambda x: x[page, head])
     assert keys.norms is not None
@@ -216,7 +217,7 @@ def _check_run(
     new: PagedTQ4Cache, old: PagedTQ4Cache, codec: TQ4Codec, run: _Run, own: torch.Tensor, rounding: torch.Tensor
 ) -> None:
     """Codes, norms and the outlier of all heads: ``own [H_kv, n, D]``, ``rounding [H_kv, n]``."""
-    page, group = run.slots[0] // new.page_size, run.group
+    page, group = run.slots[0] // new.slots_per_page, run.group
     places = torch.tensor(run.places, device=own.device) + group * GROUP
     earlier = slice(group * GROUP, group * GROUP + run.places[0])
     (codes, norms, groups, steps), (_, old_norms, old_groups, old_steps) = (

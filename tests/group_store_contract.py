@@ -77,6 +77,10 @@ class GroupStoreContract:
         for count in (70, 57, 1, 1, 1, 66):
             pages.write(store, *(k[:, :count] for k in left))
             left = [k[:, count:] for k in left]
+        # Or just as long as the sequence: then its last group lacks places.
+        pages = GroupedPages(generator, codec, [72, 84, 4], page_size=84, dtype=dtype, has_previous=False)
+        pages.write(store, *(keys_like_a_models(generator, n, 64) for n in (70, 60, 3)), pad=0.3)
+        pages.write(store, *(keys_like_a_models(generator, n, 64) for n in (2, 24, 1)))
         short = GroupedPages(generator, codec, [140], page_size=64, dtype=dtype, has_previous=False)
         for count in (67, 61, 4):  # where a page begins nothing is before it
             short.write(store, keys_like_a_models(generator, count, 64))

@@ -9,6 +9,7 @@ pytest.importorskip("transformers")
 
 from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 from turboquant_vllm.hf.storage import PackedStorage, codec_for
+from turboquant_vllm.records import GROUP
 
 HEADS, DIM, WINDOW = 2, 32, 6
 
@@ -56,11 +57,23 @@ def test_a_first_call_takes_what_it_needs(count):
     assert needed <= layer.nbytes <= needed * 17 // 16
 
 
+@pytest.mark.parametrize("count", [20, 50, 100, 300, 1000, 5000])
+def test_with_offsets_a_first_call_takes_what_it_needs_too(count):
+    layer = PackedLayer(0, seed=0, key_offsets=True)
+    x = torch.zeros(4, HEADS, count, DIM)
+    layer.update(x, x)
+    needed = 4 * HEADS * (count * (DIM + 8) + -(-count // GROUP) * (2 * DIM + 16))
+    assert needed <= layer.nbytes <= needed * 17 // 16
+
+
 @pytest.mark.parametrize("head_dim", [16, 18, 32, 64, 96, 128, 256])
 @pytest.mark.parametrize("prompt", [1, 7, 16, 20, 250])
-@pytest.mark.parametrize("window", [None, 21, 4096])
-def test_a_short_text_never_takes_more_than_in_bf16(head_dim, prompt, window):
-    layer = full() if window is None else PackedSlidingLayer(0, window, seed=0)
+@pytest.mark.parametrize(
+    ("window", "has_offsets"), [(None, False), (21, False), (4096, False), (None, True), (256, True), (4096, True)]
+)
+def test_a_short_text_never_takes_more_than_in_bf16(head_dim, prompt, window, has_offsets):
+    options = {"seed": 0, "key_offsets": has_offsets}
+    layer = PackedLayer(0, **options) if window is None else PackedSlidingLayer(0, window, **options)
     x, device = torch.zeros(2, HEADS, prompt, head_dim, dtype=torch.bfloat16), torch.device("meta")
     buffers = set()
     for states in (x, *(x[:, :, :1],) * 600):

@@ -62,7 +62,7 @@ def test_growing_keys_are_what_the_store_writes(randn: Randn, prompt: int, step:
     mine, library = ((x - y).norm() for x in (read, theirs))
     assert abs(mine / library - 1) < 0.03
     if step == 1 and prompt != 70:
-        # Where rounding moves a code, the next offset of that head may be a step off, and all its keys: of most heads it is not.
+        # Where rounding moves a code, the next offset of that head may be a step off, and all its keys; in most none is.
         off = (read - theirs)[:, 64:192].unflatten(1, (-1, 64)).norm(dim=(-2, -1)) / theirs[:, 64:192].norm(dim=(1, 2))[:, None]
         assert (off.median(0).values < 1e-5).all()
 

@@ -28,7 +28,7 @@ import torch
 from turboquant_vllm.checks import check_count, check_dtype, check_flag, check_shape
 from turboquant_vllm.records import GROUP, Operand
 
-__all__ = ["PagedTQ4Cache", "chunk_bytes", "page_views"]
+__all__ = ["PagedTQ4Cache", "chunk_bytes", "page_views", "slots_per_page"]
 
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 16, 256
 _ALIGNMENT = 16
@@ -129,9 +129,14 @@ class PagedTQ4Cache:
         return self.buffer.shape[0]
 
     @property
+    def slots_per_page(self) -> int:
+        """How far the slots of a page are from those of the next: ``page_size``."""
+        return slots_per_page(self.page_size, self.has_offsets)
+
+    @property
     def num_slots(self) -> int:
         """Tokens that the buffer has room for."""
-        return self.num_pages * self.page_size
+        return self.num_pages * self.slots_per_page
 
     @property
     def device(self) -> torch.device:
@@ -173,9 +178,14 @@ class PagedTQ4Cache:
         return norms
 
 
+def slots_per_page(page_size: int, has_offsets: bool) -> int:
+    """How far the slots of a page of any size are from those of the next: whole groups, of which the last may lack places."""
+    return -(-page_size // GROUP) * GROUP if has_offsets else page_size
+
+
 def chunk_bytes(page_size: int, head_dim: int, has_offsets: bool) -> int:
-    """Bytes of one head of a page."""
-    groups = page_size // GROUP if has_offsets else 0
+    """Bytes of one head of a page of any size."""
+    groups = -(-page_size // GROUP) if has_offsets else 0
     return page_size * (head_dim + 2 * _NORM_BYTES) + groups * (2 * head_dim + _STEP_BYTES)
 
 
@@ -183,7 +193,7 @@ def page_views(
     buffer: torch.Tensor, page_size: int, num_kv_heads: int, head_dim: int, has_offsets: bool
 ) -> tuple[Operand, Operand]:
     """Keys and values of pages ``[num_pages, page_bytes]`` of any size, as views with places for tokens."""
-    chunks, groups = buffer.unflatten(-1, (num_kv_heads, -1)), page_size // GROUP if has_offsets else 0
+    chunks, groups = buffer.unflatten(-1, (num_kv_heads, -1)), -(-page_size // GROUP) if has_offsets else 0
     codes, norms = page_size * head_dim // 2, page_size * _NORM_BYTES
     sizes = (codes, codes, norms, norms, groups * 2 * head_dim, groups * _STEP_BYTES)
     k, v, k_norms, v_norms, shared, steps = chunks.split(sizes, -1)

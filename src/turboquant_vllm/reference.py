@@ -62,7 +62,7 @@ def store(
     assert tables.rotation is not None
     kept = (slot_mapping >= 0) & (slot_mapping < cache.num_slots)
     slot = slot_mapping[kept].long()
-    page, place = slot // cache.page_size, slot % cache.page_size
+    page, place = slot // cache.slots_per_page, slot % cache.slots_per_page
     if cache.has_offsets:
         store_keys(k, cache, slot_mapping, previous_slots, tables, boundaries, scale)
     for x, (codes, norms, *_) in ((k, cache.keys), (v, cache.values))[cache.has_offsets :]:

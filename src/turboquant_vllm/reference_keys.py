@@ -138,7 +138,7 @@ def store_keys(
     keys, before = cache.keys, None
     assert keys.norms is not None
     for run in _runs(slot_mapping.tolist(), cache):
-        page, group, places = run.slots[0] // cache.page_size, run.group, run.places
+        page, group, places = run.slots[0] // cache.slots_per_page, run.group, run.places
         own = y[:, run.rows]
         there = torch.ones(own.shape[:-1], dtype=torch.bool, device=y.device)
         at = keys.groups[page, :, group], keys.steps[page, :, group]  # type: ignore[index]
@@ -173,12 +173,12 @@ class _Run:
 
     rows: list[int]
     slots: list[int]
-    page_size: int
+    slots_per_page: int
 
     @property
     def group(self) -> int:
         """Of the page."""
-        return self.slots[0] % self.page_size // GROUP
+        return self.slots[0] % self.slots_per_page // GROUP
 
     @property
     def places(self) -> list[int]:
@@ -192,13 +192,13 @@ class _Run:
 
 
 def _runs(slots: Sequence[int], cache: PagedTQ4Cache) -> Iterator[_Run]:
-    run = _Run([], [], cache.page_size)
+    run = _Run([], [], cache.slots_per_page)
     for row, slot in enumerate(slots):
         if not 0 <= slot < cache.num_slots:
             continue
         if run.rows and not (run.slots[-1] < slot and slot // GROUP == run.slots[-1] // GROUP):
             yield run
-            run = _Run([], [], cache.page_size)
+            run = _Run([], [], cache.slots_per_page)
         run.rows.append(row)
         run.slots.append(slot)
     if run.rows:
@@ -219,12 +219,12 @@ def _prior(
     call goes on with, the offset.
     """
     slot = run.slots[0]
-    previous = slot - 1 if slot % cache.page_size else -1
+    previous = slot - 1 if slot % cache.slots_per_page else -1
     if previous_slots is not None:
         previous = int(previous_slots[run.rows[0]])
     if not 0 <= previous < cache.num_slots:
         return None
-    page, place = previous // cache.page_size, previous % cache.page_size
+    page, place = previous // cache.slots_per_page, previous % cache.slots_per_page
     start = place // GROUP * GROUP
     keys = cache.keys
     assert keys.norms is not None

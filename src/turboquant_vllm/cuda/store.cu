@@ -120,7 +120,7 @@ __device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u
       if (extreme) sum[v] = rescale(z, back[v]) * (1.0f / D);
       const float inverse = inverse_length(sum[v]), length = root(sum[v], inverse) * back[v];
       const bool live = slot[v] < p.num_slots;
-      const u32 page = divide(slot[v], p.page_inverse, p.page_shift), place = slot[v] - page * p.page_size;
+      const u32 page = divide(slot[v], p.page_inverse, p.page_shift), place = slot[v] - page * p.page_slots;
       char* to = p.pages + page * p.page_stride + head[v] * chunk;
       const float norm = quantiser.quantise(z, unit, inverse, length, live, to + (codes_part + (u64)place * (D / 2)));
       if (live && g == 0) *(float*)(to + (norms_part + (u64)place * 4)) = norm;

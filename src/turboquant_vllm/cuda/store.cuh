@@ -22,7 +22,8 @@ struct StoreParams {
   const char* k; const char* v; const void* slots; const void* previous_slots; char* pages;
   const float* rotation; const float* companding; const float* centroids; const float* key_scales;
   i64 page_stride;  // this and the other strides in bytes
-  u32 k_token, k_head, v_token, v_head, rows, heads, page_size, num_slots, head_inverse, page_inverse;
+  u32 k_token, k_head, v_token, v_head, rows, heads, page_size;
+  u32 page_slots, num_slots, head_inverse, page_inverse;  // page_slots: from a page to the next
   u32 tokens, span, value_blocks;  // of keys with offsets: tokens whose runs a block looks for; blocks that store values
   int head_shift, page_shift;
 };
@@ -78,7 +79,7 @@ __device__ __forceinline__ u32 divide(u32 x, u32 inverse, int shift) { return (u
 
 // Bytes of one head of a page.
 __device__ __forceinline__ u64 chunk_bytes(const StoreParams& p) {
-  return (u64)p.page_size * (D + 8) + (OFFSETS ? (u64)(p.page_size / 64) * (2 * D + 16) : 0);
+  return (u64)p.page_size * (D + 8) + (OFFSETS ? (u64)(p.page_slots / 64) * (2 * D + 16) : 0);
 }
 
 // The cell of y * factor in the low 4 bits; 0 for NaN.

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
+from turboquant_vllm.paged import slots_per_page
 
 __all__ = ["THREADS", "TokenWriter", "blocks_per_multiprocessor", "defines", "source", "store"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("store.cuh", "key_rows.cuh", "store_keys.cuh", "store.cu"))
-PARAMS = "P" * 9 + "q" + "I" * 13 + "i" * 2
+PARAMS = "P" * 9 + "q" + "I" * 14 + "i" * 2
 THREADS = 128
 _SCALES = ("norm", "least_squares", "unbiased")
 _WARPS = THREADS // 32
@@ -103,7 +104,7 @@ def store(
         centroids: float32 ``[16]``.
         scale: "norm", "least_squares" or "unbiased".
         page_size: tokens in a page.
-        has_offsets: whether keys have offsets; then page_size is a multiple of 64.
+        has_offsets: whether keys have offsets; then the slots of a page begin at a multiple of 64.
         key_scales: of such keys, float32 ``[H_kv, D]``, or None.
         previous_slots: of such keys, int32 or int64 ``[tokens]``, or None.
 
@@ -179,15 +180,16 @@ def _prepare(
     tokens, heads, head_dim = k.shape
     rows = tokens * heads
     kernel, blocks = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype, scale, has_offsets)
-    (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_size)
+    page_slots = slots_per_page(page_size, has_offsets)
+    (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_slots)
     previous, scales = (0 if x is None else x.data_ptr() for x in (previous_slots, key_scales))
     # Half of the blocks for keys, half for values; or for values, and blocks without end for keys.
     vector_blocks = min(-(-rows // _ROWS), max(1, blocks // 2))
     span = min(_MOST_TOKENS, _WARPS * -(-rows // (_WARPS * blocks)))
     arguments = (
         k.data_ptr(), v.data_ptr(), slots.data_ptr(), previous, buffer.data_ptr(), rotation.data_ptr(), companding.data_ptr(),
-        centroids.data_ptr(), scales, buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size,
-        buffer.shape[0] * page_size, head_inverse, page_inverse, tokens, span, vector_blocks, head_shift, page_shift,
+        centroids.data_ptr(), scales, buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size, page_slots,
+        buffer.shape[0] * page_slots, head_inverse, page_inverse, tokens, span, vector_blocks, head_shift, page_shift,
     )  # fmt: skip
     grid = (vector_blocks + -(-tokens // span) * heads, 1, 1) if has_offsets else (vector_blocks, 2, 1)
     return kernel, grid, arguments

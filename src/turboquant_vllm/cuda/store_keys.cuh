@@ -8,21 +8,22 @@
 #if OFFSETS
 // The chunk of one head of one page, from its first byte on.
 struct Chunk {
+  const StoreParams& p;
   char* at;
-  u32 page_size, place;  // where in the page the group begins
+  u32 place;  // where in the page the group begins
 
-  __device__ __forceinline__ Chunk(const StoreParams& p, u32 slot, u32 head) : page_size(p.page_size) {
+  __device__ __forceinline__ Chunk(const StoreParams& p, u32 slot, u32 head) : p(p) {
     const u32 page = divide(slot, p.page_inverse, p.page_shift);
     at = p.pages + page * p.page_stride + head * chunk_bytes(p);
-    place = (slot - page * page_size) & ~(GROUP - 1u);
+    place = (slot - page * p.page_slots) & ~(GROUP - 1u);
   }
   // Of the key at `i` in the group.
   __device__ __forceinline__ char* codes(u32 i) const { return at + (u64)(place + i) * (D / 2); }
-  __device__ __forceinline__ float* norm(u32 i) const { return (float*)(at + (u64)page_size * D) + place + i; }
+  __device__ __forceinline__ float* norm(u32 i) const { return (float*)(at + (u64)p.page_size * D) + place + i; }
   // Of the group: offset and outlier, and four numbers.
-  __device__ __forceinline__ char* shared() const { return at + (u64)page_size * (D + 8) + (u64)(place / GROUP) * (2 * D); }
+  __device__ __forceinline__ char* shared() const { return at + (u64)p.page_size * (D + 8) + (u64)(place / GROUP) * (2 * D); }
   __device__ __forceinline__ float* steps() const {
-    return (float*)(at + (u64)page_size * (D + 8) + (u64)(page_size / GROUP) * (2 * D)) + place / GROUP * 4;
+    return (float*)(at + (u64)p.page_size * (D + 8) + (u64)(p.page_slots / GROUP) * (2 * D)) + place / GROUP * 4;
   }
 };
 
@@ -228,7 +229,7 @@ __device__ __forceinline__ void store_long_run(const StoreParams& p, Shared& s, 
     const Rows own = list_rows(p, row, 1, p.tokens - row, s.own);
     Plan plan = {own.count, NO_PRIOR, NOWHERE, 0};
     if (own.first % GROUP == 0 && own.count < GROUP) {
-      const u32 place = own.first - divide(own.first, p.page_inverse, p.page_shift) * p.page_size;
+      const u32 place = own.first - divide(own.first, p.page_inverse, p.page_shift) * p.page_slots;
       u64 previous = place ? own.first - 1 : ~0ull;
       if (p.previous_slots) previous = (u64)((const SLOT*)p.previous_slots)[row];
       if (previous < p.num_slots) {

@@ -17,7 +17,7 @@ from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.cuda.store import TokenWriter, store
 from turboquant_vllm.fakes import keep_real
 from turboquant_vllm.limits import DECODE_HEAD_DIMS, why_not_store
-from turboquant_vllm.paged import chunk_bytes, page_views
+from turboquant_vllm.paged import chunk_bytes, page_views, slots_per_page
 from turboquant_vllm.records import GROUP, Operand
 
 __all__ = ["HALVES", "PackedStorage", "check_sizes", "codec_for", "natively_stored", "store_backend", "store_tokens"]
@@ -48,11 +48,11 @@ def codec_for(head_dim: int, seed: int, device: torch.device, key_scales: torch.
 
 
 @keep_real(4)
-def _slots(batch: int, capacity: int, device: torch.device) -> torch.Tensor:
-    """Slots of the tokens of all sequences, int32 ``[capacity, batch]``; layers of the same size share it."""
+def _slots(batch: int, count: int, device: torch.device) -> torch.Tensor:
+    """Slots of the tokens of all sequences, ``count`` each, int32 ``[count, batch]``; layers of the same size share it."""
     with torch.inference_mode(False):
-        first = torch.arange(batch, dtype=torch.int32, device=device) * capacity
-        return first + torch.arange(capacity, dtype=torch.int32, device=device)[:, None]
+        first = torch.arange(batch, dtype=torch.int32, device=device) * count
+        return first + torch.arange(count, dtype=torch.int32, device=device)[:, None]
 
 
 def _layout(keys: torch.Tensor, values: torch.Tensor) -> tuple[Any, ...]:
@@ -137,12 +137,7 @@ class PackedStorage:
     def __init__(self, codec: TQ4Codec, batch: int, num_heads: int, has_offsets: bool = False) -> None:
         self.codec, self.num_heads, self.has_offsets = codec, num_heads, has_offsets
         self.start = self.stop = 0
-        self._allocate(batch, self._whole)
-
-    @property
-    def _whole(self) -> int:
-        """Capacities are multiples of this."""
-        return GROUP if self.has_offsets else _WHOLE
+        self._allocate(batch, _WHOLE)
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -194,11 +189,11 @@ class PackedStorage:
         if count == 1 and self._native:
             self._expect_more(keys, values)
         if self.has_offsets:
-            slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)[first : self.stop]
+            slots = self._slots()[first : self.stop]
             backend = store_backend(keys.dtype, self._native, keys.device)
             store_tokens(keys, values, slots, self.buffer, self.codec, self.capacity, backend, True)
         elif self._native and keys.dtype in HALVES:
-            slots = _slots(self.buffer.shape[0], self.capacity, self.buffer.device)
+            slots = self._slots()
             slots = slots[first] if count == 1 else slots[first : self.stop]
             store_tokens(keys, values, slots, self.buffer, self.codec, self.capacity, "cuda")
         elif count <= _FEW_TOKENS:
@@ -246,6 +241,11 @@ class PackedStorage:
             with torch.inference_mode(False):
                 self._use(self.buffer.to(device, non_blocking=True), self.capacity)
 
+    def _slots(self) -> torch.Tensor:
+        """Of all tokens that there may be room for, int32 ``[tokens, B]``; some behind the last are places of no token."""
+        count = slots_per_page(self.capacity, self.has_offsets)
+        return _slots(self.buffer.shape[0], count, self.buffer.device)
+
     def _take(self, count: int) -> int:
         """The first of ``count`` more places; they are in use from now on."""
         if self.stop + count > self.capacity:
@@ -260,8 +260,8 @@ class PackedStorage:
         if len(self):
             spare = max(spare, min(needed, _SPARE_TOKENS))
         old = self.last(len(self))
-        whole = max(-(-needed // self._whole), (needed + spare) // self._whole)
-        self._allocate(self.buffer.shape[0], whole * self._whole)
+        whole = max(-(-needed // _WHOLE), (needed + spare) // _WHOLE)
+        self._allocate(self.buffer.shape[0], whole * _WHOLE)
         self.start, self.stop = 0, len(self)
         for part, x in zip(self.last(self.stop), old, strict=True):
             for to, tensor in zip(part, x, strict=True):
@@ -274,7 +274,7 @@ class PackedStorage:
         self._writer, self._layout = None, _layout(keys, values)
         graph = keys.requires_grad or values.requires_grad
         if keys.dtype in HALVES and not graph and not why_not_store(k, v, True, 0):
-            slots, codec = _slots(self.buffer.shape[0], self.capacity, self.buffer.device), self.codec
+            slots, codec = self._slots(), self.codec
             how = (codec.rotation, codec.companding, codec.centroids, codec.scale, self.capacity)
             offsets = (True, codec.key_scales) if self.has_offsets else ()
             self._writer = TokenWriter(k, v, slots, self.buffer, *how, *offsets)
@@ -300,7 +300,7 @@ class PackedStorage:
         self.buffer, self.capacity = buffer, capacity
         self.keys, self.values = page_views(buffer, capacity, self.num_heads, self.codec.head_dim, self.has_offsets)
         # The native kernel counts the bytes of a page, and all slots, in 32 bits.
-        small = buffer.shape[0] * self.capacity < 2**31 and buffer.shape[1] < 2**32
+        small = buffer.shape[0] * slots_per_page(capacity, self.has_offsets) < 2**31 and buffer.shape[1] < 2**32
         self._native = small and natively_stored(self.codec)
         whole = self._native and not buffer.data_ptr() % 16  # a copy that begins on a boundary would miss later tokens
         tables = self.codec.key_tables if self.has_offsets else self.codec.tables

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_vllm.paged import PagedTQ4Cache, chunk_bytes
+from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.triton.compress import compress, plan_tiles
 from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.quantise import (
@@ -23,7 +23,7 @@ from turboquant_vllm.triton.quantise import (
     product_columns,
     words_of,
 )
-from turboquant_vllm.triton.store_keys import store_keys
+from turboquant_vllm.triton.store_keys import chunk_of, layout_of, parts_of, store_keys
 
 __all__ = ["store"]
 
@@ -31,19 +31,13 @@ _BLOCK = 16  # vectors that one program of place_kernel copies
 
 
 @triton.jit
-def _chunk_of(pages, slot, head, page_stride, PAGE: tl.constexpr, BYTES: tl.constexpr):
-    """Where the bytes of heads, BYTES each, begin in the pages of slots."""
-    return pages + slot // PAGE * page_stride + head * BYTES
-
-
-@triton.jit
-def _store_tensor(x, slots, pages, matrices, unit, curve, levels, tile, tiles, rows, num_slots, page_stride, x_n, x_h, x_d, s_n,
-                  IS_V: tl.constexpr, HEADS: tl.constexpr, PAGE: tl.constexpr, BYTES: tl.constexpr, D: tl.constexpr,
-                  DP: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr,
-                  PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+def _store_tensor(x, slots, pages, matrices, unit, curve, levels, tile, tiles, rows, num_slots, layout, x_n, x_h, x_d, s_n,
+                  IS_V: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, CHUNK: tl.constexpr,
+                  PIECES: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, PRMT: tl.constexpr,
+                  SCALE: tl.constexpr):  # fmt: skip
     """Store tiles ``tile``, ``tile + programs``, ... of BM rows (token, head) of keys or of values."""
-    CODES: tl.constexpr = PAGE * (D // 2) if IS_V else 0
-    NORMS: tl.constexpr = PAGE * (D + 4) if IS_V else PAGE * D
+    page_slots = layout[0]
+    codes_at, norms_at = parts_of(layout, IS_V, D)
     for index in range(tile, tiles, tl.num_programs(0)):
         row = index * BM + tl.arange(0, BM)  # [BM]
         live = row < rows
@@ -52,8 +46,8 @@ def _store_tensor(x, slots, pages, matrices, unit, curve, levels, tile, tiles, r
         v = load_pieces(x + token * x_n + head * x_h, x_d, live, tl.arange(0, DP), D, DP, PIECES)  # [BM, DP]
         words, norm = encode_tile(v, live, matrices, unit, curve, levels, BM, D, CHUNK, PARTS, PIECES, PRMT, SCALE)
         live = live & (slot >= 0) & (slot < num_slots)
-        chunk = _chunk_of(pages, slot, head, page_stride, PAGE, BYTES)
-        to = (chunk + CODES + slot % PAGE * (D // 2)).to(tl.pointer_type(tl.int16))
+        chunk = chunk_of(pages, slot, head, layout)
+        to = (chunk + codes_at + slot % page_slots * (D // 2)).to(tl.pointer_type(tl.int16))
         start = 0 if CHUNK * PIECES >= D else tl.program_id(1) * CHUNK
         for i in tl.static_range(PIECES):
             place = words_of(i * DP + start, CHUNK)[None, :, :]
@@ -61,39 +55,40 @@ def _store_tensor(x, slots, pages, matrices, unit, curve, levels, tile, tiles, r
             mask = mask if PIECES * DP == D else mask & (place < D // 4)
             tl.store(to[:, None, None] + place, words[i], mask=mask)
         if tl.program_id(1) == 0:
-            tl.store((chunk + NORMS + slot % PAGE * 4).to(tl.pointer_type(tl.float32)), norm, mask=live)
+            tl.store((chunk + norms_at + slot % page_slots * 4).to(tl.pointer_type(tl.float32)), norm, mask=live)
 
 
 @triton.jit(do_not_specialize=["rows", "num_slots"])
-def store_kernel(k, v, slots, pages, rotation, companding, centroids, rows, num_slots, page_stride, k_n, k_h, k_d, v_n, v_h,
-                 v_d, s_n, HEADS: tl.constexpr, PAGE: tl.constexpr, BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-                 CHUNK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, HADAMARD: tl.constexpr, BM: tl.constexpr,
-                 PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+def store_kernel(k, v, slots, pages, rotation, companding, centroids, rows, num_slots, page_slots, page_size,
+                 chunk_bytes, page_stride, k_n, k_h, k_d, v_n, v_h, v_d, s_n, HEADS: tl.constexpr, D: tl.constexpr,
+                 DP: tl.constexpr, CHUNK: tl.constexpr, PIECES: tl.constexpr, PARTS: tl.constexpr, HADAMARD: tl.constexpr,
+                 BM: tl.constexpr, PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
     """Rows (token, head) of ``k, v [tokens, HEADS, D]`` to their slots; a program makes CHUNK coordinates of each piece.
 
-    ``k`` is None where values alone are stored. A head of a page takes BYTES.
+    ``k`` is None where values alone are stored. Layout of pages: see :func:`chunk_of`.
     """
     outer = product_columns(0 if CHUNK * PIECES >= D else tl.program_id(1) * CHUNK, CHUNK)
     matrices = piece_matrices(rotation, tl.arange(0, DP), outer, 1, D, DP, 0, D, HADAMARD, v.dtype.element_ty, PARTS, PIECES)
     unit = matrix_unit(D, HADAMARD)
     curve = curve_of(companding)
+    layout = (page_slots, page_size, chunk_bytes, page_stride)
     levels = centroids
     if PRMT and SCALE != "norm":
         levels = level_bytes(centroids)
     tiles = tl.cdiv(rows, BM)
     tile = tl.program_id(0)
     if k is not None:
-        _store_tensor(k, slots, pages, matrices, unit, curve, levels, tile, tiles, rows, num_slots, page_stride, k_n, k_h, k_d,
-                      s_n, False, HEADS, PAGE, BYTES, D, DP, CHUNK, PIECES, PARTS, BM, PRMT, SCALE)  # fmt: skip
+        _store_tensor(k, slots, pages, matrices, unit, curve, levels, tile, tiles, rows, num_slots, layout, k_n, k_h, k_d,
+                      s_n, False, HEADS, D, DP, CHUNK, PIECES, PARTS, BM, PRMT, SCALE)  # fmt: skip
         # Values go on where keys end: the first tile of values that is this program's.
         tile += tl.cdiv(tl.maximum(tiles - tile, 0), tl.num_programs(0)) * tl.num_programs(0) - tiles
-    _store_tensor(v, slots, pages, matrices, unit, curve, levels, tile, tiles, rows, num_slots, page_stride, v_n, v_h, v_d, s_n,
-                  True, HEADS, PAGE, BYTES, D, DP, CHUNK, PIECES, PARTS, BM, PRMT, SCALE)  # fmt: skip
+    _store_tensor(v, slots, pages, matrices, unit, curve, levels, tile, tiles, rows, num_slots, layout, v_n, v_h, v_d, s_n,
+                  True, HEADS, D, DP, CHUNK, PIECES, PARTS, BM, PRMT, SCALE)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "num_slots"])
-def place_kernel(codes, norms, slots, pages, rows, num_slots, page_stride, s_n, FIRST: tl.constexpr, HEADS: tl.constexpr,
-                 PAGE: tl.constexpr, BYTES: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):  # fmt: skip
+def place_kernel(codes, norms, slots, pages, rows, num_slots, page_slots, page_size, chunk_bytes, page_stride, s_n,
+                 FIRST: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr):  # fmt: skip
     """Vectors that are compressed already, ``codes [n, rows, D // 2]`` and ``norms [n, rows]``, to their slots.
 
     They are keys and values, or where FIRST is 1 values alone.
@@ -107,10 +102,12 @@ def place_kernel(codes, norms, slots, pages, rows, num_slots, page_stride, s_n, 
     byte = tl.arange(0, DP // 2)
     mask = live[:, None] & (byte[None, :] < D // 2)
     x = tl.load(codes + source[:, None] * (D // 2) + byte[None, :], mask=mask, other=0)  # [BM, DP // 2]
-    chunk = _chunk_of(pages, slot, head, page_stride, PAGE, BYTES)
-    tl.store((chunk + is_v * (PAGE * D // 2) + slot % PAGE * (D // 2))[:, None] + byte[None, :], x, mask=mask)
+    layout = (page_slots, page_size, chunk_bytes, page_stride)
+    codes_at, norms_at = parts_of(layout, is_v, D)
+    chunk = chunk_of(pages, slot, head, layout)
+    tl.store((chunk + codes_at + slot % page_slots * (D // 2))[:, None] + byte[None, :], x, mask=mask)
     norm = tl.load(norms + source, mask=live, other=0.0)
-    tl.store((chunk + PAGE * D + is_v * (PAGE * 4) + slot % PAGE * 4).to(tl.pointer_type(tl.float32)), norm, mask=live)
+    tl.store((chunk + norms_at + slot % page_slots * 4).to(tl.pointer_type(tl.float32)), norm, mask=live)
 
 
 def store(
@@ -136,17 +133,16 @@ def store(
     tokens, heads, head_dim = k.shape
     rows = tokens * heads
     rotation, companding, centroids = rotation.contiguous(), companding.contiguous(), centroids.contiguous()
-    some = [k, v]
+    cache, some = PagedTQ4Cache.of_checked(buffer, page_size, heads, head_dim, has_offsets), [k, v]
     if has_offsets:
         some = [v]
-        cache = PagedTQ4Cache.of_checked(buffer, page_size, heads, head_dim, True)
         key_scales = None if key_scales is None else key_scales.contiguous()
         how = (rotation, key_scales, companding, hadamard, centroids, scale)
         store_keys(k, cache, slot_mapping, previous_slots, *how)
     shape = torch.Size((1, len(some), rows, head_dim))
     plan = plan_tiles(shape, head_dim, k.dtype, hadamard, k.device, writes=True, scale=scale)
-    place = (buffer.shape[0] * page_size, buffer.stride(0))
-    sizes = {"HEADS": heads, "PAGE": page_size, "BYTES": chunk_bytes(page_size, head_dim, has_offsets), "D": head_dim}
+    place = (cache.num_slots, *layout_of(cache))
+    sizes = {"HEADS": heads, "D": head_dim}
     if scale != "norm" and plan.grid[1] > 1:  # such a scale is of whole vectors, and no program sees one
         codes, norms = compress(torch.stack(some), rotation, companding, hadamard, centroids, scale)
         with device_guard(k.device):

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_vllm.paged import PagedTQ4Cache
+from turboquant_vllm.paged import PagedTQ4Cache, chunk_bytes
 from turboquant_vllm.reference_keys import PRIOR_WEIGHT as _PRIOR_WEIGHT
 from turboquant_vllm.triton.config import device_guard, uses_prmt
 from turboquant_vllm.triton.quantise import (
@@ -33,7 +33,7 @@ from turboquant_vllm.triton.quantise import (
 from turboquant_vllm.triton.tiles import GROUP
 from turboquant_vllm.triton.unpack import processors
 
-__all__ = ["store_keys"]
+__all__ = ["chunk_of", "layout_of", "parts_of", "store_keys"]
 
 PRIOR_WEIGHT = tl.constexpr(float(_PRIOR_WEIGHT))
 CHUNK = tl.constexpr(16)  # coordinates of keys that are multiplied at once
@@ -164,15 +164,32 @@ def _eight_bits(x):
 
 
 @triton.jit
-def _group_at(pages, slot, head, page_stride, PAGE: tl.constexpr, D: tl.constexpr):
+def chunk_of(pages, slot, head, layout):
+    """Where the bytes of heads begin in the pages of slots.
+
+    ``layout``: slots from a page to the next, tokens in a page, bytes of a head of a page, bytes from a page to the next. They
+    are no constants of a kernel, since a growing cache is one page for each sequence.
+    """
+    page_slots, _, chunk_bytes, page_stride = layout
+    return pages + slot // page_slots * page_stride + head * chunk_bytes
+
+
+@triton.jit
+def parts_of(layout, is_v, D: tl.constexpr):
+    """Where codes and norms of the keys, or if ``is_v`` of the values, begin in a head of a page."""
+    page_size = tl.cast(layout[1], tl.int64)
+    return page_size * (D // 2) * is_v, page_size * (D + 4 * is_v)
+
+
+@triton.jit
+def _group_at(pages, slot, head, layout, D: tl.constexpr):
     """Where the bytes of a slot's group are: codes and norms of its first key, int8 rows and steps."""
-    CODES: tl.constexpr = PAGE * (D + 8)
-    GROUPS: tl.constexpr = PAGE // GROUP
-    chunk = pages + slot // PAGE * page_stride + head * (CODES + GROUPS * (2 * D + 16))
-    group = slot % PAGE // GROUP
-    norms = (chunk + PAGE * D + group * (GROUP * 4)).to(tl.pointer_type(tl.float32))
-    rows = (chunk + CODES + group * (2 * D)).to(tl.pointer_type(tl.int8))
-    steps = (chunk + CODES + GROUPS * 2 * D + group * 16).to(tl.pointer_type(tl.float32))
+    place = slot % layout[0]
+    chunk, group = chunk_of(pages, slot, head, layout), place // GROUP
+    behind = tl.cast(layout[1], tl.int64) * (D + 8)  # codes and norms
+    norms = (chunk + parts_of(layout, 0, D)[1] + group * (GROUP * 4)).to(tl.pointer_type(tl.float32))
+    rows = (chunk + behind + group * (2 * D)).to(tl.pointer_type(tl.int8))
+    steps = (chunk + behind + layout[0] // GROUP * (2 * D) + group * 16).to(tl.pointer_type(tl.float32))
     return chunk + group * (GROUP * D // 2), norms, rows, steps
 
 
@@ -197,8 +214,8 @@ def _mean_as_read(at, count, centroids, outer, D: tl.constexpr):
 
 
 @triton.jit
-def _prior(keys, slots, previous, p_n, pages, page_stride, centroids, row, before, slot, tokens, head, outer,
-           PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, K_PARTS: tl.constexpr,
+def _prior(keys, slots, previous, p_n, pages, layout, centroids, row, before, slot, tokens, head, outer,
+           D: tl.constexpr, DP: tl.constexpr, K_PARTS: tl.constexpr,
            PARTS: tl.constexpr, HADAMARD: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """The mean ``[DP]`` of the group before that of ``row``, whose first key that writes at ``slot``, and its weight.
 
@@ -209,10 +226,10 @@ def _prior(keys, slots, previous, p_n, pages, page_stride, centroids, row, befor
     if previous is not None:
         last = tl.load(previous + row.to(tl.int64) * p_n).to(tl.int64)
     else:
-        last = tl.where(slot % PAGE > 0, slot - 1, -1)
+        last = tl.where(slot % layout[0] > 0, slot - 1, -1)
     if (last >= 0) & (last < slots[2]):
         weight += PRIOR_WEIGHT
-        at = _group_at(pages, last, head, page_stride, PAGE, D)
+        at = _group_at(pages, last, head, layout, D)
         if _slots_of(slots, before, before >= 0) == last:
             rows, _ = _rows_of(slots, row - 64, last // GROUP, tokens, -64)
             if tl.max(tl.where(tl.arange(0, 64) == 0, rows, -1), 0) >= 0:
@@ -228,8 +245,8 @@ def _prior(keys, slots, previous, p_n, pages, page_stride, centroids, row, befor
 
 @triton.jit(do_not_specialize=["tokens", "block", "num_slots"])
 def store_keys_kernel(k, slot_mapping, previous, pages, rotation, key_scales, companding, centroids, tokens, block, num_slots,
-                      page_stride, k_n, k_h, k_d, s_n, p_n, PAGE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-                      K_PARTS: tl.constexpr, PARTS: tl.constexpr, HADAMARD: tl.constexpr,
+                      page_slots, page_size, chunk_bytes, page_stride, k_n, k_h, k_d, s_n, p_n, D: tl.constexpr,
+                      DP: tl.constexpr, K_PARTS: tl.constexpr, PARTS: tl.constexpr, HADAMARD: tl.constexpr,
                       DTYPE: tl.constexpr, PRMT: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
     """The runs of ``k [tokens, heads, D]`` that begin among ``block`` rows, of one head, to their slots.
 
@@ -237,6 +254,7 @@ def store_keys_kernel(k, slot_mapping, previous, pages, rotation, key_scales, co
     """
     head = tl.program_id(1).to(tl.int64)
     slots, keys = (slot_mapping, s_n, num_slots), (k, rotation, key_scales, k_n, k_h, k_d)
+    layout = (page_slots, page_size, chunk_bytes, page_stride)
     outer = product_columns(0, DP)
     place = tl.arange(0, 64)
     curve = curve_of(companding)
@@ -257,13 +275,13 @@ def store_keys_kernel(k, slot_mapping, previous, pages, rotation, key_scales, co
         rows, following = _rows_of(slots, row, slot // GROUP, tokens, 64)
         live = rows >= 0
         start = tl.min(tl.where(live, place, 64), 0)
-        codes, norms, shared, steps = _group_at(pages, slot, head, page_stride, PAGE, D)
+        codes, norms, shared, steps = _group_at(pages, slot, head, layout, D)
         y = _rotate_keys(keys, rows, head, outer, D, DP, K_PARTS, PARTS, HADAMARD, DTYPE)
         if start == 0:
             total, count = _sum_but_outlier(y, live)
             if tl.sum(live.to(tl.int32), 0) < 64:
-                prior, weight = _prior(keys, slots, previous, p_n, pages, page_stride, centroids, row, before, slot, tokens,
-                                       head, outer, PAGE, D, DP, K_PARTS, PARTS, HADAMARD, DTYPE)  # fmt: skip
+                prior, weight = _prior(keys, slots, previous, p_n, pages, layout, centroids, row, before, slot, tokens,
+                                       head, outer, D, DP, K_PARTS, PARTS, HADAMARD, DTYPE)  # fmt: skip
                 total, count = total + prior * weight, count + weight
             units, step = _eight_bits(total / tl.maximum(count, 1.0))
             tl.store(shared + outer, units.to(tl.int8), mask=outer < D)
@@ -319,6 +337,12 @@ def _split(dtype: torch.dtype, is_scaled: bool, hadamard: bool, nvidia: bool) ->
     return _Split(tl.bfloat16, 2 if dtype == torch.float16 else 1, 3)
 
 
+def layout_of(cache: PagedTQ4Cache) -> tuple[int, int, int, int]:
+    """The numbers of :func:`chunk_of`."""
+    bytes_of_head = chunk_bytes(cache.page_size, cache.head_dim, cache.has_offsets)
+    return cache.slots_per_page, cache.page_size, bytes_of_head, cache.buffer.stride(0)
+
+
 def store_keys(
     k: torch.Tensor,
     cache: PagedTQ4Cache,
@@ -344,8 +368,8 @@ def store_keys(
     with device_guard(k.device):
         store_keys_kernel[(triton.cdiv(tokens, block), heads)](
             k, slot_mapping, previous_slots, cache.buffer, rotation, key_scales, companding, centroids, tokens, block,
-            cache.num_slots, cache.buffer.stride(0), *k.stride(), slot_mapping.stride(0),
-            None if previous_slots is None else previous_slots.stride(0), PAGE=cache.page_size, D=head_dim, DP=padded,
+            cache.num_slots, *layout_of(cache), *k.stride(), slot_mapping.stride(0),
+            None if previous_slots is None else previous_slots.stride(0), D=head_dim, DP=padded,
             K_PARTS=split.keys, PARTS=split.rotation, HADAMARD=hadamard, DTYPE=split.dtype, PRMT=uses_prmt(k.device.type),
             SCALE=scale, num_warps=_WARPS, num_stages=1,
         )  # fmt: skip
