@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -34,13 +35,18 @@ def run(program: str, folder: Path) -> str:
 
 
 def test_examples_of_the_page(tmp_path):
-    example, saving = examples("docs/huggingface.md")
+    example, pipeline, saving = examples("docs/huggingface.md")
     assert len(example.replace("\n\n", "\n").strip().splitlines()) <= 11
     check = """
 assert again.get_seq_length() == cache.get_seq_length() == output.shape[1] - 1
 assert cache.packed_layers == list(range(model.config.num_hidden_layers))
 """
     text, size = run(example + saving + check, tmp_path).rsplit("\n", 2)[:2]
+    found = run(example + pipeline, tmp_path)
+    assert [text["generated_text"][:9] for (text,) in ast.literal_eval(found.splitlines()[-1])] == [
+        "def parse_a",
+        "import os.p",
+    ]
     assert text.lstrip().startswith("def parse_args(")
     assert re.fullmatch(r"\d+ bytes for 2\d tokens", size)
 

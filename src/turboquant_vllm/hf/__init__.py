@@ -30,5 +30,14 @@ CACHE_ARGUMENT = "cache" if Version(transformers.__version__) >= Version("5.24")
 
 from turboquant_vllm.hf.attention import ATTENTION_NAME, attention_forward, register  # noqa: E402
 from turboquant_vllm.hf.cache import TurboQuantCache, TurboQuantStaticCache  # noqa: E402
+from turboquant_vllm.hf.generation import fresh_cache  # noqa: E402
 
-__all__ = ["ATTENTION_NAME", "CACHE_ARGUMENT", "TurboQuantCache", "TurboQuantStaticCache", "attention_forward", "register"]
+__all__ = [
+    "ATTENTION_NAME",
+    "CACHE_ARGUMENT",
+    "TurboQuantCache",
+    "TurboQuantStaticCache",
+    "attention_forward",
+    "fresh_cache",
+    "register",
+]
