@@ -1,4 +1,4 @@
-"""The command line: `turboquant info`, `demo`, `verify` and `calibrate`; needs the extra `cli`."""
+"""The command line: `turboquant info`, `doctor`, `demo`, `verify` and `calibrate`; needs the extra `cli`."""
 
 from __future__ import annotations
 
@@ -52,6 +52,7 @@ def _application() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     app.command()(info)
+    app.command()(doctor)
     app.command()(demo)
     app.command()(verify)
     app.command()(calibrate)
@@ -82,6 +83,29 @@ def info(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = 
                 backends.add_row(first, name, reason)
                 first = ""
         console.print(backends)
+
+
+def doctor(
+    model: Annotated[str, typer.Argument(help="Folder of a Hugging Face model, or its name on the hub.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help="Run code that comes with MODEL.")] = False,
+) -> None:
+    """Say what of a model will be kept in 4 bits, by which kernels, and what stays dense or is refused, and why.
+
+    Reads the model's configuration and what is installed, and loads nothing. Exit status: 0 if some of its layers will be kept
+    in 4 bits, 1 if none, or if nothing could be found out.
+    """
+    with _one_line_for_errors(1):
+        from turboquant_vllm.doctor import print_report, run_doctor
+
+        found = run_doctor(model, device=device, trust_remote_code=trust_remote_code)
+        with printing() as console:
+            if as_json:
+                print(json.dumps(found, indent=2))
+            else:
+                print_report(console, found)
+    raise typer.Exit(0 if found["served"] else 1)
 
 
 def demo(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +19,7 @@ from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor,
 from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.records import Masks, Operand, Tables
 
-__all__ = ["ATTENTION_NAME", "attention_forward", "register"]
+__all__ = ["ATTENTION_NAME", "attention_forward", "check_options", "register"]
 
 ATTENTION_NAME = "tq4"
 
@@ -76,15 +77,7 @@ def attention_forward(
         TypeError: a mask of integers, which may mean either.
         ValueError: dropout, weights, or an argument that would change the result and is not handled.
     """
-    if dropout:
-        raise ValueError(f"dropout: expected 0 (the cache is for inference), got {dropout}")
-    if kwargs.get("output_attentions"):
-        raise ValueError("output_attentions: expected False (the weights are never formed), got True")
-    for name in _NOT_HANDLED:
-        if kwargs.get(name) is not None:
-            misnamed = name == "cache" and hasattr(kwargs[name], "layers")  # a model that does not know the name passes it on
-            advice = "this release of transformers calls it past_key_values" if misnamed else _TAKES_ANY
-            raise ValueError(f"{name}: expected None, got {type(kwargs[name]).__name__}; {advice}")
+    check_options({"dropout": dropout, **kwargs})
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     sinks = None if s_aux is None else s_aux.float()
@@ -109,6 +102,19 @@ def attention_forward(
     else:
         output = _attend_padded(query, key, value, attention_mask, options)
     return output.transpose(1, 2).contiguous(), None
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Raise ValueError if among the arguments of :func:`attention_forward` is one that it does not handle."""
+    if options.get("dropout"):
+        raise ValueError(f"dropout: expected 0 (the cache is for inference), got {options['dropout']}")
+    if options.get("output_attentions"):
+        raise ValueError("output_attentions: expected False (the weights are never formed), got True")
+    for name in _NOT_HANDLED:
+        if options.get(name) is not None:
+            misnamed = name == "cache" and hasattr(options[name], "layers")  # a model that does not know the name passes it on
+            advice = "this release of transformers calls it past_key_values" if misnamed else _TAKES_ANY
+            raise ValueError(f"{name}: expected None, got {type(options[name]).__name__}; {advice}")
 
 
 def _belong_together(key: PagedTensor, value: torch.Tensor) -> bool:

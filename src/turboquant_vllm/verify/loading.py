@@ -15,7 +15,7 @@ from turboquant_vllm.demo.output import one_line
 from turboquant_vllm.quality.attention import Model, cached_output, keeps_cache, no_loading_bar
 from turboquant_vllm.verify.formats import CacheFormat
 
-__all__ = ["CachedLayers", "Loaded", "check_cache", "check_tokens", "load"]
+__all__ = ["CachedLayers", "Loaded", "check_cache", "check_name", "check_tokens", "load"]
 
 _NEEDED = ("transformers", "tokenizers")
 _POINTER = b"version https://git-lfs"
@@ -43,13 +43,7 @@ def load(name: str, device: torch.device, *, trust_remote_code: bool = False) ->
         raise ImportError(f"reading a model needs {', '.join(missing)}: pip install turboquant-vllm[hf]")
     from transformers import AutoTokenizer
 
-    folder = Path(name).expanduser()
-    looks_like_a_path = folder.is_absolute() or name.startswith(".") or name.count("/") != 1
-    if folder.is_dir():
-        _check_folder(folder, name)
-        name = str(folder)
-    elif looks_like_a_path:
-        raise FileNotFoundError(f"model: expected a folder or the name of a model on the hub, found no {name}")
+    name = check_name(name)
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     try:
         with _quiet():
@@ -65,6 +59,23 @@ def load(name: str, device: torch.device, *, trust_remote_code: bool = False) ->
         raise ValueError(f"model: expected a causal language model, {name} gives {one_line(error)}") from error
     _check_report(name, report)
     return Loaded(tokenizer, model.to(device).eval(), sorted(report["unexpected_keys"]))
+
+
+def check_name(name: str) -> str:
+    """What transformers takes for a model that a user named: a folder with its files in it, or a name on the hub.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or it has no configuration.
+        ValueError: a file in it is none yet.
+    """
+    folder = Path(name).expanduser()
+    looks_like_a_path = folder.is_absolute() or name.startswith(".") or name.count("/") != 1
+    if folder.is_dir():
+        _check_folder(folder, name)
+        return str(folder)
+    if looks_like_a_path:
+        raise FileNotFoundError(f"model: expected a folder or the name of a model on the hub, found no {name}")
+    return name
 
 
 @dataclass

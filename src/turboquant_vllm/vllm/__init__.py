@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import re
 
-__all__ = ["BACKEND", "CACHE_DTYPE", "NEWEST", "OLDEST", "register", "why_not_version"]
+__all__ = ["BACKEND", "CACHE_DTYPE", "NEWEST", "OLDEST", "register", "why_not_layer", "why_not_version"]
 
 BACKEND = "turboquant_vllm.vllm.backend.TQ4Backend"
 CACHE_DTYPE = "tq4"
@@ -39,6 +39,15 @@ def register() -> None:
         from turboquant_vllm.vllm.dtype import TQ4CacheDType
 
         cache.register_kv_cache_dtype(CACHE_DTYPE)(TQ4CacheDType)
+
+
+def why_not_layer(head_size: int, value_size: int) -> str:
+    """Why the backend cannot serve a layer with keys and values of these sizes; empty where it can."""
+    if head_size != value_size:
+        return f"the TQ4 backend needs values as long as keys, got head sizes {head_size} and {value_size}"
+    if not 16 <= head_size <= 256 or head_size % 16:
+        return f"the TQ4 backend needs a head size from 16 to 256 that is a multiple of 16, got {head_size}"
+    return ""
 
 
 def why_not_version(vllm_version: str) -> str:

@@ -12,7 +12,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from turboquant_vllm.paged import MAX_PAGE_SIZE, MIN_PAGE_SIZE
 from turboquant_vllm.records import GROUP
-from turboquant_vllm.vllm import CACHE_DTYPE
+from turboquant_vllm.vllm import CACHE_DTYPE, why_not_layer
 from turboquant_vllm.vllm.impl import TQ4Impl, current_options
 from turboquant_vllm.vllm.layer import place_of
 from turboquant_vllm.vllm.metadata import TQ4MetadataBuilder
@@ -55,10 +55,8 @@ class TQ4Backend(AttentionBackend):
         """Pages of codes and norms in place of keys and values; with offsets of keys 64 tokens are one state for vLLM."""
         if spec.state_content_bytes is not None:
             return spec
-        if spec.head_size_v != spec.head_size:
-            raise ValueError(
-                f"the TQ4 backend needs values as long as keys, got head sizes {spec.head_size} and {spec.head_size_v}"
-            )
+        if reason := why_not_layer(spec.head_size, spec.head_size_v):
+            raise ValueError(reason)
         tokens, width = place_of(spec.head_size, _has_offsets(spec))
         if spec.block_size == 1:
             # vLLM asks what a token takes, for blocks as large as another kind of state: rounded down, none is too small. But
@@ -71,7 +69,7 @@ class TQ4Backend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return 16 <= head_size <= 256 and head_size % 16 == 0
+        return not why_not_layer(head_size, head_size)
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
