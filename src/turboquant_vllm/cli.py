@@ -1,4 +1,4 @@
-"""The command line: `turboquant info`, `doctor`, `demo`, `verify` and `calibrate`; needs the extra `cli`."""
+"""The command line: `turboquant info`, `doctor`, `demo`, `verify`, `calibrate` and `bench`; needs the extra `cli`."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ def _application() -> typer.Typer:
     app.command()(demo)
     app.command()(verify)
     app.command()(calibrate)
+    app.command()(bench)
     return app
 
 
@@ -210,6 +211,39 @@ def calibrate(
             span = f"{found['smallest']:.3g} to {found['largest']:.3g}"
             layers = f"{found['layers']} layers of {found['kv_heads']} x {found['head_dim']}"
             print(f"{found['out']}: scales from {span} for {layers}, from {read}, in {found['seconds']} s")
+
+
+def bench(
+    part: Annotated[str, typer.Argument(help="decode, prefill, paged, store, hf, vllm, quality or all.")] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer cases, less time for each.")] = False,
+    json_out: Annotated[Path | None, typer.Option("--json", help="File to write everything measured to.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder to write plots to.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Measure this library against what else is at hand, on this machine; on a CPU with small sizes.
+
+    Each answer is checked before it is timed. Exit status: 0, 1 if an answer was wrong, 2 if nothing could be measured.
+    """
+    with _one_line_for_errors(_NO_MEASUREMENT):
+        from turboquant_vllm.bench import plot as plot_rows
+        from turboquant_vllm.bench import print_rows, run_bench
+        from turboquant_vllm.bench.machine import write_results
+        from turboquant_vllm.verify import report
+
+        if json_out is not None:
+            check_writable(json_out)
+        with report.shown_progress() as progress:
+            found = run_bench(part, quick=quick, device=device, progress=lambda doing: progress(doing, 0))
+        if json_out is not None:
+            write_results(json_out, found["environment"], found["rows"])
+        with printing() as console:
+            print_rows(console, found)
+            if plot is not None:
+                for path in plot_rows(found, plot):
+                    print(path)
+        if not found["rows"] and not found["failed"]:
+            raise LookupError("; ".join(f"{name}: {reason}" for name, reason in found["left_out"].items()))
+    raise typer.Exit(1 if found["failed"] else 0)
 
 
 def _layers(dense: str) -> list[int]:
