@@ -232,6 +232,18 @@ def test_demo_figures_are_sane(demo, loaded):
     assert errors["values"] == pytest.approx(errors["expected"], rel=0.1)
 
 
+def test_demo_compares_formats(demo, loaded):
+    plain, offsets, scaled = demo[0]["formats"]
+    vectors = loaded[1].config.num_hidden_layers * loaded[1].config.num_key_value_heads
+    assert (plain["format"], offsets["format"], scaled["format"]) == ("plain", "offsets", "tq4")
+    assert plain["bytes_per_token"] == demo[0]["bytes_per_token"]["tq4"]
+    assert offsets["bytes_per_token"] == scaled["bytes_per_token"] == vectors * 72 * 33 / 32
+    # All tokens of all windows, whichever way the codes are read.
+    assert demo[0]["format_windows"] == demo[0]["windows"]
+    assert plain["perplexity"] == pytest.approx(demo[0]["perplexity"]["tq4"], rel=1e-3)
+    assert max(offsets["kl"], scaled["kl"]) < plain["kl"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_demo_on_a_gpu_agrees_with_the_cpu(demo, tmp_path):

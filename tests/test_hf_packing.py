@@ -15,8 +15,8 @@ from hf_models import FAMILIES, VOCABULARY, assert_same, make_config, make_model
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
 from turboquant_vllm.hf.packing import why_dense
 from turboquant_vllm.quality.attention import cache_format
+from turboquant_vllm.quality.caches import known_formats
 from turboquant_vllm.quality.formats import TQ4Format
-from turboquant_vllm.verify.formats import known_formats
 from turboquant_vllm.verify.loading import CachedLayers, check_cache
 
 

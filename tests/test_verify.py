@@ -31,10 +31,10 @@ from turboquant_vllm.demo.text import windows
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache
 from turboquant_vllm.hf.calibration import key_scales_from_model
 from turboquant_vllm.quality.attention import cache_format
+from turboquant_vllm.quality.caches import CacheFormat, choose_formats, known_formats
 from turboquant_vllm.quality.formats import TQ4Format
 from turboquant_vllm.quality.measure import perplexity
 from turboquant_vllm.verify import run_verify
-from turboquant_vllm.verify.formats import CacheFormat, choose_formats, known_formats
 from turboquant_vllm.verify.layers import layer_errors
 from turboquant_vllm.verify.run import to_use
 from verify_cases import CONTEXT, WINDOWS, both, demo_model, invoke, saved, tiny

@@ -6,11 +6,13 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from turboquant_vllm.quality.figure import quality_against_bytes
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from rich.console import Console
 
-__all__ = ["plot", "print_rows", "quality_against_bytes"]
+__all__ = ["plot", "print_rows"]
 
 _COLUMNS = {
     "case": "case", "ours_ms": "ours, ms", "best_dense_ms": "dense, ms", "best_dense": "best dense", "ratio": "times as fast",
@@ -64,16 +66,6 @@ def plot(found: dict[str, Any], folder: Path) -> list[Path]:
         quality_against_bytes(axis, [(row["format"], row["bytes_per_token"], row["kl"]) for row in rows])
         written.append(_save(figure, folder / "quality.png"))
     return written
-
-
-def quality_against_bytes(axis: Axes, points: list[tuple[str, float, float]]) -> None:
-    """Formats, as ``(name, bytes, KL)``: down and to the left is better."""
-    for name, size, kl in points:
-        axis.plot(size, kl, "o")
-        axis.annotate(name, (size, kl), textcoords="offset points", xytext=(6, 4), fontsize=9)
-    axis.set(xlabel="bytes of a token in all layers", ylabel="KL divergence, nats a token", yscale="log")
-    axis.margins(0.2)
-    axis.grid(alpha=0.3)
 
 
 def _over_contexts(times: Axes, shares: Axes, rows: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from turboquant_vllm import lloyd_max
 from turboquant_vllm.demo import text
 from turboquant_vllm.demo.attention import ATTENTION_NAME, Observer, register
 from turboquant_vllm.quality.attention import Model, no_loading_bar
-from turboquant_vllm.quality.measure import compare_windows, perplexity
+from turboquant_vllm.quality.caches import CacheFormat, known_formats
+from turboquant_vllm.quality.measure import compare_many, compare_windows, perplexity
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -88,6 +90,38 @@ def compare(
         "vector_error": {**observer.vector_error, "expected": config.head_dim * lloyd_max(config.head_dim, 4).mse},
     }
     return figures, observer
+
+
+def compare_formats(exact: Model, windows: torch.Tensor, advance: Callable[[], None]) -> list[dict[str, Any]]:
+    """What the formats of `turboquant verify` lose on `windows` `[n, length + 1]`, whose every token reads them.
+
+    Returns:
+        For each format its name and title, bytes of a token, perplexity and its increase in percent, mean divergence in nats
+        and agreement.
+    """
+    from turboquant_vllm.hf import CACHE_ARGUMENT
+
+    def logits(cached: CacheFormat, ids: torch.Tensor) -> torch.Tensor:
+        answer: torch.Tensor = exact(ids, **{CACHE_ARGUMENT: cached.make(exact, ())}).logits
+        return answer
+
+    config, known, found = exact.config, known_formats(), []
+    others = [partial(logits, cached) for cached in known]
+    of_all = compare_many(lambda ids: exact(ids, use_cache=False).logits, others, windows.split(1), advance)
+    for cached, scores in zip(known, of_all, strict=True):
+        each = cached.key_bytes(config.head_dim) + cached.value_bytes(config.head_dim)
+        found.append(
+            {
+                "format": cached.name,
+                "title": cached.title,
+                "bytes_per_token": config.num_hidden_layers * config.num_key_value_heads * each,
+                "perplexity": perplexity(scores.other),
+                "increase_percent": 100 * scores.increase,
+                "kl": scores.kl.double().mean().item(),
+                "agreement": scores.agrees.float().mean().item(),
+            }
+        )
+    return found
 
 
 @torch.inference_mode()

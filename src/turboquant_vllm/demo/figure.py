@@ -1,14 +1,16 @@
-"""The demo's picture: the error that 4 bits leave in each layer, and why it is that small."""
+"""The demo's picture: the error that 4 bits leave in each layer, why it is that small, and what formats lose."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from scipy.special import beta
 
 from turboquant_vllm import TQ4Codec
+from turboquant_vllm.quality.figure import quality_against_bytes
 
 _KEYS, _VALUES, _INK, _GRID, _LEVELS = "#2a6f97", "#e08e45", "#22303c", "#d5dbe0", "#b3261e"
 
@@ -24,9 +26,10 @@ def draw(
     histogram: dict[str, torch.Tensor],
     limit: float,
     codec: TQ4Codec,
+    formats: list[dict[str, Any]],
     title: str,
 ) -> None:
-    """Write a PNG: left the error per layer, right the coordinates against their law, the levels and the boundaries.
+    """Write a PNG: the error per layer; the coordinates against their law, the levels and the boundaries; formats.
 
     Args:
         path: file to write.
@@ -34,16 +37,17 @@ def draw(
         histogram: counts of rotated normalised coordinates in [-limit, limit], for "keys" and "values".
         limit: half the width of the histogram.
         codec: gives head dimension, levels and boundaries.
-        title: line above both.
+        formats: of `compare_formats`, drawn as divergence against bytes.
+        title: line above all.
     """
     # The object interface leaves pyplot's global state and its choice of a display alone.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4.6), dpi=150, layout="constrained")
+    figure = Figure(figsize=(15, 4.6), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, color=_INK)
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.5))
+    left, right, last = figure.subplots(1, 3, width_ratios=(1, 1.5, 1))
 
     percent = [100 * error for error in attention_error]
     bars = left.bar(range(len(percent)), percent, color=_KEYS, width=0.68)
@@ -82,7 +86,9 @@ def draw(
     right.set_ylabel("density")
     right.set_title(r"What the quantiser sees (law: density $\propto (1-y^2)^{(D-3)/2}$)", fontsize=11, color=_INK)
     right.legend(frameon=False, fontsize=9, loc="upper center", ncols=5, columnspacing=1.2, handlelength=1.6)
-    for axes in (left, right):
+    quality_against_bytes(last, [(row["title"], row["bytes_per_token"], row["kl"]) for row in formats])
+    last.set_title("What a format loses, down and left is better", fontsize=11, color=_INK)
+    for axes in (left, right, last):
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_axisbelow(True)
         axes.tick_params(colors=_INK, labelsize=9)

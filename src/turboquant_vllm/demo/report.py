@@ -58,6 +58,16 @@ def print_report(console: Console, figures: dict[str, Any]) -> None:
         table.add_row(f"error of attention, layer {layer}", "", f"{100 * error:.2f} %", "")
     console.print(table)
 
+    formats = Table(title=f"formats of a cache, {figures['format_windows']} of these windows", title_justify="left")
+    for name in ("", "bytes per token", "perplexity", "KL, nats", "same token"):
+        formats.add_column(name, justify="right" if name else "left")
+    for row in figures["formats"]:
+        change = f"{row['perplexity']:.3f} ({row['increase_percent']:+.2f} %)"
+        formats.add_row(
+            row["title"], f"{row['bytes_per_token']:,.0f}", change, f"{row['kl']:.5f}", f"{100 * row['agreement']:.1f} %"
+        )
+    console.print(formats)
+
     written = figures["continuation"]
     console.rule("held-out prompt", align="left")
     console.print(written["prompt"], markup=False, highlight=False)

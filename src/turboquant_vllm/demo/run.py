@@ -15,7 +15,7 @@ import torch
 
 from turboquant_vllm.demo import report
 from turboquant_vllm.demo.attention import codec_for
-from turboquant_vllm.demo.compare import compare, continue_prompt, held_out_windows, load
+from turboquant_vllm.demo.compare import compare, compare_formats, continue_prompt, held_out_windows, load
 from turboquant_vllm.demo.figure import draw
 from turboquant_vllm.demo.output import accept_any_text, check_writable, make_console, one_line, printing
 
@@ -25,6 +25,7 @@ DEFAULT_WINDOWS = 32
 _NEEDED = ("transformers", "tokenizers", "matplotlib", "rich")
 _FIGURES, _FIGURE = "demo.json", "demo.png"
 _PROMPT, _CONTINUATION = 96, 48  # tokens
+_FORMAT_WINDOWS = 4
 
 
 def check_extras() -> None:
@@ -48,7 +49,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def run_demo(out: Path, device: str = "auto", windows: int = DEFAULT_WINDOWS, model: Path = MODEL) -> dict[str, Any]:
-    """Compare exact attention with TQ4 attention: print a table, write `demo.png` and `demo.json` into `out`.
+    """Compare exact attention with TQ4 attention, and formats: print tables, write `demo.png` and `demo.json` into `out`.
 
     The text is the test split of the running interpreter's standard library, see `turboquant_vllm.demo.text`.
 
@@ -82,6 +83,9 @@ def run_demo(out: Path, device: str = "auto", windows: int = DEFAULT_WINDOWS, mo
         text = held_out_windows(tokenizer, exact.config.max_position_embeddings, windows)
         progress.update(task, description="reading held-out text", total=len(text))
         measured, observer = compare(exact, quantised, text.to(target), lambda: progress.advance(task))
+        some = text[torch.linspace(0, len(text) - 1, min(_FORMAT_WINDOWS, len(text))).long()].to(target)
+        progress.reset(task, description="comparing formats", total=3 * len(some))
+        formats = compare_formats(exact, some, lambda: progress.advance(task))
         progress.update(task, description="continuing a prompt", total=None)
         continuation = continue_prompt(exact, quantised, tokenizer, text[len(text) // 2], _PROMPT, _CONTINUATION)
     figures = {
@@ -93,6 +97,8 @@ def run_demo(out: Path, device: str = "auto", windows: int = DEFAULT_WINDOWS, mo
             "transformers": transformers.__version__,
         },
         **measured,
+        "formats": formats,
+        "format_windows": len(some),
         "continuation": continuation,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -103,7 +109,7 @@ def run_demo(out: Path, device: str = "auto", windows: int = DEFAULT_WINDOWS, mo
         f"  Perplexity: {perplexity['exact']:.3f} exact, {perplexity['tq4']:.3f} in TQ4."
     )
     codec = codec_for(figures["head_dim"], target)
-    draw(out / _FIGURE, figures["attention_error"], observer.histogram, observer.limit, codec, title)
+    draw(out / _FIGURE, figures["attention_error"], observer.histogram, observer.limit, codec, figures["formats"], title)
     with printing() as console:
         report.print_report(console, figures)
         console.print(f"wrote {out / _FIGURE} and {out / _FIGURES}")

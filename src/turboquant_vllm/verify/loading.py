@@ -13,7 +13,7 @@ import torch
 
 from turboquant_vllm.demo.output import one_line
 from turboquant_vllm.quality.attention import Model, cached_output, keeps_cache, no_loading_bar
-from turboquant_vllm.verify.formats import CacheFormat
+from turboquant_vllm.quality.caches import CacheFormat
 
 __all__ = ["CachedLayers", "Loaded", "check_cache", "check_name", "check_tokens", "load"]
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from turboquant_vllm.demo.output import make_console
 from turboquant_vllm.demo.report import progress_bar
-from turboquant_vllm.verify.formats import WEIGHTS
+from turboquant_vllm.quality.caches import WEIGHTS
 from turboquant_vllm.verify.run import Progress
 
 if TYPE_CHECKING:

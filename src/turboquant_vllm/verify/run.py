@@ -20,8 +20,8 @@ import turboquant_vllm
 from turboquant_vllm.demo.run import pick_device
 from turboquant_vllm.demo.text import gather
 from turboquant_vllm.quality.attention import Model, cached_logits
+from turboquant_vllm.quality.caches import CacheFormat, KeyScales, choose_formats, known_formats
 from turboquant_vllm.quality.measure import bootstrap_interval, compare_many, losses, perplexity
-from turboquant_vllm.verify.formats import CacheFormat, KeyScales, choose_formats, known_formats
 from turboquant_vllm.verify.layers import layer_divergences, layer_errors
 from turboquant_vllm.verify.loading import CachedLayers, check_cache, check_tokens, load
 from turboquant_vllm.verify.text import longest_context, read_text, token_windows
