@@ -93,7 +93,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama4": ("Llama4TextConfig", {**_HEADS, **_LLAMA4}, "sdpa"),
     "deepseek_v3": ("DeepseekV3Config", {**_COMMON, **_LATENT}, "sdpa"),
     "gemma3n": ("Gemma3nTextConfig", {**_HEADS, **_SHARED}, "sdpa"),  # its last layers use the keys and values of others
-    "trained": ("LlamaConfig", {}, "sdpa"),  # the model that comes with the package
+    "trained": ("LlamaConfig", {}, "sdpa"),  # the model of the demo
 }  # fmt: skip
 
 # Of families that attend in their own way, whatever they are asked for: class of the configuration, its arguments.

@@ -29,7 +29,7 @@ def hf(machine: Machine, quick: bool) -> Iterator[tuple[str, Any]]:
 
 
 def quality(machine: Machine, quick: bool) -> Iterator[tuple[str, Any]]:
-    """What formats lose of the small trained model that comes with the package, on this Python's standard library."""
+    """What formats lose of the small trained model of the demo, on this Python's standard library."""
     found: dict[str, Row] = {}
 
     def row(name: str) -> Row:

@@ -31,7 +31,8 @@ def load(folder: Path, device: torch.device) -> tuple[Tokenizer, Model, Model]:
 
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"model: expected {name} in {folder}, found none")
+            where = "; the demo's own model is in the repository, not in what is installed from it"
+            raise FileNotFoundError(f"model: expected {name} in {folder}, found none{where}")
     register()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     models: list[Model] = []
