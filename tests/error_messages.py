@@ -20,7 +20,7 @@ class Message(NamedTuple):
 
 
 def template(node: ast.expr, names: dict[str, str]) -> str:
-    """Text of an expression that makes a string, with a mark for each part that is neither written there nor one of ``names``."""
+    """Text of an expression that makes a string; a mark for each part that is neither written there nor one of ``names``."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.Name):

@@ -1,7 +1,7 @@
-"""What the site has beyond the files in docs/: tours with their outputs, pages of the root folder, and the tests behind promises.
+"""What the site has beyond the files in docs/: tours with their outputs, pages of the root folder, tests behind promises.
 
-Tours are executed when the site is built; a cell that raises ends the build. With TOURS=0 in the environment they are shown as they
-are, without outputs, which is quicker while one writes.
+Tours are executed when the site is built; a cell that raises ends the build. With TOURS=0 in the environment they are shown
+as they are, without outputs, which is quicker while one writes.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def run_tour(path: Path) -> tuple[str, dict[str, bytes]]:
         resources={"metadata": {"path": str(ROOT)}},
     )
     if os.environ.get("TOURS") != "0":
-        client.execute()
+        # Of a package for bars in notebooks, which need one package more.
+        client.execute(env={**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"})
     text, resources = MarkdownExporter().from_notebook_node(book, {"output_files_dir": f"{path.stem}_files"})
     return text, resources.get("outputs", {})
 

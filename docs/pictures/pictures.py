@@ -5,8 +5,8 @@
     python docs/pictures/pictures.py steps --caption      print what is said below it; pages have that between two comments
     python docs/pictures/pictures.py --write              all pictures, and all captions in their pages
 
-A picture is what it shows (numbers of result files, of the codec, or of keys.json) and a function that draws that. Each file names
-the digest of what it shows, so that a test can tell that one is older than its data without comparing pixels.
+A picture is what it shows (numbers of result files, of the codec, or of keys.json) and a function that draws that. Each file
+names the digest of what it shows, so that a test can tell that one is older than its data without comparing pixels.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import pictures_measured
 HERE = Path(__file__).parent
 
 # Type no smaller than 8.5 points in pictures 4.8 inches wide: some 10 pixels of height where a page is 400 pixels wide.
-STYLE = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "axes.titlesize": 10,

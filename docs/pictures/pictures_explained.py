@@ -1,4 +1,4 @@
-"""Pictures of how TQ4 works: levels of the codec, keys of the demo's model (keys.json), and the way of a tile through the kernel."""
+"""Pictures of how TQ4 works: levels of the codec, keys of the demo's model (keys.json), the way of a tile in the kernel."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def draw_levels(data: dict[str, Any]) -> Figure:
     axis.vlines(boundaries, 0, _density(boundaries, data["head_dim"]), color="white", linewidth=1.5)
     axis.plot(levels, _density(levels, data["head_dim"]), "o", color=OURS, markersize=5, clip_on=False)
     axis.vlines(levels, 0, _density(levels, data["head_dim"]), color=OURS, linewidth=1)
-    for code, level in enumerate(levels):
-        axis.text(level, _density(level, data["head_dim"]) + 0.12, f"{code:X}", ha="center", va="bottom", fontsize=9, color=OURS)
+    for code, (level, height) in enumerate(zip(levels, _density(levels, data["head_dim"]), strict=True)):
+        axis.text(level, height + 0.12, f"{code:X}", ha="center", va="bottom", fontsize=9, color=OURS)
     axis.set_xlim(y[0], y[-1])
     axis.set_ylim(0, 5)
     axis.set_yticks([])
@@ -59,8 +59,8 @@ def draw_levels(data: dict[str, Any]) -> Figure:
 
 def say_levels(data: dict[str, Any]) -> str:
     return (
-        f"The law of one coordinate of a randomly rotated unit vector (grey), cut into 16 cells, and the level of each (blue): the "
-        f"mean of its cell. With the vector's length as scale the squared error is {data['lost']} of the squared length."
+        f"The law of one coordinate of a randomly rotated unit vector (grey), cut into 16 cells, and the level of each (blue): "
+        f"the mean of its cell. With the vector's length as scale the squared error is {data['lost']} of the squared length."
     )
 
 
@@ -103,15 +103,20 @@ def draw_offset(data: dict[str, Any]) -> Figure:
 
 def say_offset(data: dict[str, Any]) -> str:
     return (
-        f"{len(data['keys'])} keys of the demo's model (layer {data['layer']}, head {data['head']}), in the plane that shows most of "
-        f"them. A disc is as wide as the error with which that key comes back: {100 * data['plain_error']:.1f} % of the keys' length "
-        f"as plain TQ4, {100 * data['offsets_error']:.1f} % around an offset."
+        f"{len(data['keys'])} keys of the demo's model (layer {data['layer']}, head {data['head']}), in the plane that shows "
+        f"most of them. The radius of a disc is the error with which that key comes back: {100 * data['plain_error']:.1f} % of "
+        f"the keys' length as plain TQ4, {100 * data['offsets_error']:.1f} % around an offset."
     )
 
 
 # What happens to a tile of 16 tokens in the native kernel, from top to bottom: what is there, and how it came about.
 _WALK = [
-    ("memory", "page of the cache", "16 tokens: codes of keys and values, a scale each", "asynchronous copy, a ring of tiles a warp"),
+    (
+        "memory",
+        "page of the cache",
+        "16 tokens: codes of keys and values, a scale each",
+        "asynchronous copy, a ring of tiles a warp",
+    ),
     ("shared", "tile in shared memory", "bytes; each is two codes", "table look-up: byte to two levels in half precision"),
     ("register", "16 x D levels of the keys", "never written to memory", "matrix unit, with the queries rotated once before"),
     ("register", "scores", "times the scale of each key, plus the group's", "running maximum and sum: softmax"),

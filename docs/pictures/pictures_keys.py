@@ -1,7 +1,8 @@
-"""Keys of the demo's model, for the picture of what an offset does: `python docs/pictures/pictures_keys.py` writes keys.json beside it.
+"""Keys of the demo's model, for the picture of what an offset does: `python docs/pictures/pictures_keys.py` writes keys.json.
 
-64 tokens of the licence are one group. Their keys of one layer and head, behind RoPE, are compressed twice, as plain TQ4 and around
-an offset, and read back; what is written are the keys in the plane that shows most of them, and how far off each comes back.
+64 tokens of the licence are one group. Their keys of one layer and head, behind RoPE, are compressed twice, as plain TQ4 and
+around an offset, and read back; what is written are the keys in the plane that shows most of them, and how far off each comes
+back.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, NullLocator
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
@@ -69,7 +70,7 @@ def draw_steps(data: dict[str, Any]) -> Figure:
     axis.set_xlabel("milliseconds a step, shorter is better")
     axis.set_ylabel("sequences x tokens in the cache")
     axis.tick_params("y", length=0)
-    handles = [axis.barh(0, 0, color=colour) for colour in (DENSE, OURS)]
+    handles = [Patch(color=colour) for colour in (DENSE, OURS)]
     figure.legend(
         handles, ["bf16 cache", "TQ4 cache"], loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=10
     )
@@ -83,11 +84,12 @@ def say_steps(data: dict[str, Any]) -> str:
     slower = sum(ratio < 1 for ratio in eager)
     low, high = data["offsets"]
     return (
-        f"`generate` with a model of 8B shape in bf16, transformers' own caches against ours, on one {data['gpu']} ({data['date']}): "
-        f"{min(eager):.2f} to {max(eager):.2f} times as fast, compiled {compiled}. In {slower} of {len(eager)} eager cases it is "
-        f"slower: short contexts and single sequences wait for Python. Measured over plain TQ4; over keys with offsets, the default, "
-        f"an attention call takes {100 * (low - 1):.0f} to {100 * (high - 1):.0f} % longer. All of it: [Performance](performance.md) "
-        f"(`hf-h200.json`, `decode-offsets-h200.json`)."
+        f"`generate` with a model of 8B shape in bf16, transformers' own caches against ours, on one {data['gpu']} "
+        f"({data['date']}): {min(eager):.2f} to {max(eager):.2f} times as fast, compiled {compiled}. "
+        f"In {slower} of {len(eager)} eager cases it is slower: short contexts and single sequences wait for Python. "
+        f"Measured over plain TQ4; over keys with offsets, the default, an attention call takes "
+        f"{100 * (low - 1):.0f} to {100 * (high - 1):.0f} % longer. "
+        f"All of it: [Performance](performance.md) (`hf-h200.json`, `decode-offsets-h200.json`)."
     )
 
 
@@ -119,10 +121,10 @@ def say_quality(data: dict[str, Any]) -> str:
         fewer.append(model["bf16"] / found["tq4"]["bytes"])
         less.append(found["plain"]["kl"] / found["tq4"]["kl"])
     return (
-        f"How far the next token's distribution moves from the exact one (KL divergence), over windows of {data['context']} tokens. "
-        f"In {min(fewer):.1f} to {max(fewer):.1f} times fewer bytes than bf16, TQ4 with keys around offsets and scales from a text "
-        f"loses {min(less):.0f} to {max(less):.0f} times less than plain TQ4. These two small models are the pretrained "
-        f"ones that were measured: [Quality](quality.md) (`quality-real.json`)."
+        f"How far the next token's distribution moves from the exact one (KL divergence), over windows of {data['context']} "
+        f"tokens. In {min(fewer):.1f} to {max(fewer):.1f} times fewer bytes than bf16, TQ4 with keys around offsets and scales "
+        f"from a text loses {min(less):.0f} to {max(less):.0f} times less than plain TQ4. These two small models are the "
+        f"pretrained ones that were measured: [Quality](quality.md) (`quality-real.json`)."
     )
 
 
