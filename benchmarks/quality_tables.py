@@ -79,7 +79,8 @@ def _real(model: str, columns: list[tuple[str, Row]]) -> str:
         cells = []
         for _, wanted in columns:
             row = next((row for row in own if all(row.get(key, 0) == value for key, value in wanted.items())), None)
-            share = row and f"{row['kl']:.4f}, {100 * (1 - row['tvd']):.1f} %, {row['increase_percent']:+.1f} %"
+            # Spaces that break no line: a cell is read as three numbers.
+            share = row and f"{row['kl']:.4f}, {100 * (1 - row['tvd']):.1f}\u00a0%, {row['increase_percent']:+.1f}\u00a0%"
             cells.append(share or "-")
         if cells[0] != "-":
             rows.append((title, f"{own[0]['bytes_per_token_head']:g}", *cells))

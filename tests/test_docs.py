@@ -209,7 +209,7 @@ def test_pages_say_what_the_pictures_show() -> None:
     said = set()
     for page in DOCS.glob("*.md"):
         text = page.read_text(encoding="utf-8")
-        assert pictures.fill(text) == text, page.name
+        assert pictures.fill(page) == text, page.name
         said |= set(re.findall(r"pictures\.py (\w+) --caption", text))
     assert said >= set(pictures.PICTURES) - {"decode"}
 

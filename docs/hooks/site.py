@@ -10,7 +10,7 @@ import ast
 import os
 import re
 import textwrap
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,23 +20,23 @@ TOURS = ROOT / "docs" / "tours"
 # Pages that GitHub wants in the root folder.
 ROOT_PAGES = {"changelog.md": "CHANGELOG.md", "contributing.md": "CONTRIBUTING.md"}
 _PROMISE = re.compile(r"^- (.*?)((?:\s*`tests/\w+\.py::[\w:]+`)+)$", re.MULTILINE | re.DOTALL)
+_NAMED = re.compile(r"\[([\w-]+\.md)\]\((?=\1)\1")  # links whose text is a file's name, as they are read beside the source
+_running: dict[str, Future[tuple[str, dict[str, bytes]]]] = {}  # executions of tours, by their pages
 _NAME = re.compile(r"`(tests/\w+\.py)::(?:(\w+)::)?(\w+)`")
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that are made."""
+    """Add the pages that are made, and begin to execute the tours, which takes as long as all other pages."""
     from mkdocs.structure.files import File
 
     for name, source in ROOT_PAGES.items():
         text = (ROOT / source).read_text(encoding="utf-8").replace("](docs/", "](")
         files.append(File.generated(config, name, content=text))
-    paths = sorted(TOURS.glob("*.ipynb"))
-    with ThreadPoolExecutor() as pool:
-        tours = list(pool.map(run_tour, paths))
-    for path, (text, pictures) in zip(paths, tours, strict=True):
-        files.append(File.generated(config, f"tours/{path.stem}.md", content=text))
-        for name, content in pictures.items():
-            files.append(File.generated(config, f"tours/{name}", content=content))
+    pool = ThreadPoolExecutor()
+    for path in sorted(TOURS.glob("*.ipynb")):
+        _running[f"tours/{path.stem}.md"] = pool.submit(run_tour, path)
+        files.append(File.generated(config, f"tours/{path.stem}.md", content=f"# {path.stem}\n"))
+    pool.shutdown(wait=False)
     return files
 
 
@@ -66,11 +66,25 @@ def run_tour(path: Path) -> tuple[str, dict[str, bytes]]:
     return text, resources.get("outputs", {})
 
 
-def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Behind a promise, the tests that hold it to its word, folded."""
-    if page.file.src_uri != "promises.md":
-        return markdown
-    return _PROMISE.sub(_with_tests, markdown)
+def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
+    """Tours with their outputs; behind a promise, the tests that hold it to its word, folded; pages by their titles."""
+    name = page.file.src_uri
+    if name in _running:
+        from mkdocs.structure.files import File
+
+        markdown, pictures = _running.pop(name).result()
+        for picture, content in pictures.items():
+            files.append(File.generated(config, f"tours/{picture}", content=content))
+    if name == "promises.md":
+        markdown = _PROMISE.sub(_with_tests, markdown)
+    return _NAMED.sub(lambda found: f"[{_title(found[1])}]({found[1]}", markdown)
+
+
+@cache
+def _title(name: str) -> str:
+    """What a page is called: its first line."""
+    path = ROOT / "docs" / name
+    return path.read_text(encoding="utf-8").split("\n", 1)[0].removeprefix("# ") if path.is_file() else name
 
 
 def promises(markdown: str) -> list[tuple[str, list[tuple[str, str, str]]]]:

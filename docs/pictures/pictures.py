@@ -76,20 +76,21 @@ def make(name: str, folder: Path) -> Path:
     return path
 
 
-def caption(name: str) -> str:
-    """What is said below a picture."""
+def caption(name: str, page: str = "") -> str:
+    """What is said below a picture, in a page of that name."""
     picture = PICTURES[name]
-    return textwrap.fill(picture.caption(picture.show()), 128, break_on_hyphens=False, break_long_words=False)
+    text = re.sub(rf"\[\w+\]\({re.escape(page)}\), ", "", picture.caption(picture.show()))
+    return textwrap.fill(text, 128, break_on_hyphens=False, break_long_words=False)
 
 
-def fill(page: str) -> str:
+def fill(page: Path) -> str:
     """A page with every caption made anew."""
 
     def replace(match: re.Match[str]) -> str:
-        return f"{match[1]}\n{caption(match[2])}\n{match[3]}"
+        return f"{match[1]}\n{caption(match[2], page.name)}\n{match[3]}"
 
     pattern = r"(<!-- python docs/pictures/pictures\.py (\w+) --caption -->)\n.*?(<!-- end -->)"
-    return re.sub(pattern, replace, page, flags=re.DOTALL)
+    return re.sub(pattern, replace, page.read_text(encoding="utf-8"), flags=re.DOTALL)
 
 
 def main() -> None:
@@ -104,7 +105,7 @@ def main() -> None:
         return
     if options.write:
         for page in HERE.parent.glob("*.md"):
-            page.write_text(fill(page.read_text(encoding="utf-8")), encoding="utf-8")
+            page.write_text(fill(page), encoding="utf-8")
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.names or PICTURES:
         print(make(name, options.out))

@@ -88,7 +88,7 @@ def draw_offset(data: dict[str, Any]) -> Figure:
     axes[0].text(0, -1.2, "zero", ha="center", va="top")
     axes[1].text(0, -1.2, "zero", ha="center", va="top")
     axes[1].annotate("", middle, (0, 0), arrowprops={"arrowstyle": "->", "color": "black", "linewidth": 1.4})
-    axes[1].text(*(middle / 2 + [0, 0.6]), "the group's offset", ha="center", va="bottom")
+    axes[1].text(*(0.4 * middle + [0, 0.6]), "the group's offset", ha="center", va="bottom")
     axes[1].plot(*keys[data["outlier"]], "o", mfc="none", mec="black", markersize=9)
     axes[1].annotate(
         "its outlier",

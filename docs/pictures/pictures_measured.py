@@ -89,7 +89,7 @@ def say_steps(data: dict[str, Any]) -> str:
         f"In {slower} of {len(eager)} eager cases it is slower: short contexts and single sequences wait for Python. "
         f"Measured over plain TQ4; over keys with offsets, the default, an attention call takes "
         f"{100 * (low - 1):.0f} to {100 * (high - 1):.0f} % longer. "
-        f"All of it: [Performance](performance.md) (`hf-h200.json`, `decode-offsets-h200.json`)."
+        f"All of it: [Performance](performance.md), `hf-h200.json`, `decode-offsets-h200.json`."
     )
 
 
@@ -124,7 +124,7 @@ def say_quality(data: dict[str, Any]) -> str:
         f"How far the next token's distribution moves from the exact one (KL divergence), over windows of {data['context']} "
         f"tokens. In {min(fewer):.1f} to {max(fewer):.1f} times fewer bytes than bf16, TQ4 with keys around offsets and scales "
         f"from a text loses {min(less):.0f} to {max(less):.0f} times less than plain TQ4. These two small models are the "
-        f"pretrained ones that were measured: [Quality](quality.md) (`quality-real.json`)."
+        f"pretrained ones that were measured ([Quality](quality.md), `quality-real.json`)."
     )
 
 
