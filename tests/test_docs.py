@@ -248,6 +248,20 @@ def test_measured_pictures_follow_the_result_files(name: str, tmp_path: Path, mo
                 assert b["kl"] == pytest.approx(2 * a["kl"], abs=1e-3)
 
 
+def test_the_newest_file_is_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in pictures_measured.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(pictures_measured, "RESULTS", tmp_path)
+    for name, later in (("hf-h200.json", "hf-another.json"), ("decode-contexts-h200.json", "decode-contexts-another.json")):
+        content = json.loads((tmp_path / name).read_text(encoding="utf-8"))
+        content["environment"] |= {"gpu": "another", "date": "9999-01-01", "revision": "another"}
+        (tmp_path / later).write_text(json.dumps(content))
+    assert {pictures.PICTURES[name].show()["gpu"] for name in ("steps", "decode")} == {"another"}
+    # What is known of an older file alone is not said of a newer one.
+    assert "plain TQ4" not in pictures.caption("steps")
+    assert "`hf-another.json`" in pictures.caption("steps")
+
+
 def test_keys_of_the_picture_are_those_of_the_model() -> None:
     pytest.importorskip("transformers")
     from pictures_keys import measure
