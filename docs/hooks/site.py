@@ -63,6 +63,7 @@ def run_tour(path: Path) -> tuple[str, dict[str, bytes]]:
         # Of a package for bars in notebooks, which need one package more.
         client.execute(env={**os.environ, "PYTHONWARNINGS": "ignore:IProgress not found"})
     text, resources = MarkdownExporter().from_notebook_node(book, {"output_files_dir": f"{path.stem}_files"})
+    text += f"\n\nThis page is the notebook `docs/tours/{path.name}` with what it printed when the site was built.\n"
     return text, resources.get("outputs", {})
 
 
