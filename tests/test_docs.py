@@ -315,6 +315,7 @@ def test_every_public_name_has_its_place_in_the_reference() -> None:
     names |= {f"turboquant_vllm.triton.flash_attention{kind}" for kind in ("_tq4_kv", "_tq4", "")}
     for module in ("hf", "hf.calibration", "verify", "demo"):
         names |= {f"turboquant_vllm.{module}.{name}" for name in public_names(module)}
+    names |= {f"turboquant_vllm.{module}.run_{module}" for module in ("bench", "doctor")}
     assert names <= shown
 
 
