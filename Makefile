@@ -1,4 +1,4 @@
-# Two commands: `make demo` and `make test`. Each makes .venv first when it is missing or stale, from the releases in
+# Three commands: `make demo`, `make test` and `make docs`. Each makes .venv first when it is missing or stale, from the releases in
 # constraints.txt. `make lock` renews that file; `make test-newest` runs the tests with the newest releases, in .venv-newest.
 PYTHON ?= python3
 VENV := .venv
@@ -8,13 +8,20 @@ TEST_JOBS ?= 2
 # Not the newest, which may be a build of gigabytes: what the lock has, unless asked for by NEWEST_TORCH=torch.
 NEWEST_TORCH ?= $(shell grep -o '^torch==[0-9.]*' constraints.txt)
 
-.PHONY: demo test test-newest lock check clean
+.PHONY: demo test docs pictures test-newest lock check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m turboquant_vllm.demo --out demo-out
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+
+# The site, into site/, its tours executed; any warning is an error. TOURS=0 leaves tours as they are.
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m mkdocs build --quiet --strict
+
+pictures: $(VENV)/.installed
+	$(BIN)/python docs/pictures/pictures.py --write
 
 check: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -45,4 +52,4 @@ lock:
 		--custom-compile-command "make lock" --output-file constraints.txt
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-lock demo-out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lock demo-out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

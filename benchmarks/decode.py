@@ -1,6 +1,6 @@
 """Time of the native decode against PyTorch's best dense attention: `python benchmarks/decode.py [--out FOLDER]`.
 
-`--contexts` measures whole calls over context lengths instead (`benchmarks/plot_decode.py` draws them), `--once` runs each
+`--contexts` measures whole calls over context lengths instead (`docs/pictures/pictures.py` draws them), `--once` runs each
 case once and measures nothing, for a profiler.
 
 Scope "kernel": the first kernel alone, attending with queries that were rotated before, without joining and rotating back.

@@ -79,7 +79,8 @@ def _real(model: str, columns: list[tuple[str, Row]]) -> str:
         cells = []
         for _, wanted in columns:
             row = next((row for row in own if all(row.get(key, 0) == value for key, value in wanted.items())), None)
-            share = row and f"{row['kl']:.4f}, {100 * (1 - row['tvd']):.1f} %, {row['increase_percent']:+.1f} %"
+            # Spaces that break no line: a cell is read as three numbers.
+            share = row and f"{row['kl']:.4f}, {100 * (1 - row['tvd']):.1f}\u00a0%, {row['increase_percent']:+.1f}\u00a0%"
             cells.append(share or "-")
         if cells[0] != "-":
             rows.append((title, f"{own[0]['bytes_per_token_head']:g}", *cells))
@@ -253,14 +254,20 @@ TABLES: dict[str, Callable[[], str]] = {
 }
 
 
+# Okabe and Ito's, which the colour-blind tell apart.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7")
+
+
 def draw(folder: Path) -> None:
     """Write the plots: divergence by position, and recall by context."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 3.8), dpi=120, layout="constrained")
+    figure = Figure(figsize=(4.8, 6.4), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
+    upper, lower = figure.subplots(2, 1)
+    for axis in (upper, lower):
+        axis.set_prop_cycle(color=_COLOURS)
     width = load("text")[0]["context"]
     for what, wanted in (
         ("TQ4", {"format": "tq4", "key_scale": _BEST[0], "value_scale": _BEST[1]}),
@@ -271,18 +278,18 @@ def draw(folder: Path) -> None:
         rows = texts("text", **wanted)
         count = len(rows[0]["by_position"]["kl"])
         places = [(i + 0.5) * width / count for i in range(count)]
-        left.plot(places, [mean(row["by_position"]["kl"][i] for row in rows) for i in range(count)], "o-", label=what, ms=3)
-    left.set(xlabel="position, tokens", ylabel="KL, nats per token", yscale="log", title="text model, D = 128")
-    left.legend(fontsize=8)
+        upper.plot(places, [mean(row["by_position"]["kl"][i] for row in rows) for i in range(count)], "o-", label=what, ms=3)
+    upper.set(xlabel="position, tokens", ylabel="KL, nats per token", yscale="log", title="text model, D = 128")
+    upper.legend(fontsize=8)
     groups: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for row in load("recall")[1]:
         groups[recall_name(row)][row["context"]].append(100 * row["accuracy"])
     planted = ", 4 channels x 100"
     for name, style in (("exact", "o-"), ("TQ4", "x-"), ("int4", "+-"), ("TQ4" + planted, "x--"), ("int4" + planted, "+--")):
         contexts = sorted(groups[name])
-        right.plot(contexts, [mean(groups[name][context]) for context in contexts], style, label=name)
-    right.set(xlabel="context, tokens", ylabel="answers right, %", xscale="log", title="recall model, D = 128", ylim=(0, 103))
-    right.legend(fontsize=8)
+        lower.plot(contexts, [mean(groups[name][context]) for context in contexts], style, label=name)
+    lower.set(xlabel="context, tokens", ylabel="answers right, %", xscale="log", title="recall model, D = 128", ylim=(0, 103))
+    lower.legend(fontsize=8)
     figure.savefig(folder / "quality.png", metadata={"Software": None})
 
 

@@ -1,4 +1,8 @@
-"""Flash attention over dense keys and values, by the same loop as the packed kernels."""
+"""Flash attention over dense keys and values, by the same loop as the packed kernels.
+
+Attributes:
+    triton_flash_attention (function): the kernel's entry point, the only public name of this module.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +32,19 @@ def triton_flash_attention(
         RuntimeError: the tensors are not on a GPU that Triton supports.
 
     All tensors may have any strides and must be on one device. Source: FlashAttention-2, arXiv 2307.08691.
+
+    Example:
+        ```python
+        import torch
+        from turboquant_vllm.triton.flash_attention import triton_flash_attention
+
+        q = torch.randn(1, 32, 64, 128, device="cuda", dtype=torch.float16)
+        k, v = torch.randn(2, 1, 8, 4096, 128, device="cuda", dtype=torch.float16)
+        out = triton_flash_attention(q, k, v, is_causal=True)
+        ```
+
+    See also:
+        - :func:`turboquant_vllm.triton.flash_attention_tq4_kv.triton_flash_attention_tq4_kv`: keys and values packed.
     """
     shape, _, _ = check_attention(q, k, None, v, None, None, None, packed=(False, False))
     scale = check_sm_scale(sm_scale, shape.head_dim)

@@ -1,4 +1,8 @@
-"""Flash attention over packed keys and dense values."""
+"""Flash attention over packed keys and dense values.
+
+Attributes:
+    triton_flash_attention_tq4 (function): the kernel's entry point, the only public name of this module.
+"""
 
 from __future__ import annotations
 
@@ -40,6 +44,23 @@ def triton_flash_attention_tq4(
         RuntimeError: the tensors are not on a GPU that Triton supports.
 
     All tensors may have any strides and must be on one device. Source: TurboQuant, arXiv 2504.19874.
+
+    Example:
+        ```python
+        import torch
+        from turboquant_vllm import TQ4Codec
+        from turboquant_vllm.triton.flash_attention_tq4 import triton_flash_attention_tq4
+
+        codec = TQ4Codec(128, device="cuda")
+        q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.float16)
+        k = codec.compress(torch.randn(1, 8, 4096, 128, device="cuda", dtype=torch.float16))
+        v = torch.randn(1, 8, 4096, 128, device="cuda", dtype=torch.float16)
+        out = triton_flash_attention_tq4(q, k.codes, k.norms, codec.centroids, codec.rotation, v)
+        ```
+
+    See also:
+        - :func:`turboquant_vllm.tq4_attention`: picks a backend; takes dense values, too.
+        - :func:`turboquant_vllm.triton.flash_attention_tq4_kv.triton_flash_attention_tq4_kv`: packed values.
     """
     shape, norms, _ = check_attention(
         q, k_packed, k_norms, v, None, centroids, rotation, names=("k_packed", "v"), packed=(True, False)

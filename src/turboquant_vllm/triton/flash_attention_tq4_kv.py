@@ -1,4 +1,8 @@
-"""Flash attention over packed keys and packed values."""
+"""Flash attention over packed keys and packed values.
+
+Attributes:
+    triton_flash_attention_tq4_kv (function): the kernel's entry point, the only public name of this module.
+"""
 
 from __future__ import annotations
 
@@ -42,6 +46,25 @@ def triton_flash_attention_tq4_kv(
         RuntimeError: the tensors are not on a GPU that Triton supports.
 
     All tensors may have any strides and must be on one device. Source: TurboQuant, arXiv 2504.19874.
+
+    Example:
+        ```python
+        import torch
+        from turboquant_vllm import TQ4Codec
+        from turboquant_vllm.triton.flash_attention_tq4_kv import triton_flash_attention_tq4_kv
+
+        codec = TQ4Codec(128, device="cuda")
+        q = torch.randn(1, 32, 1, 128, device="cuda", dtype=torch.float16)
+        k = codec.compress(torch.randn(1, 8, 4096, 128, device="cuda", dtype=torch.float16))
+        v = codec.compress(torch.randn(1, 8, 4096, 128, device="cuda", dtype=torch.float16))
+        out = triton_flash_attention_tq4_kv(q, k.codes, k.norms, v.codes, v.norms, codec.centroids, codec.rotation)
+        ```
+
+    See also:
+        - :func:`turboquant_vllm.tq4_attention`: picks a backend, and has windows, soft caps, sinks, offsets and log-sum-exps.
+        - :func:`turboquant_vllm.triton.flash_attention_tq4.triton_flash_attention_tq4`: packed keys, dense values.
+        - :func:`turboquant_vllm.triton.flash_attention.triton_flash_attention`: neither is packed.
+        - :class:`turboquant_vllm.TQ4Codec`: makes the codes, and has the rotation and the levels.
     """
     names = ("k_packed", "v_packed")
     shape, k_norms_, v_norms_ = check_attention(

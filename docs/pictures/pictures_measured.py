@@ -1,0 +1,219 @@
+"""Pictures of what was measured: every number is one of a result file in benchmarks/results."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import FixedLocator, NullLocator
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+# Of Okabe and Ito's colours, which the colour-blind tell apart; grey and blue differ in lightness, too.
+OURS, DENSE, OTHER, LIGHT = "#0072B2", "#8A8A8A", "#D55E00", "#D9D9D9"
+WIDTH = 4.8  # inches
+
+_FORMATS = {
+    "tq4": "TQ4, scales from a text", "tq4-weights": "TQ4, scales from the weights", "tq4-ones": "TQ4 without scales",
+    "plain": "plain TQ4", "fp8": "fp8", "int4": "int4 per token", "int4-channel": "int4, keys per channel",
+}  # fmt: skip
+_MODELS = {"smollm2-135m": ("SmolLM2-135M", 64), "gemma3-270m": ("Gemma 3 270M", 256)}
+# Result files that do not say it: made before caches kept keys around offsets by default.
+_PLAIN = ("fb4de81b923fb168e75c9e84f1a02b4b92c95474",)
+_CONTEXT = 2048  # tokens that both models were read in
+
+
+def load(name: str) -> dict[str, Any]:
+    """A result file."""
+    content: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
+    return content
+
+
+def newest(pattern: str) -> tuple[str, dict[str, Any]]:
+    """Name and content of the latest result file of a kind."""
+    found = [(path.name, load(path.name)) for path in sorted(RESULTS.glob(pattern))]
+    return max(found, key=lambda file: str(file[1]["environment"]["date"]))
+
+
+def steps() -> dict[str, Any]:
+    """Milliseconds a step of `generate` by cache, longest context last; compiled steps in the end."""
+    (name, found), (calls_name, calls) = newest("hf-*.json"), newest("decode-offsets-*.json")
+    offsets = [row["offsets_ratio"] for row in calls["rows"] if "offsets_ratio" in row]
+    rows = [
+        {
+            "batch": row["batch"],
+            "context": row["context"],
+            "layers": row["layers"],
+            "compiled": row["caches"][0] == "static",
+            "dense": round(1000 * row["batch"] / row["dense_tokens_per_s"], 1),
+            "ours": round(1000 * row["batch"] / row["ours_tokens_per_s"], 1),
+            "ratio": row["ratio"],
+        }
+        for row in found["rows"]
+        if "ratio" in row  # neither what limits the host nor rows whose answers were wrong
+    ]
+    rows.sort(key=lambda row: (row["compiled"], row["batch"], row["context"]))
+    environment = found["environment"]
+    extra = {"offsets": [min(offsets), max(offsets)], "plain": environment["revision"] in _PLAIN, "files": [name, calls_name]}
+    return {"gpu": environment["gpu"], "date": environment["date"], "rows": rows, **extra}
+
+
+def draw_steps(data: dict[str, Any]) -> Figure:
+    rows = data["rows"]
+    most = max(row["layers"] for row in rows)
+    figure = Figure(figsize=(WIDTH, 0.66 * len(rows) + 0.9))
+    axis = figure.add_subplot()
+    for place, row in enumerate(rows):
+        for shift, key, colour in ((-0.18, "dense", DENSE), (0.18, "ours", OURS)):
+            axis.barh(place + shift, row[key], 0.34, color=colour)
+            bold = "bold" if row[key] == min(row["dense"], row["ours"]) else "normal"
+            axis.text(row[key] + 0.8, place + shift, f"{row[key]:.1f}", va="center", fontsize=9, fontweight=bold)
+    axis.set_yticks(range(len(rows)), [_case(row, most) for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.12 * max(max(row["dense"], row["ours"]) for row in rows))
+    axis.set_xlabel("milliseconds a step, shorter is better")
+    axis.set_ylabel("sequences x tokens in the cache")
+    axis.tick_params("y", length=0)
+    handles = [Patch(color=colour) for colour in (DENSE, OURS)]
+    figure.legend(
+        handles, ["bf16 cache", "TQ4 cache"], loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=10
+    )
+    figure.subplots_adjust(left=0.37, right=0.99, top=1 - 0.35 / figure.get_figheight(), bottom=0.5 / figure.get_figheight())
+    return figure
+
+
+def say_steps(data: dict[str, Any]) -> str:
+    eager = [row["ratio"] for row in data["rows"] if not row["compiled"]]
+    compiled = ", ".join(f"{row['ratio']:.2f}" for row in data["rows"] if row["compiled"])
+    slower = sum(ratio < 1 for ratio in eager)
+    low, high = (f"{100 * (ratio - 1):.0f}" for ratio in data["offsets"])
+    default = f"over keys with offsets, the default, an attention call takes {low} to {high} % longer"
+    plain = f"Measured over plain TQ4; {default}. " if data["plain"] else ""
+    return (
+        f"`generate` with a model of 8B shape in bf16, transformers' own caches against ours, on one {data['gpu']} "
+        f"({data['date']}): {min(eager):.2f} to {max(eager):.2f} times as fast, compiled {compiled}. "
+        f"In {slower} of {len(eager)} eager cases it is slower: short contexts and single sequences wait for Python. "
+        f"{plain}All of it: [Performance](performance.md), {', '.join(f'`{name}`' for name in data['files'])}."
+    )
+
+
+def _case(row: dict[str, Any], most: int) -> str:
+    """What a row is of: sequences and tokens, and what sets it apart from the others."""
+    what = f"{row['batch']} x {row['context']:,}"
+    layers = f"{row['layers']} of {most} layers" if row["layers"] != most else ""
+    return "\n".join(filter(None, [what, "compiled" if row["compiled"] else "", layers]))
+
+
+def quality() -> dict[str, Any]:
+    """Divergence from the exact cache against bytes of a token's key and value in one head, by model and format."""
+    found = load("quality-real.json")["rows"]
+    models = []
+    for model, (title, head_dim) in _MODELS.items():
+        points = [
+            {"format": row["format"], "bytes": float(row["bytes_per_token_head"]), "kl": round(row["kl"], 4)}
+            for row in found
+            if row["model"] == model and row["context"] == _CONTEXT and not row.get("decode")
+        ]
+        models.append({"title": f"{title}, head dimension {head_dim}", "bf16": 4 * head_dim, "points": points})
+    return {"context": _CONTEXT, "models": models}
+
+
+def say_quality(data: dict[str, Any]) -> str:
+    fewer, less = [], []
+    for model in data["models"]:
+        found = {point["format"]: point for point in model["points"]}
+        fewer.append(model["bf16"] / found["tq4"]["bytes"])
+        less.append(found["plain"]["kl"] / found["tq4"]["kl"])
+    return (
+        f"How far the next token's distribution moves from the exact one (KL divergence), over windows of {data['context']} "
+        f"tokens. In {min(fewer):.1f} to {max(fewer):.1f} times fewer bytes than bf16, TQ4 with keys around offsets and scales "
+        f"from a text loses {min(less):.0f} to {max(less):.0f} times less than plain TQ4. These two small models are the "
+        f"pretrained ones that were measured ([Quality](quality.md), `quality-real.json`)."
+    )
+
+
+def draw_quality(data: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(WIDTH, 6.2), layout="constrained")
+    axes = figure.subplots(len(data["models"]), 1)
+    for axis, model in zip(axes, data["models"], strict=True):
+        lowest, highest = (f(point["kl"] for point in model["points"]) for f in (min, max))
+        heights = _apart([point["kl"] for point in model["points"]], (highest / lowest) ** (1 / 11))
+        for point, height in zip(model["points"], heights, strict=True):
+            ours, plain = point["format"].startswith("tq4"), point["format"] == "plain"
+            colour, marker = (OURS, "o") if ours or plain else (OTHER, "s")
+            axis.plot(point["bytes"], point["kl"], marker, color=colour, markersize=7, mfc="white" if plain else colour)
+            side = -1 if point["bytes"] > 0.4 * model["bf16"] else 1
+            beside = point["bytes"] + side * 0.018 * model["bf16"]
+            axis.plot([point["bytes"], beside], [point["kl"], height], color=colour, linewidth=0.8)
+            axis.text(
+                beside + side * 0.003 * model["bf16"],
+                height,
+                f"{_FORMATS[point['format']]}: {point['kl']:.3g}",
+                ha="right" if side < 0 else "left",
+                va="center",
+                fontsize=9.4,
+            )
+        axis.set_yscale("log")
+        axis.set_ylim(lowest / 1.6, highest * 1.6)
+        axis.set_xlim(0.245 * model["bf16"], 0.52 * model["bf16"])
+        ticks = sorted({round(point["bytes"]) for point in model["points"] if point["format"] in ("tq4", "fp8")})
+        axis.xaxis.set_major_locator(FixedLocator(ticks))
+        axis.xaxis.set_minor_locator(NullLocator())
+        decades = [x for x in (0.01, 0.03, 0.1, 0.3, 1.0, 3.0) if lowest / 1.6 < x < highest * 1.6]
+        axis.set_yticks(decades, [f"{x:g}" for x in decades])
+        axis.yaxis.set_minor_locator(NullLocator())
+        axis.grid(axis="y", color=LIGHT, linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.set_title(f"{model['title']} (bf16: {model['bf16']} bytes)", loc="left")
+        axis.set_ylabel("KL, nats")
+    axes[-1].set_xlabel("bytes of a token in one head; lower and further left is better")
+    return figure
+
+
+def _apart(heights: list[float], ratio: float) -> list[float]:
+    """Heights of labels on a logarithmic axis: each at least ``ratio`` above the one below it."""
+    found = list(heights)
+    order = sorted(range(len(found)), key=lambda i: found[i])
+    for below, above in itertools.pairwise(order):
+        found[above] = max(found[above], ratio * found[below])
+    return found
+
+
+def decode() -> dict[str, Any]:
+    """Microseconds of one attention call against context, by batch."""
+    _, found = newest("decode-contexts-*.json")
+    panels = []
+    for batch in (1, 16):
+        rows = [row for row in found["rows"] if row["id"] == f"batch{batch}"]
+        lines = {key: [round(1000 * row[key], 2) for row in rows] for key in ("best_fp16_ms", "ours_ms", "floor_ms")}
+        panels.append({"batch": batch, "context": [row["shape"][4] for row in rows], **lines})
+    return {"gpu": found["environment"]["gpu"], "date": found["environment"]["date"], "panels": panels}
+
+
+def draw_decode(data: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(WIDTH, 5.8), layout="constrained")
+    axes = figure.subplots(len(data["panels"]), 1, sharex=True)
+    for axis, panel in zip(axes, data["panels"], strict=True):
+        for key, label, colour, style in (
+            ("best_fp16_ms", "fp16, best of PyTorch", DENSE, "s-"),
+            ("ours_ms", "TQ4, native kernel", OURS, "o-"),
+            ("floor_ms", "bytes at read bandwidth", "black", ":"),
+        ):
+            axis.plot(panel["context"], panel[key], style, color=colour, label=label, markersize=4.5)
+        axis.set(xscale="log", yscale="log", ylabel="one call, microseconds")
+        axis.set_title(f"batch {panel['batch']}", loc="left")
+        axis.grid(color=LIGHT, linewidth=0.6)
+    ticks = max((panel["context"] for panel in data["panels"]), key=len)[::2]
+    axes[-1].set_xticks(ticks, [f"{tokens:,}" for tokens in ticks])
+    axes[-1].xaxis.set_minor_locator(NullLocator())
+    axes[-1].set_xlabel("context, tokens")
+    axes[0].legend(frameon=False, fontsize=9)
+    return figure
+
+
+def say_decode(data: dict[str, Any]) -> str:
+    return f"One attention call on one {data['gpu']} ({data['date']}), cold L2, CUDA graphs, plain TQ4, 32 / 8 heads of 128."
