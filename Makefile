@@ -7,8 +7,9 @@ PIP := -m pip install --quiet --disable-pip-version-check
 TEST_JOBS ?= 2
 # Not the newest, which may be a build of gigabytes: what the lock has, unless asked for by NEWEST_TORCH=torch.
 NEWEST_TORCH ?= $(shell grep -o '^torch==[0-9.]*' constraints.txt)
+OLDEST_TORCH ?= $(NEWEST_TORCH)
 
-.PHONY: demo test docs pictures test-newest lock check clean
+.PHONY: demo test docs pictures test-newest test-oldest lock check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m turboquant_vllm.demo --out demo-out
@@ -43,6 +44,16 @@ test-newest:
 	$(VENV)-newest/bin/python $(PIP) --editable ".[dev]"
 	$(VENV)-newest/bin/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
 
+# The lowest releases that pyproject.toml allows, all at once; torch as in the lock, unless asked for by OLDEST_TORCH=torch==2.8.0.
+test-oldest:
+	$(PYTHON) -m venv --clear $(VENV)-oldest
+	$(VENV)-oldest/bin/python $(PIP) "uv>=0.8" "$(OLDEST_TORCH)"
+	echo "$(OLDEST_TORCH)" > $(VENV)-oldest/torch.txt
+	$(VENV)-oldest/bin/uv pip compile pyproject.toml --extra dev --resolution lowest-direct --quiet --no-annotate \
+		--constraint $(VENV)-oldest/torch.txt --output-file $(VENV)-oldest/lowest.txt
+	$(VENV)-oldest/bin/python $(PIP) --constraint $(VENV)-oldest/lowest.txt --editable ".[dev]"
+	$(VENV)-oldest/bin/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+
 # torch's own requirements are those of its build for CUDA, which a build for CPUs
 # shares or lacks, so that both take this file.
 lock:
@@ -52,4 +63,4 @@ lock:
 		--custom-compile-command "make lock" --output-file constraints.txt
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-lock demo-out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-lock demo-out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

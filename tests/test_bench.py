@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.machinery
 import json
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ pytest.importorskip("typer")
 from typer.testing import CliRunner
 
 from turboquant_vllm import cli
-from turboquant_vllm.bench import PARTS, kernels, machine, parts, run, run_bench
+from turboquant_vllm.bench import PARTS, kernels, machine, others, parts, run, run_bench
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 # Made before result files had the command that makes them; each loses its place here when it is made again.
@@ -93,6 +96,35 @@ def test_quality_is_measured_once_for_all_formats(monkeypatch: pytest.MonkeyPatc
     assert run_bench("quality", device="cpu")["rows"]
     result = bench("quality", "--device", "cpu", "--plot", str(tmp_path))
     assert (tmp_path / "quality.png").exists(), result.output
+
+
+def test_other_libraries_are_compared_if_they_agree(monkeypatch: pytest.MonkeyPatch, randn: Any) -> None:
+    """Stand-ins for libraries that need a GPU, by their public signatures."""
+
+    def flash_attn_func(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> torch.Tensor:
+        states = (x.transpose(1, 2) for x in (q, k, v))
+        return torch.nn.functional.scaled_dot_product_attention(*states, is_causal=causal, enable_gqa=True).transpose(1, 2)
+
+    def single_decode_with_kv_cache(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return flash_attn_func(q[None, None], k[None], v[None], False)[0, 0] * scale
+
+    scale = 1.0
+    stubs = {"flash_attn": {"flash_attn_func": flash_attn_func},
+             "flashinfer": {"single_decode_with_kv_cache": single_decode_with_kv_cache}}  # fmt: skip
+    for name, functions in stubs.items():
+        module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        vars(module).update(functions)
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    q, k, v = randn(1, 4, 1, 16), randn(1, 2, 9, 16), randn(1, 2, 9, 16)
+    assert set(others.other_attentions(q, k, v, False)) == {"flash-attn", "FlashInfer"}
+    scale = 1.1
+    assert set(others.other_attentions(q, k, v, False)) == {"flash-attn"}
+    two = (x.repeat(2, 1, 1, 1) for x in (q, k, v))
+    assert set(others.other_attentions(*two, False)) == {"flash-attn"}  # type: ignore[misc]
+    prompt = randn(1, 4, 9, 16)
+    assert set(others.other_attentions(prompt, k, v, True)) == {"flash-attn"}  # the stand-in has nothing else
 
 
 def test_what_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
