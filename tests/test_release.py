@@ -78,6 +78,7 @@ def test_what_is_in_them(distributions: tuple[Path, Path]) -> None:
     assert {f"turboquant_vllm/{path.relative_to(package)}" for path in package.rglob("*.py")} <= inside
     assert not [name for name in inside if name.startswith("turboquant_vllm/demo/model/")]
     assert wheel.stat().st_size < MOST_BYTES
+    assert source.stat().st_size < 2 * MOST_BYTES
     assert f"-{turboquant_vllm.__version__}" in wheel.name
     with tarfile.open(source) as packed:
         names = {name.split("/", 1)[-1] for name in packed.getnames()}
