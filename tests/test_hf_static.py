@@ -102,6 +102,7 @@ def test_generate_and_generate_again_after_reset(family, options, generator):
         ("llama", "tq4", 12, 5),
         ("llama", "tq4", 12, 0),
         ("llama", "sdpa", 12, 5),
+        ("falcon_h1", "tq4", 12, 5),
         ("gemma3", "tq4", 12, 5),
         ("gemma3", "tq4", 5, 0),  # begins within the window, ends beyond it
     ],

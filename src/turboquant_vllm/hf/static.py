@@ -310,7 +310,7 @@ class PagedLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace sequence i by sequence ``beam_idx[i]``."""
-        self.batch_select_indices(beam_idx)
+        PagedLayer.batch_select_indices(self, beam_idx)  # not that of a class which selects more
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences of an index, int64 ``[n]``, or of a mask, bool ``[B]``; as many as there were stay in place."""
@@ -331,7 +331,7 @@ class PagedLayer(CacheLayerMixin):
         """Repeat each sequence ``repeats`` times, one behind the other."""
         if self.buffer is not None:
             sequences = torch.arange(self.block_table.shape[0], device=self.device)
-            self.batch_select_indices(sequences.repeat_interleave(repeats))
+            PagedLayer.batch_select_indices(self, sequences.repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Nothing: the pages must stay where they are."""
