@@ -321,8 +321,8 @@ def test_what_is_no_configuration_is_refused(tmp_path):
     ("shapes", "message"),
     [
         (((1, 2, 3, 48), (1, 2, 3, 32)), r"layer 0: expected keys and values of one shape.*skip_layers=\(0,\)"),
-        (((1, 2, 3, 33), (1, 2, 3, 33)), r"layer 0: expected an even head dimension from 16 to 256, got 33"),
-        (((1, 2, 3, 512), (1, 2, 3, 512)), r"expected an even head dimension from 16 to 256, got 512"),
+        (((1, 2, 3, 33), (1, 2, 3, 33)), r"layer 0: expected an even head dimension from 16 to 512, got 33"),
+        (((1, 2, 3, 514), (1, 2, 3, 514)), r"expected an even head dimension from 16 to 512, got 514"),
     ],
 )
 def test_states_that_cannot_be_packed_are_refused(shapes, message):

@@ -237,7 +237,7 @@ LAYERS = [
     (lambda t, h: t.pop("1.norms"), "layer 1: expected codes and norms of 15 tokens, got .'1.codes'."),
     (lambda t, h: t.update({"1.norms": t["1.norms"].half()}), "layer 1: expected uint8 codes and float32 norms"),
     (lambda t, h: t.update({"1.norms": t["1.norms"][..., :-1].clone()}), "layer 1: expected uint8 codes"),
-    (lambda t, h: narrow(t, "1.codes", 4, 3), "layer 1: expected codes of keys and values of head dimension 16 to 256"),
+    (lambda t, h: narrow(t, "1.codes", 4, 3), "layer 1: expected codes of keys and values of head dimension 16 to 512"),
     (lambda t, h: [narrow(t, name, 0, 1) for name in ("1.codes", "1.norms")], "layer 1: expected codes of keys and values"),
 ]
 

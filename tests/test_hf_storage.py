@@ -56,7 +56,7 @@ def test_a_first_call_takes_what_it_needs(count):
     assert needed <= layer.nbytes <= needed * 17 // 16
 
 
-@pytest.mark.parametrize("head_dim", [16, 18, 32, 64, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 18, 32, 64, 96, 128, 256, 512])
 @pytest.mark.parametrize("prompt", [1, 7, 16, 20, 250])
 @pytest.mark.parametrize("window", [None, 21, 4096])
 def test_a_short_text_never_takes_more_than_in_bf16(head_dim, prompt, window):

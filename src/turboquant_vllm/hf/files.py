@@ -190,7 +190,7 @@ def _check_layer(path: Any, index: int, layer: object, tensors: Tensors) -> list
         if (first.dtype, second.dtype) != (torch.uint8, torch.float32) or first.dim() != 5 or first.shape[:-1] != second.shape:
             raise ValueError(f"{where}: expected uint8 codes and float32 norms of 5 and 4 dimensions, got {got}")
         if first.shape[0] != 2 or not MIN_HEAD_DIM <= 2 * first.shape[4] <= MAX_HEAD_DIM:
-            raise ValueError(f"{where}: expected codes of keys and values of head dimension 16 to 256, got {got}")
+            raise ValueError(f"{where}: expected codes of keys and values of head dimension 16 to {MAX_HEAD_DIM}, got {got}")
         if layer.get("dtype") not in tuple(_DTYPES):
             raise ValueError(f"{where}: expected dtype {', '.join(_DTYPES)}, got {layer.get('dtype')!r}")
         least, count = _kept(window, length), first.shape[3]

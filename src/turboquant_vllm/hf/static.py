@@ -151,7 +151,7 @@ class PagedLayer(CacheLayerMixin):
     def _write(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
         assert self.codec is not None
         assert self.buffer is not None
-        backend = store_backend(keys.dtype, self._native, keys.device)
+        backend = store_backend(keys, self._native, self.key_offsets)
         slots, previous = self._slots(positions), None
         if self.key_offsets:
             before = positions - 1

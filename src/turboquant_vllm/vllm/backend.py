@@ -10,6 +10,7 @@ import torch
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
+from turboquant_vllm.checks import MAX_HEAD_DIM
 from turboquant_vllm.paged import MAX_PAGE_SIZE, MIN_PAGE_SIZE
 from turboquant_vllm.records import GROUP
 from turboquant_vllm.vllm import CACHE_DTYPE
@@ -71,7 +72,7 @@ class TQ4Backend(AttentionBackend):
 
     @classmethod
     def supports_head_size(cls, head_size: int) -> bool:
-        return 16 <= head_size <= 256 and head_size % 16 == 0
+        return 16 <= head_size <= MAX_HEAD_DIM and head_size % 16 == 0
 
     @classmethod
     def supports_sliding_window(cls) -> bool:
