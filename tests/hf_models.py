@@ -12,7 +12,12 @@ import torch
 import transformers
 from packaging.version import Version
 from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 from transformers.masking_utils import eager_mask
 
 from turboquant_vllm import TQ4Codec
@@ -96,6 +101,31 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], str]] = {
     "trained": ("LlamaConfig", {}, "sdpa"),  # the model of the demo
 }  # fmt: skip
 
+# Of models with recurrent states: in layers of their own, or side by side with attention.
+_MAMBA = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_ssm": 128,
+    "mamba_n_groups": 1,
+    "mamba_d_state": 8,
+    "mamba_chunk_size": 8,
+}
+_ZAMBA2: dict[str, Any] = {
+    "layers_block_type": ["linear_attention", "hybrid"], "attention_hidden_size": 128, "attention_head_dim": 32,
+    "n_mamba_heads": 8, "mamba_headdim": 16, "mamba_ngroups": 1, "mamba_d_state": 8, "chunk_size": 8, "adapter_rank": 16,
+}  # fmt: skip
+HYBRIDS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "falcon_h1": ("FalconH1Config", {**_COMMON, **_MAMBA}, "sdpa"),
+    "zaya": (
+        "ZayaConfig",
+        {**_HEADS, "layer_types": ["hybrid_sliding", "hybrid"], "sliding_window": WINDOW, "num_experts": 4,
+         "num_experts_per_tok": 1, "moe_intermediate_size": 64},
+        "sdpa",
+    ),
+    "bamba": ("BambaConfig", {**_COMMON, **_MAMBA, "attn_layer_indices": [1]}, "sdpa"),
+    "lfm2": ("Lfm2Config", {**_COMMON, "layer_types": ["conv", "full_attention"]}, "sdpa"),
+}  # fmt: skip
+
 # Of families that attend in their own way, whatever they are asked for: class of the configuration, its arguments.
 _CODEGEN = {**_GPT2, "n_head": 4, "rotary_dim": 16}
 OUTSIDERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -110,6 +140,7 @@ REFUSING: dict[str, tuple[str, dict[str, Any]]] = {
 _GPTJ = {**_GPT2, "rotary_dim": 16}
 if Version(transformers.__version__) >= Version("5.24"):
     _TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    HYBRIDS["zamba2"] = ("Zamba2Config", {**_COMMON, **_ZAMBA2}, "sdpa")  # which earlier releases do not run with all calls
     FAMILIES["gptj"] = ("GPTJConfig", {**_GPTJ, **_TOKENS}, "sdpa")
     FAMILIES["codegen"] = ("CodeGenConfig", {**_CODEGEN, **_TOKENS}, "sdpa")
 else:
@@ -155,7 +186,7 @@ def oracle_attention(
 
 def make_config(family: str) -> Any:
     """The configuration of a tiny model."""
-    kind, arguments, _ = FAMILIES[family]
+    kind, arguments, _ = {**FAMILIES, **HYBRIDS}[family]
     if family == "trained":
         return transformers.AutoConfig.from_pretrained(MODEL)
     return getattr(transformers, kind)(**copy.deepcopy(arguments))
@@ -206,12 +237,16 @@ class _RoundTrip:
         return (key_states, value_states) if first and self.exact_prefill else returned
 
 
-class _RoundTripLayer(_RoundTrip, DynamicLayer):
-    pass
-
-
-class _RoundTripSlidingLayer(_RoundTrip, DynamicSlidingWindowLayer):
-    pass
+# Layers of transformers' growing cache that keep keys and values, and the same behind a round trip.
+_ROUND_TRIPS = {
+    kind: type(f"RoundTrip{kind.__name__}", (_RoundTrip, kind), {})
+    for kind in (
+        DynamicLayer,
+        DynamicSlidingWindowLayer,
+        LinearAttentionAndFullAttentionLayer,
+        LinearAttentionAndSlidingWindowAttentionLayer,
+    )
+}
 
 
 def reference_cache(
@@ -224,12 +259,10 @@ def reference_cache(
     for index, layer in enumerate(cache.layers):
         if index in skip_layers:
             continue
-        if type(layer) is DynamicLayer:
-            cache.layers[index] = _RoundTripLayer()
-        elif type(layer) is DynamicSlidingWindowLayer:
-            cache.layers[index] = _RoundTripSlidingLayer(layer.sliding_window)
-        else:
+        if type(layer) not in _ROUND_TRIPS:
             continue
+        options = {name: getattr(layer, name) for name in ("sliding_window", "number_of_states") if hasattr(layer, name)}
+        cache.layers[index] = _ROUND_TRIPS[type(layer)](**options)
         cache.layers[index].exact_prefill = exact_prefill
     return cache
 

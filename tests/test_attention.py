@@ -40,7 +40,7 @@ def expected(
     group=st.sampled_from([1, 2, 5, 7]),
     q_len=st.integers(0, 9),
     kv_len=st.integers(0, 30),
-    head_dim=st.sampled_from([16, 18, 64, 80, 256]),
+    head_dim=st.sampled_from([16, 18, 64, 80, 256, 512]),
     dtype=st.sampled_from(DTYPES),
     dense_values=st.booleans(),
     is_causal=st.booleans(),

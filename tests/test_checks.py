@@ -64,9 +64,9 @@ TYPES: list[tuple[Callable[[], Arguments], str]] = [
 ]
 VALUES: list[tuple[Callable[[], Arguments], str]] = [
     (lambda: {"q": q(H_Q, N_Q, D)}, "q must have shape [batch, num_heads, q_len, head_dim], got [4, 3, 64]"),
-    (lambda: {"q": q(B, H_Q, N_Q, 63)}, "q must have an even head_dim from 2 to 256, got 63"),
-    (lambda: {"q": q(B, H_Q, N_Q, 258)}, "q must have an even head_dim from 2 to 256, got 258"),
-    (lambda: {"q": q(B, H_Q, N_Q, 0)}, "q must have an even head_dim from 2 to 256, got 0"),
+    (lambda: {"q": q(B, H_Q, N_Q, 63)}, "q must have an even head_dim from 2 to 512, got 63"),
+    (lambda: {"q": q(B, H_Q, N_Q, 514)}, "q must have an even head_dim from 2 to 512, got 514"),
+    (lambda: {"q": q(B, H_Q, N_Q, 0)}, "q must have an even head_dim from 2 to 512, got 0"),
     (lambda: {"q": q(B, 5, N_Q, D)}, "q must have a multiple of k.codes's 2 heads, got 5"),
     (lambda: {"q": q(B, 1, N_Q, D)}, "q must have a multiple of k.codes's 2 heads, got 1"),
     (lambda: {"q": q(B, 0, N_Q, D)}, "q must have a multiple of k.codes's 2 heads, got 0"),

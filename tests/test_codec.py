@@ -88,7 +88,7 @@ def test_decompress_rounds_once_to_the_dtype(generator: torch.Generator, randn: 
 # Error
 
 
-@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 192, 256, 512])
 def test_relative_error_is_the_one_promised(randn: Randn, head_dim: int) -> None:
     codec = TQ4Codec(head_dim, scale="norm")
     x = randn(4_000_000 // head_dim, head_dim)

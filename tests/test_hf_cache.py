@@ -248,11 +248,11 @@ def test_every_layer_is_packed_unless_told_otherwise():
 def test_bytes_are_those_of_all_layers():
     model = make_model("llama", dtype=torch.float32)
     group = 2 * DIM + 16  # offset, outlier and steps
-    for offsets, expected in ((False, 2 * 20 * (DIM // 2 + 4)), (True, 2 * 64 * (DIM // 2 + 4) + group)):
+    for offsets, expected in ((False, 2 * 20 * (DIM // 2 + 4)), (True, 2 * 20 * (DIM // 2 + 4) + group)):
         cache = TurboQuantCache(model.config, skip_layers=(1,), key_offsets=offsets)
         model(torch.arange(3, 23)[None], **{CACHE_ARGUMENT: cache})
         packed, dense = cache.layers
-        assert packed.nbytes == HEADS * expected  # with offsets there is room for whole groups
+        assert packed.nbytes == HEADS * expected
         assert cache.nbytes == packed.nbytes + 2 * dense.keys.nbytes
 
 
@@ -321,8 +321,8 @@ def test_what_is_no_configuration_is_refused(tmp_path):
     ("shapes", "message"),
     [
         (((1, 2, 3, 48), (1, 2, 3, 32)), r"layer 0: expected keys and values of one shape.*skip_layers=\(0,\)"),
-        (((1, 2, 3, 33), (1, 2, 3, 33)), r"layer 0: expected an even head dimension from 16 to 256, got 33"),
-        (((1, 2, 3, 512), (1, 2, 3, 512)), r"expected an even head dimension from 16 to 256, got 512"),
+        (((1, 2, 3, 33), (1, 2, 3, 33)), r"layer 0: expected an even head dimension from 16 to 512, got 33"),
+        (((1, 2, 3, 514), (1, 2, 3, 514)), r"expected an even head dimension from 16 to 512, got 514"),
     ],
 )
 def test_states_that_cannot_be_packed_are_refused(shapes, message):

@@ -208,9 +208,9 @@ LAYERS = [
     (lambda t, h: h.update(layers={}), r"expected layers to be a list, got \{\}"),
     (lambda t, h: h["layers"].pop(), "expected tensors of 1 layers, got .'1.codes', '1.norms'. beside them"),
     (lambda t, h: h["layers"].append({"kind": "none", "length": 0}), "expected 2 layers, got 3"),
-    (lambda t, h: h.update(layers=[1, 2]), "layer 0: expected kind packed, dense or none, got 1"),
-    (lambda t, h: h["layers"][1].update(kind="other"), "layer 1: expected kind packed, dense or none, got 'other'"),
-    (lambda t, h: h["layers"][1].update(kind=["packed"]), "layer 1: expected kind packed, dense or none, got "),
+    (lambda t, h: h.update(layers=[1, 2]), "layer 0: expected kind packed, dense, states, none, got 1"),
+    (lambda t, h: h["layers"][1].update(kind="other"), "layer 1: expected kind packed, dense, states, none, got 'other'"),
+    (lambda t, h: h["layers"][1].update(kind=["packed"]), "layer 1: expected kind packed, dense, states, none, got "),
     (lambda t, h: h["layers"][1].update(kind="dense"), "expected keys and values of 15 tokens, got"),
     (lambda t, h: h["layers"][0].update(length=14.0), "layer 0: expected length to be a whole number from 0 to .*, got 14.0"),
     (lambda t, h: h["layers"][0].update(length=2**63), "layer 0: expected length to be a whole number from 0 to "),
@@ -237,7 +237,7 @@ LAYERS = [
     (lambda t, h: t.pop("1.norms"), "layer 1: expected codes and norms of 15 tokens, got .'1.codes'."),
     (lambda t, h: t.update({"1.norms": t["1.norms"].half()}), "layer 1: expected uint8 codes and float32 norms"),
     (lambda t, h: t.update({"1.norms": t["1.norms"][..., :-1].clone()}), "layer 1: expected uint8 codes"),
-    (lambda t, h: narrow(t, "1.codes", 4, 3), "layer 1: expected codes of keys and values of head dimension 16 to 256"),
+    (lambda t, h: narrow(t, "1.codes", 4, 3), "layer 1: expected codes of keys and values of head dimension 16 to 512"),
     (lambda t, h: [narrow(t, name, 0, 1) for name in ("1.codes", "1.norms")], "layer 1: expected codes of keys and values"),
 ]
 

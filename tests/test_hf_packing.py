@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from transformers import FalconH1Config, FalconH1ForCausalLM, LlamaConfig, MoshiConfig
+from transformers import LlamaConfig, MoshiConfig
 
 from hf_models import FAMILIES, VOCABULARY, assert_same, make_config, make_model, one_thread  # noqa: F401
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
@@ -44,9 +44,9 @@ def test_growing_and_static_caches_pack_the_same_layers(family):
 
 
 def test_each_layer_that_stays_dense_has_its_reason():
-    kinds = ["hybrid", "linear_attention", "full_attention", "conv"]
-    reasons = ["attention and a recurrent state side by side", "linear attention", "", "linear attention"]
-    assert why_dense(LlamaConfig(num_hidden_layers=4, layer_types=kinds)) == reasons
+    kinds = ["hybrid", "linear_attention", "full_attention", "conv", "hybrid_sliding"]
+    reasons = ["", "linear attention", "", "linear attention", ""]
+    assert why_dense(LlamaConfig(num_hidden_layers=5, layer_types=kinds, sliding_window=8)) == reasons
 
 
 # What verify measures and counts
@@ -79,14 +79,19 @@ def test_bytes_are_counted_once_and_for_layers_with_a_cache():
 
 
 def test_a_model_of_which_nothing_is_packed_is_not_measured():
-    config = FalconH1Config(
-        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=16, mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8,
-    )  # fmt: skip
-    with pytest.raises(
-        ValueError, match=r"kept in 4 bits, a model \(FalconH1ForCausalLM\) has attention and a recurrent state"
-    ):
-        check_cache(FalconH1ForCausalLM(config).eval(), "a model")
+    with pytest.raises(ValueError, match=r"kept in 4 bits, a model \(DeepseekV3ForCausalLM\) has multi-head latent attention"):
+        check_cache(make_model("deepseek_v3"), "a model")
+
+
+@torch.no_grad()
+def test_attention_beside_a_recurrent_state_is_measured(generator):
+    model = make_model("falcon_h1", "sdpa")
+    assert check_cache(model, "a model").packed == {0: (2, 16, 16), 1: (2, 16, 16)}
+    ids = torch.randint(3, VOCABULARY, (1, 20), generator=generator)
+    cache = TurboQuantCache(model.config, exact_prefill=False, key_offsets=False)
+    want = model(ids, **{CACHE_ARGUMENT: cache}).logits
+    with cache_format(model, TQ4Format()):
+        assert_same(model(ids, use_cache=False).logits, want)
 
 
 def test_masks_without_the_window_of_the_configuration():

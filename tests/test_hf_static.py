@@ -102,6 +102,7 @@ def test_generate_and_generate_again_after_reset(family, options, generator):
         ("llama", "tq4", 12, 5),
         ("llama", "tq4", 12, 0),
         ("llama", "sdpa", 12, 5),
+        ("falcon_h1", "tq4", 12, 5),
         ("gemma3", "tq4", 12, 5),
         ("gemma3", "tq4", 5, 0),  # begins within the window, ends beyond it
     ],
@@ -295,7 +296,8 @@ def test_generate_with_too_little_room_says_so(attention, skipped, generator):
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gemma3n"])
 def test_dense_layers_take_every_option_of_packed_ones(family, skipped, attention, generator):
     model = model_of(family, attention)
-    skipped = tuple(layer for layer in skipped if layer < model.config.num_hidden_layers)
+    # Releases differ in whether layers that use those of others have a place in a cache.
+    skipped = tuple(layer for layer in skipped if layer < len(TurboQuantCache(model.config).layers))
     for offsets in (False, True):
         options = {"skip_layers": skipped, "exact_prefill": False, "seed": 7, "key_offsets": offsets}
         ids, mask = tokens(generator, 2, 15), torch.ones(2, 15, dtype=torch.long)

@@ -131,7 +131,7 @@ def test_groups(call: Callable[..., Call], group: int, q_len: int) -> None:
     assert_as_expected(call(q_len, 33, group=group, dtype=torch.float32, is_causal=True))
 
 
-@pytest.mark.parametrize("head_dim", [2, 16, 64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [2, 16, 64, 80, 96, 128, 192, 256, 512])
 @pytest.mark.parametrize("packed", PACKED)
 def test_head_dims(call: Callable[..., Call], head_dim: int, packed: tuple[bool, bool]) -> None:
     assert_as_expected(call(2, 40, head_dim=head_dim, packed=packed, dtype=torch.float32))

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm import PagedTQ4Cache, TQ4Codec, ops, tq4_store
-from turboquant_vllm.limits import why_not_store
+from turboquant_vllm.limits import why_not_store, why_not_store_triton
 from turboquant_vllm.store import why_not_backend
 
 HALF, BF16, FULL = torch.float16, torch.bfloat16, torch.float32
@@ -26,7 +26,7 @@ def store(case: StoreCase, backend: str = "auto") -> None:
     seed=st.integers(0, 2**31),
     tokens=st.integers(0, 40),
     heads=st.integers(1, 5),
-    head_dim=st.sampled_from([16, 64, 80, 96, 128, 192, 256]),
+    head_dim=st.sampled_from([16, 64, 80, 96, 128, 192, 256, 512]),
     dtype=st.sampled_from([HALF, BF16, FULL]),
     page_size=st.sampled_from([16, 48, 256]),
     layout=st.sampled_from(["contiguous", "transposed", "odd"]),
@@ -140,3 +140,12 @@ def test_a_cache_that_somebody_else_owns_is_written_in_place(generator):
     view = PagedTQ4Cache(case.cache.buffer, page_size=16, num_kv_heads=3, head_dim=64)
     store(case)
     assert torch.equal(view.k_codes, case.cache.k_codes)
+
+
+def test_where_triton_stores_no_wide_keys_with_offsets(monkeypatch):
+    device = torch.device("cuda")
+    assert not why_not_store_triton(device, 512, True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not why_not_store_triton(device, 256, True)
+    assert not why_not_store_triton(device, 512, False)
+    assert why_not_store_triton(device, 512, True).endswith("head_dim up to 256 on GPUs that are not NVIDIA's, got 512")

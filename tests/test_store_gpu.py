@@ -62,6 +62,8 @@ def test_store(generator, backend, dtype, head_dim, layout):
         (128, "hadamard", HALF, "odd"),
         (192, "haar", HALF, "contiguous"),
         (256, "haar", BF16, "contiguous"),
+        (512, "hadamard", BF16, "contiguous"),
+        (512, "haar", HALF, "odd"),
         (128, "hadamard", FULL, "transposed"),
     ],
 )

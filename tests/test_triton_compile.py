@@ -54,15 +54,37 @@ CALLS = {
     "decode-offsets": {"dtype": HALF, "head_dim": 128, "group": 4, "offsets": True},
     "decode-offsets-256": {"dtype": BF16, "head_dim": 256, "group": 8, "offsets": True},
     "some-rows-offsets": {"dtype": BF16, "head_dim": 96, "group": 4, "q_len": 17, "offsets": True},
+    "decode-512": {"dtype": BF16, "head_dim": 512, "group": 8},
+    "some-rows-512": {"dtype": BF16, "head_dim": 512, "group": 4, "q_len": 17, "offsets": True},
+    "many-rows-512": {"dtype": BF16, "head_dim": 512, "group": 4, "q_len": 70},
     "many-rows-offsets": {"dtype": BF16, "head_dim": 256, "group": 4, "q_len": 70, "offsets": True},
 }
 # Architectures with little shared memory get the calls that take most of it.
 FITS = {
-    "sm_80": ["decode", "many-rows", "decode-offsets-256"],
+    "sm_80": ["decode", "many-rows", "decode-offsets-256", "some-rows-512"],
     "sm_90": ["some-rows", "many-rows-packed-keys", "many-rows-dense", "float32", "some-rows-offsets"],
-    "sm_100": ["decode", "many-rows", "some-rows-offsets"],
-    "sm_120": ["decode", "some-rows", "many-rows", "many-rows-256", "decode-masks", "decode-offsets", "many-rows-offsets"],
-    "gfx942": ["decode", "some-rows", "many-rows", "many-rows-256", "float32", "many-rows-masks", "decode-offsets-256"],
+    "sm_100": ["decode", "many-rows", "some-rows-offsets", "decode-512"],
+    "sm_120": [
+        "decode",
+        "some-rows",
+        "many-rows",
+        "many-rows-256",
+        "decode-masks",
+        "decode-offsets",
+        "many-rows-offsets",
+        "many-rows-512",
+    ],
+    "gfx942": [
+        "decode",
+        "some-rows",
+        "many-rows",
+        "many-rows-256",
+        "float32",
+        "many-rows-masks",
+        "decode-offsets-256",
+        "some-rows-512",
+        "many-rows-512",
+    ],
 }
 
 
@@ -210,7 +232,14 @@ def _cuobjdump(option: str, cubin: Any) -> str:
 @pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120", "gfx942"], indirect=True)
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "rotation"),
-    [(HALF, 128, "hadamard"), (BF16, 256, "hadamard"), (BF16, 256, "haar"), (FULL, 96, "haar")],
+    [
+        (HALF, 128, "hadamard"),
+        (BF16, 256, "hadamard"),
+        (BF16, 256, "haar"),
+        (FULL, 96, "haar"),
+        (BF16, 512, "hadamard"),
+        (BF16, 512, "haar"),
+    ],
 )
 def test_compress_and_decompress_fit(generator, target, compiled, dtype, head_dim, rotation):
     from turboquant_vllm.triton.compress import compress, decompress
@@ -306,6 +335,7 @@ def test_store_fits(generator, target, compiled, dtype, head_dim):
         ("sm_100", BF16, 256, "hadamard", True),
         ("sm_120", BF16, 256, "haar", True),
         ("gfx942", BF16, 256, "hadamard", True),
+        ("sm_120", HALF, 512, "hadamard", False),
     ],
     indirect=["target"],
 )

@@ -32,6 +32,9 @@ DECODE = [
     (BF16, 128, 8, 1, PACKED, False),
     (BF16, 128, 16, 1, PACKED, False),
     (BF16, 256, 5, 1, PACKED, False),
+    (BF16, 512, 8, 1, PACKED, False),
+    (HALF, 512, 16, 1, PACKED, False),
+    (HALF, 320, 4, 1, PACKED_KEYS, False),
     (FULL, 128, 4, 1, PACKED, False),
     (HALF, 128, 4, 1, PACKED_KEYS, False),
     (BF16, 96, 4, 1, PACKED_KEYS, False),
@@ -41,6 +44,8 @@ SOME_ROWS = [
     (HALF, 96, 7, 3, PACKED, True),
     (BF16, 128, 4, 17, PACKED, True),
     (HALF, 256, 4, 5, PACKED, True),
+    (BF16, 512, 4, 17, PACKED, True),
+    (FULL, 512, 4, 3, PACKED, True),
     (BF16, 192, 1, 70, PACKED, False),
     (FULL, 80, 4, 3, PACKED, True),
     (BF16, 128, 4, 17, PACKED_KEYS, True),
@@ -49,6 +54,8 @@ MANY_ROWS = [
     (HALF, 64, 4, 70, PACKED, True),
     (HALF, 128, 1, 300, PACKED, False),
     (HALF, 256, 8, 40, PACKED, True),
+    (BF16, 512, 4, 300, PACKED, True),
+    (BF16, 512, 4, 300, DENSE, True),
     (BF16, 80, 5, 70, PACKED, True),
     (BF16, 128, 4, 300, PACKED, True),
     (FULL, 64, 4, 70, PACKED, True),
@@ -98,7 +105,16 @@ class TestOffsets(OffsetContract):
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "group", "q_len"),
-    [(HALF, 128, 4, 1), (BF16, 128, 8, 1), (BF16, 256, 16, 1), (HALF, 96, 5, 1), (BF16, 80, 4, 17), (HALF, 256, 4, 70)],
+    [
+        (HALF, 128, 4, 1),
+        (BF16, 128, 8, 1),
+        (BF16, 256, 16, 1),
+        (HALF, 96, 5, 1),
+        (BF16, 80, 4, 17),
+        (HALF, 256, 4, 70),
+        (BF16, 512, 8, 1),
+        (HALF, 512, 4, 70),
+    ],
 )
 def test_accuracy_of_keys_with_offsets(run, generator, dtype, head_dim, group, q_len):
     for batch, kv_len in ((2, 299), (1, 5003)):

@@ -53,7 +53,7 @@ class TestOffsets(OffsetContract):
 
 @pytest.mark.parametrize("packed_values", [True, False], ids=["packed", "packed-keys"])
 @pytest.mark.parametrize(
-    ("dtype", "head_dim", "q_len", "kv_len"), [(FULL, 64, 3, 150), (FULL, 20, 140, 70), (HALF, 80, 3, 600)]
+    ("dtype", "head_dim", "q_len", "kv_len"), [(FULL, 64, 3, 150), (FULL, 20, 140, 70), (HALF, 80, 3, 600), (HALF, 512, 3, 150)]
 )
 def test_shapes_with_offsets(run, generator, dtype, head_dim, q_len, kv_len, packed_values):
     sizes = {"head_dim": head_dim, "q_len": q_len, "kv_len": kv_len, "packed": (True, packed_values)}
@@ -91,6 +91,11 @@ def test_causal_sizes(run, generator, dtype):
         (HALF, 256, 8, 1, 33, PACKED, False),
         (HALF, 256, 4, 17, 33, PACKED, True),
         (FULL, 256, 1, 3, 33, PACKED, True),
+        (HALF, 320, 3, 1, 33, PACKED, False),
+        (HALF, 512, 4, 1, 300, PACKED, False),
+        (HALF, 512, 4, 17, 33, PACKED_KEYS, True),
+        (HALF, 512, 16, 17, 33, PACKED, True),  # more than 256 rows
+        (FULL, 512, 1, 3, 33, PACKED, True),
     ],
 )
 def test_shapes(run, generator, dtype, head_dim, group, q_len, kv_len, packed, is_causal):
@@ -197,7 +202,7 @@ def test_sums_over_many_tiles_do_not_shrink(interpreter, generator):
     assert (out.double() - want).abs().max() <= 16 * 2.0**-24 * want.abs().max()
 
 
-CODECS = [(16, "haar"), (20, "haar"), (64, "hadamard"), (96, "haar"), (128, "hadamard"), (256, "hadamard")]
+CODECS = [(16, "haar"), (20, "haar"), (64, "hadamard"), (96, "haar"), (128, "hadamard"), (256, "hadamard"), (512, "hadamard")]
 
 
 @both_dtypes

@@ -53,6 +53,12 @@ def test_offsets_in_float32(run, generator):
     check_batch(run, random_batch(generator, [(1, 150), (20, 70)], dtype=FULL, page_size=64, offsets=True))
 
 
+@pytest.mark.parametrize("offsets", [False, True])
+def test_wide_vectors(run, generator, offsets):
+    sizes = {"dtype": HALF, "head_dim": 512, "page_size": 64, "num_kv_heads": 1, "spare_tokens": 2, "offsets": offsets}
+    check_batch(run, random_batch(generator, [(1, 270), (9, 40)], **sizes))
+
+
 @hypothesis.given(data=st.data())
 @SETTINGS
 def test_any_batch(run, data):

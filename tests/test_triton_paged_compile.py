@@ -21,6 +21,7 @@ CALLS = {
     "float32": {"dtype": FULL, "head_dim": 128, "group": 4},
     "offsets": {"dtype": BF16, "head_dim": 128, "group": 4, "page_size": 128, "offsets": True},
     "wide-offsets": {"dtype": BF16, "head_dim": 256, "group": 8, "page_size": 64, "offsets": True},
+    "wide-512": {"dtype": BF16, "head_dim": 512, "group": 8, "page_size": 64, "offsets": True},
     "windows": {"dtype": HALF, "windows": torch.tensor([3, 4], dtype=torch.int32)},
     "masks": {"dtype": HALF, "head_dim": 192, "group": 4, "sliding_window": 100, "softcap": 30.0, "sinks": torch.zeros(8)},
 }
@@ -28,7 +29,7 @@ FITS = {
     "sm_80": ["page-16"],
     "sm_90": ["page-48", "float32", "offsets"],
     "sm_100": ["page-64", "offsets"],
-    "sm_120": ["page-16", "wide", "masks", "windows", "wide-offsets"],
+    "sm_120": ["page-16", "wide", "masks", "windows", "wide-offsets", "wide-512"],
     "gfx942": ["page-64", "wide", "masks", "float32", "offsets"],
 }
 

@@ -49,7 +49,7 @@ class TestOffsets(PagedOffsetContract):
 
 @pytest.mark.parametrize(
     ("dtype", "head_dim", "group", "page_size"),
-    [(HALF, 128, 4, 64), (BF16, 256, 8, 128), (BF16, 80, 5, 64), (FULL, 64, 2, 256)],
+    [(HALF, 128, 4, 64), (BF16, 256, 8, 128), (BF16, 80, 5, 64), (FULL, 64, 2, 256), (BF16, 512, 8, 64)],
 )
 def test_accuracy_of_keys_with_offsets(run, generator, dtype, head_dim, group, page_size):
     sizes = {"dtype": dtype, "device": "cuda", "head_dim": head_dim, "group": group, "page_size": page_size, "offsets": True}
@@ -68,6 +68,7 @@ def test_accuracy_of_keys_with_offsets(run, generator, dtype, head_dim, group, p
         (FULL, 128, 4, 16),
         (BF16, 192, 8, 16),
         (BF16, 256, 4, 64),
+        (BF16, 512, 8, 64),
     ],
 )
 def test_accuracy(run, generator, dtype, head_dim, group, page_size):

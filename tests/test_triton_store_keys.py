@@ -61,6 +61,12 @@ class TestContract(GroupStoreContract):
         super().test_places_beyond_32_bits(store, device, generator, dtype, page_size)
 
 
+def test_wide_keys(store, generator):
+    pages = GroupedPages(generator, TQ4Codec(512, scale="unbiased"), [66], page_size=64, dtype=HALF)
+    for chunk in keys_like_a_models(generator, 66, 512).split(65, 1):
+        pages.write(store, chunk)
+
+
 @pytest.mark.parametrize("programs", [1, 8])
 def test_runs_are_found_by_programs_of_few_rows(store, generator, programs):
     """A run begins in one program's rows alone; the rows before and behind it, and those of no slot, are others'."""

@@ -167,7 +167,7 @@ def empty(folder: Path) -> Path:
         (broken_json, "model: "),
         (no_cache, r"model: expected one whose cache can be kept in 4 bits, .* \(MambaForCausalLM\) has linear attention"),
         (encoder, r"model: expected one with a cache of keys and values, .* \(BertLMHeadModel\) keeps none"),
-        (lambda folder: tiny(folder, head_dim=8), "layer 0: expected an even head dimension from 16 to 256, got 8; leave it"),
+        (lambda folder: tiny(folder, head_dim=8), "layer 0: expected an even head dimension from 16 to 512, got 8; leave it"),
         (not_a_number, "model: expected finite likelihoods, .* gives nan with an exact cache"),
         (latent, r"model: expected one whose cache can be kept in 4 bits, .* has multi-head latent attention"),
     ],

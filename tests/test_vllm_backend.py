@@ -156,7 +156,7 @@ class TestValidation:
             {"has_sliding_window": True},
             {"block_size": 64},
         ]
-        + [{"head_size": size} for size in (64, 80, 96, 192, 256)],
+        + [{"head_size": size} for size in (64, 80, 96, 192, 256, 512)],
     )
     def test_accepted(self, accepted):
         assert self.reasons(**accepted) == []
@@ -166,7 +166,7 @@ class TestValidation:
         [
             ({"use_mla": True}, "MLA"),
             ({"head_size": 72}, "head_size"),
-            ({"head_size": 512}, "head_size"),
+            ({"head_size": 528}, "head_size"),
             ({"dtype": torch.float32}, "dtype"),
             ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
             ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype"),

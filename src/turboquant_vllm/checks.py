@@ -39,7 +39,7 @@ __all__ = [
     "check_windows",
 ]
 
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 512
 DECODE_MAX_ROWS = 32  # query rows (tokens x heads of a group) per key/value head that a decode kernel takes in one go
 QUERY_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 SLOT_DTYPES = (torch.int32, torch.int64)

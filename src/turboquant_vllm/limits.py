@@ -8,7 +8,7 @@ import torch
 
 from turboquant_vllm.checks import DECODE_MAX_ROWS
 
-__all__ = ["most_rows_over_pages", "why_not_decode", "why_not_decode_pages", "why_not_store"]
+__all__ = ["most_rows_over_pages", "why_not_decode", "why_not_decode_pages", "why_not_store", "why_not_store_triton"]
 
 DECODE_HEAD_DIMS = (64, 128, 256)
 # From this many query rows of a key/value head on, decompressing the keys first beats looking their levels up in place.
@@ -61,6 +61,15 @@ def why_not_decode_pages(dtype: torch.dtype, head_dim: int, group: int, num_seqs
         return f"the CUDA kernels take up to {most_rows_over_pages(head_dim)} query heads per key/value head, got {group}"
     if num_seqs > MAX_SEQUENCES:
         return f"the CUDA kernels take up to {MAX_SEQUENCES} sequences, got {num_seqs}"
+    return ""
+
+
+def why_not_store_triton(device: torch.device, head_dim: int, has_offsets: bool) -> str:
+    """Why Triton cannot store vectors in a cache on a device that it runs on; empty where it can."""
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if has_offsets and head_dim > 256 and device.type != "cpu" and not is_nvidia:
+        # A group's keys are one tile, of 128 KiB at 512 coordinates.
+        return f"Triton stores keys with offsets of head_dim up to 256 on GPUs that are not NVIDIA's, got {head_dim}"
     return ""
 
 

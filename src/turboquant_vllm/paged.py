@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turboquant_vllm.checks import check_count, check_dtype, check_flag, check_shape
+from turboquant_vllm.checks import MAX_HEAD_DIM, check_count, check_dtype, check_flag, check_shape
 from turboquant_vllm.records import GROUP, Operand
 
 __all__ = ["PagedTQ4Cache", "chunk_bytes", "page_views", "slots_per_page"]
@@ -45,7 +45,7 @@ class PagedTQ4Cache:
             the first on a 16-byte boundary. Its contents may be anything: unused slots are never read into a result.
         page_size: tokens in a page, a multiple of 16 from 16 to 256.
         num_kv_heads: key/value heads.
-        head_dim: coordinates of a vector, a multiple of 16 from 16 to 256.
+        head_dim: coordinates of a vector, a multiple of 16 from 16 to 512.
         has_offsets: whether keys have offsets; then page_size is a multiple of 64.
 
     Raises:
@@ -92,7 +92,7 @@ class PagedTQ4Cache:
         check_flag("has_offsets", has_offsets)
         check_count("page_size", page_size, MIN_PAGE_SIZE, MAX_PAGE_SIZE, multiple=GROUP if has_offsets else 16)
         check_count("num_kv_heads", num_kv_heads, 1)
-        check_count("head_dim", head_dim, 16, 256, multiple=16)
+        check_count("head_dim", head_dim, 16, MAX_HEAD_DIM, multiple=16)
         return num_kv_heads * chunk_bytes(page_size, head_dim, has_offsets)
 
     @classmethod

@@ -215,7 +215,9 @@ def dense_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
     """
     if device.type == "cpu":
         return Dense(_cpu)
-    if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8:
+    if device.type != "cuda" or torch.version.hip or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    if head_dim % 8 or head_dim > _FLASH_HEAD_DIM:
         return None
     major = torch.cuda.get_device_properties(device).major
     if major < 8:
@@ -229,6 +231,7 @@ def dense_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> 
 # speed on Hopper (measured, docs/performance.md); on data-centre Blackwell by what NVIDIA says (not measured).
 _CUDNN_HEAD_DIM = {9: 256, 10: 128}
 _CUDNN_GRAIN = 128
+_FLASH_HEAD_DIM = 256  # the largest that PyTorch's flash attention takes
 
 
 def _cudnn(

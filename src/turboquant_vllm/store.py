@@ -7,7 +7,7 @@ import torch
 from turboquant_vllm import ops
 from turboquant_vllm.checks import QUERY_DTYPES, SLOT_DTYPES, check_device, check_dtype, check_key_scales, check_shape
 from turboquant_vllm.codec import TQ4Codec
-from turboquant_vllm.limits import why_not_store
+from turboquant_vllm.limits import why_not_store, why_not_store_triton
 from turboquant_vllm.paged import PagedTQ4Cache
 
 __all__ = ["tq4_store", "why_not_backend"]
@@ -88,5 +88,5 @@ def why_not_backend(backend: str, k: torch.Tensor, v: torch.Tensor, cache: Paged
     if backend == "cuda":
         return ops.why_not_cuda(k.device) or why_not_store(k, v, codec.rotation_kind == "hadamard", cache.num_slots)
     if backend == "triton":
-        return ops.why_not_triton(k.device)
+        return ops.why_not_triton(k.device) or why_not_store_triton(k.device, k.shape[-1], cache.has_offsets)
     return ""

@@ -18,7 +18,7 @@ from turboquant_vllm.calibration import FILE_NAME, find_key_scales
 from turboquant_vllm.checks import AttentionShape
 from turboquant_vllm.demo.output import one_line
 from turboquant_vllm.doctor.layers import Found, Layer, find_layers
-from turboquant_vllm.limits import why_not_decode_pages, why_not_store
+from turboquant_vllm.limits import why_not_decode_pages, why_not_store, why_not_store_triton
 from turboquant_vllm.paged import chunk_bytes
 from turboquant_vllm.records import GROUP
 from turboquant_vllm.verify.loading import check_name
@@ -165,7 +165,8 @@ def _kernels(layer: Layer, device: torch.device, *, pages: bool = False) -> dict
     # The codec's own choice of a rotation.
     hadamard = not layer.head_dim & (layer.head_dim - 1)
     no_store = ops.why_not_cuda(device) or why_not_store(k, k, hadamard, 1)
-    store = "cuda" if not no_store else "triton" if ops.triton_runs_on(device) else "reference"
+    no_triton = ops.why_not_triton(device) or why_not_store_triton(device, layer.head_dim, has_offsets=True)
+    store = "cuda" if not no_store else "reference" if no_triton else "triton"
     return {"decode": decode, "store": store, "not_native": reason or no_store}
 
 

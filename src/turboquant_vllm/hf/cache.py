@@ -12,10 +12,11 @@ from transformers.cache_utils import DynamicLayer
 
 from turboquant_vllm.checks import check_count, check_flag, check_seed
 from turboquant_vllm.hf.files import fill_layers, read_cache, write_cache
-from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
+from turboquant_vllm.hf.layers import PackedLayer
 from turboquant_vllm.hf.packing import warn_if_all_dense, why_dense
+from turboquant_vllm.hf.recurrent import forget_states, growing_layer, static_layer
 from turboquant_vllm.hf.scales import KeyScales, key_scales_for, split_model
-from turboquant_vllm.hf.static import DenseStaticLayer, PagedLayer
+from turboquant_vllm.hf.static import PagedLayer
 
 __all__ = ["TurboQuantCache", "TurboQuantStaticCache"]
 
@@ -35,10 +36,11 @@ class _SavedCache:
         raise NotImplementedError
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write keys and values of all layers to a safetensors file, packed where they are packed, with a checksum.
+        """Write keys and values of all layers to a safetensors file, packed where they are packed, with a checksum; and the
+        states of linear attention.
 
         Raises:
-            ValueError: a layer holds something else, such as the state of linear attention.
+            ValueError: a layer holds something else, such as indexed attention's keys.
             OSError: the file cannot be written; what stood at ``path`` before stands there still.
         """
         write_cache(path, self.layers, self.seed)
@@ -87,9 +89,9 @@ class TurboQuantCache(_SavedCache, DynamicCache):
     It serves every attention implementation of transformers. With ``attn_implementation="tq4"`` (see
     :func:`turboquant_vllm.hf.register`) attention reads the codes; others get the vectors decompressed, layer by layer.
 
-    Layers with full, sliding-window or chunked attention are packed. Others (linear attention, indexed attention, layers that
-    share another's cache, all layers of models with multi-head latent attention) are transformers' own, and dense; if that is
-    all layers, a UserWarning says why.
+    Layers with full, sliding-window or chunked attention are packed; what they have of a recurrent state beside it stays exact.
+    Others (linear attention, indexed attention, layers that share another's cache, all layers of models with multi-head latent
+    attention) are transformers' own, and dense; if that is all layers, a UserWarning says why.
 
     Args:
         config: of the model, ``model.config``; or the model itself, whose weights then give the key scales that no file has.
@@ -136,14 +138,10 @@ class TurboQuantCache(_SavedCache, DynamicCache):
         for index, reason in enumerate(reasons):
             if reason or index in skipped:
                 continue
-            window = getattr(self.layers[index], "sliding_window", None)
-            options: dict[str, Any] = {
-                "exact_prefill": exact_prefill, "key_offsets": key_offsets, "key_scales": scales.get(index)
-            }  # fmt: skip
-            if window is None:
-                self.layers[index] = PackedLayer(index, seed=seed, **options)
-            else:
-                self.layers[index] = PackedSlidingLayer(index, window, seed=seed, **options)
+            self.layers[index] = growing_layer(
+                self.layers[index], index, seed=seed, exact_prefill=exact_prefill, key_offsets=key_offsets,
+                key_scales=scales.get(index),
+            )  # fmt: skip
 
     def reset(self) -> None:
         """Forget everything; the next call may have another batch size."""
@@ -153,6 +151,7 @@ class TurboQuantCache(_SavedCache, DynamicCache):
                 # Releases before 5.23 fill a dense layer with zeros and leave it as long as it was.
                 layer.keys = layer.values = None
                 layer.is_initialized = False
+            forget_states(layer)  # of linear attention, which transformers fills with zeros
 
 
 class TurboQuantStaticCache(_SavedCache, StaticCache):
@@ -203,18 +202,14 @@ class TurboQuantStaticCache(_SavedCache, StaticCache):
         skipped = check_layers("skip_layers", skip_layers, len(self.layers))
         reasons = why_dense(config)
         warn_if_all_dense(reasons, type(self).__name__)
-        windows = [getattr(layer, "sliding_window", None) for layer in DynamicCache(config=config).layers]
         scales = _scales(config, model, key_offsets, key_scales, reasons)
-        for index, reason in enumerate(reasons):
+        for index, (reason, like) in enumerate(zip(reasons, DynamicCache(config=config).layers, strict=True)):
             if reason:
                 continue
-            if index in skipped:
-                self.layers[index] = DenseStaticLayer(index, max_cache_len, window=windows[index], exact_prefill=exact_prefill)
-                continue
-            self.layers[index] = PagedLayer(
-                index, max_cache_len, window=windows[index], seed=seed, exact_prefill=exact_prefill, key_offsets=key_offsets,
-                key_scales=scales.get(index),
-            )  # fmt: skip
+            options: dict[str, Any] = {"packed": index not in skipped, "exact_prefill": exact_prefill}
+            if options["packed"]:
+                options |= {"seed": seed, "key_offsets": key_offsets, "key_scales": scales.get(index)}
+            self.layers[index] = static_layer(like, index, max_cache_len, **options)
 
 
 def _scales(

@@ -1,7 +1,7 @@
 """Filled caches as safetensors files, so that a long prompt need be read once only.
 
 A file holds for each packed layer the codes ``[2, B, H_kv, n, D // 2]`` and norms ``[2, B, H_kv, n]`` of keys and values, for
-each dense one its keys and values, and the rotations and levels that read them.
+each dense one its keys and values, for each with linear attention its states, and the rotations and levels that read them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import os
 from typing import Any
 
 import torch
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, StaticLayer
+from transformers.cache_utils import DynamicSlidingWindowLayer, LinearAttentionLayer, StaticLayer
 
 from turboquant_vllm.checks import MAX_HEAD_DIM
 from turboquant_vllm.codec import TQ4Keys, TQ4Tensor, other_table
 from turboquant_vllm.files import header_number, read_header, read_tensors, write_tensors
 from turboquant_vllm.hf.layers import DTYPES, MIN_HEAD_DIM, PackedLayer
+from turboquant_vllm.hf.packing import PACKED
+from turboquant_vllm.hf.recurrent import fill_states, recurrent_states, state_names
 from turboquant_vllm.hf.static import DenseStaticLayer, PagedLayer
 from turboquant_vllm.hf.storage import codec_for
 from turboquant_vllm.records import GROUP
@@ -26,7 +28,7 @@ __all__ = ["fill_layers", "read_cache", "write_cache"]
 _FORMAT = "turboquant-hf-cache"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
 _LONGEST = 2**63 - 1  # what a length on a device can be
-_PARTS: dict[str, tuple[str, ...]] = {"packed": ("codes", "norms"), "dense": ("keys", "values"), "none": ()}
+_PARTS: dict[str, tuple[str, ...]] = {"packed": ("codes", "norms"), "dense": ("keys", "values"), "states": (), "none": ()}
 _TABLES = ("rotation", "centroids")
 
 Tensors = dict[str, torch.Tensor]
@@ -44,7 +46,8 @@ def write_cache(path: str | os.PathLike[str], layers: list[Any], seed: int) -> N
     for index, layer in enumerate(layers):
         description = _describe(index, layer)
         descriptions.append(description)
-        if not layer.is_initialized or layer.keys is None:
+        tensors.update({f"{index}.{name}": state for name, state in recurrent_states(layer).items()})
+        if description["kind"] == "states" or not layer.is_initialized or layer.keys is None:
             continue
         if description["kind"] == "packed":
             keys, values, _ = layer.export()
@@ -96,11 +99,14 @@ def fill_layers(
         expected, kind, length = _describe(index, layer), found["kind"], found["length"]
         if kind != expected["kind"]:
             raise ValueError(f"{path}: layer {index}: expected kind {expected['kind']}, got {kind}")
+        known = state_names(layer)
+        if ("states" in found) != bool(known) or not set(found.get("states", ())) <= set(known):
+            raise ValueError(f"{path}: layer {index}: expected states among {known}, got {found.get('states')}")
         window = expected.get("window")
         # A dense layer without a window has all tokens, whatever the window of the layer that reads it.
         if found.get("window") != window and not (kind == "dense" and found["window"] is None):
             raise ValueError(f"{path}: layer {index}: expected window {window}, got {found.get('window')}")
-        if kind != "none" and layer.is_compileable and length > layer.max_cache_len:
+        if kind in ("packed", "dense") and layer.is_compileable and length > layer.max_cache_len:
             raise ValueError(f"{path}: layer {index}: expected at most {layer.max_cache_len} tokens, got {length}")
         if f"{index}.codes" in tensors:
             packed = TQ4Tensor(tensors[f"{index}.codes"], tensors[f"{index}.norms"])
@@ -114,8 +120,9 @@ def fill_layers(
                 layer.restore(keys, values, length)
             else:
                 layer.update(keys, values)
-            if type(layer) is DynamicSlidingWindowLayer:
+            if isinstance(layer, DynamicSlidingWindowLayer):
                 layer.cumulative_length = length
+        fill_states(layer, {name: tensors[f"{index}.{name}"].to(device) for name in found.get("states", ())})
 
 
 def _restore(path: Any, index: int, layer: Any, packed: TQ4Tensor, found: dict[str, Any], tensors: Tensors) -> None:
@@ -134,18 +141,21 @@ def _restore(path: Any, index: int, layer: Any, packed: TQ4Tensor, found: dict[s
 
 
 def _describe(index: int, layer: Any) -> dict[str, Any]:
-    """Kind, window and length of a layer."""
+    """Kind, window and length of a layer, and names of its states where it is of a kind that has any."""
     if type(layer).__name__ == "DummyLayer":  # one that uses another layer's keys and values, or has no attention
         return {"kind": "none", "length": 0}
+    states = {"states": sorted(recurrent_states(layer))} if state_names(layer) else {}
+    if type(layer) is LinearAttentionLayer:
+        return {"kind": "states", "length": 0, **states}
     if isinstance(layer, (PackedLayer, PagedLayer)):
         kind, window = "packed", layer.window
     elif isinstance(layer, DenseStaticLayer):
         kind, window = "dense", layer.window
-    elif type(layer) in (DynamicLayer, DynamicSlidingWindowLayer, StaticLayer):
+    elif type(layer) in (*PACKED, StaticLayer):
         kind, window = "dense", getattr(layer, "sliding_window", None)
     else:
         raise ValueError(f"layer {index}: expected keys and values to be saved, got a {type(layer).__name__}")
-    return {"kind": kind, "window": window, "length": int(layer.get_seq_length())}
+    return {"kind": kind, "window": window, "length": int(layer.get_seq_length()), **states}
 
 
 def _kept(window: int | None, length: int) -> int:
@@ -158,14 +168,15 @@ def _check_layer(path: Any, index: int, layer: object, tensors: Tensors) -> list
     where = f"{path}: layer {index}"
     kind = layer.get("kind") if isinstance(layer, dict) else layer
     if not isinstance(layer, dict) or kind not in tuple(_PARTS):
-        raise ValueError(f"{where}: expected kind packed, dense or none, got {kind!r}")
+        raise ValueError(f"{where}: expected kind {', '.join(_PARTS)}, got {kind!r}")
     length = header_number(where, "length", layer.get("length"), _LONGEST)
     window = layer.get("window")
     if window is not None and header_number(where, "window", window) == 0:
         raise ValueError(f"{where}: expected window to be positive, got 0")
+    states = _check_states(where, index, layer.get("states", []), tensors)
     names = [f"{index}.{part}" for part in _PARTS[kind] if f"{index}.{part}" in tensors]
     if not names and not length:
-        return names
+        return states
     if len(names) < 2:
         raise ValueError(f"{where}: expected {' and '.join(_PARTS[kind])} of {length} tokens, got {names}")
     first, second = (tensors[name] for name in names)
@@ -179,7 +190,7 @@ def _check_layer(path: Any, index: int, layer: object, tensors: Tensors) -> list
         if (first.dtype, second.dtype) != (torch.uint8, torch.float32) or first.dim() != 5 or first.shape[:-1] != second.shape:
             raise ValueError(f"{where}: expected uint8 codes and float32 norms of 5 and 4 dimensions, got {got}")
         if first.shape[0] != 2 or not MIN_HEAD_DIM <= 2 * first.shape[4] <= MAX_HEAD_DIM:
-            raise ValueError(f"{where}: expected codes of keys and values of head dimension 16 to 256, got {got}")
+            raise ValueError(f"{where}: expected codes of keys and values of head dimension 16 to {MAX_HEAD_DIM}, got {got}")
         if layer.get("dtype") not in tuple(_DTYPES):
             raise ValueError(f"{where}: expected dtype {', '.join(_DTYPES)}, got {layer.get('dtype')!r}")
         least, count = _kept(window, length), first.shape[3]
@@ -189,6 +200,14 @@ def _check_layer(path: Any, index: int, layer: object, tensors: Tensors) -> list
         names += [name for x in _TABLES if (name := f"{x}.{2 * first.shape[4]}") in tensors]
     if not least <= count <= (length if kind == "dense" else least):
         raise ValueError(f"{where}: expected {least} of {length} tokens, got {count}")
+    return names + states
+
+
+def _check_states(where: str, index: int, states: object, tensors: Tensors) -> list[str]:
+    """Names of the tensors of a layer's states."""
+    names = [f"{index}.{name}" for name in states] if isinstance(states, list) else []
+    if not isinstance(states, list) or not all(name in tensors and tensors[name].is_floating_point() for name in names):
+        raise ValueError(f"{where}: expected states to be names of floating tensors, got {states!r}")
     return names
 
 

@@ -16,9 +16,11 @@ from transformers.generation import utils
 from transformers.generation.configuration_utils import GenerationConfig
 
 from turboquant_vllm.hf import CACHE_ARGUMENT
-from turboquant_vllm.hf.cache import TurboQuantCache
+from turboquant_vllm.hf.cache import TurboQuantCache, TurboQuantStaticCache
 
 __all__ = ["fresh_cache"]
+
+_OURS = (TurboQuantCache, TurboQuantStaticCache)
 
 
 def fresh_cache(make: Callable[[Any], Any] = TurboQuantCache) -> Callable[..., Any]:
@@ -38,7 +40,10 @@ def fresh_cache(make: Callable[[Any], Any] = TurboQuantCache) -> Callable[..., A
 
     def decode(model: Any, input_ids: torch.Tensor, *, generation_config: GenerationConfig, **kwargs: Any) -> Any:
         given = kwargs.get(CACHE_ARGUMENT)
-        if given is not None and getattr(given, "_is_user_defined", False):
+        # Releases before 5.23 do not say whose it is; one that `generate` has made is empty, and none of ours.
+        if given is not None and (
+            getattr(given, "_is_user_defined", False) or isinstance(given, _OURS) or given.get_seq_length()
+        ):
             got = type(given).__name__
             raise ValueError(f"{CACHE_ARGUMENT}: expected none beside custom_generate=fresh_cache(), got a {got}")
         mode = generation_config.get_generation_mode()

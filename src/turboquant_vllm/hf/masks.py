@@ -1,7 +1,7 @@
 """The mask function of the "tq4" attention: transformers' description of a mask, kept short where it is causal.
 
 transformers describes a mask as a function of query and key positions. Causal, sliding-window and chunked ones are told
-apart by what those functions are made of, so none that is not understood can pass for causal.
+apart by what those functions are made of, so none that is not understood can pass for causal: any other is written out.
 """
 
 from __future__ import annotations
@@ -40,13 +40,11 @@ def attention_mask(
     """The mask for :func:`turboquant_vllm.hf.attention.attention_forward`; arguments as ``eager_mask`` takes them.
 
     Returns:
-        A :class:`CausalMask` for causal and sliding-window attention; an additive mask ``[B, 1, q_length, kv_length]`` of
-        ``dtype`` for caches of fixed size, and for chunked attention longer than a chunk; for bidirectional attention that
-        or None. For one query on a cache of fixed size, a
+        A :class:`CausalMask` for causal and sliding-window attention, and for one query whatever the mask; an additive mask
+        ``[B, 1, q_length, kv_length]`` of ``dtype`` for caches of fixed size, for chunked attention longer than a chunk, and
+        for any other mask: blocks of images that see one another, packed sequences, functions that a model adds; for
+        bidirectional attention that or None. For one query on a cache of fixed size, a
         :class:`turboquant_vllm.hf.pages.SpanMask` where that can be.
-
-    Raises:
-        ValueError: any other mask: bidirectional blocks, packed sequences, functions that a model adds.
     """
     if device is None:
         device = "cpu" if attention_mask is None else attention_mask.device
@@ -56,7 +54,7 @@ def attention_mask(
     if mask_function is bidirectional_mask_function:
         mask = write(**{**kwargs, "allow_is_causal_skip": False})
         return None if mask is None else additive(mask, dtype)
-    write = partial(write, allow_is_causal_skip=False)
+    write = partial(write, allow_is_causal_skip=False, **{name: kwargs[name] for name in ("use_vmap",) if name in kwargs})
     if isinstance(q_offset, torch.Tensor) or q_offset + q_length != kv_offset + kv_length:
         # A cache of fixed size in use: its keys do not end with the last query.
         mask = write()
@@ -64,13 +62,11 @@ def attention_mask(
         spans = find_spans(mask, dtype, windows=mask_function is not causal_mask_function) if one else None
         return additive(mask, dtype) if spans is None else spans
     kind, size = _kind(mask_function)
-    if kind == "chunked":
-        assert size is not None
-        if kv_length + kv_offset > size:
-            if q_length > 1:
-                return additive(write(), dtype)
-            visible = write()[:, 0, 0]  # one query: which keys it sees is all there is to know
-            return CausalMask((batch_size, 1, 1, kv_length), device, visible, None, dtype, write)
+    if kind == "other" or (size is not None and kind == "chunked" and kv_length + kv_offset > size):
+        if q_length > 1:
+            return additive(write(), dtype)
+        # One query: which keys it sees is all there is to know.
+        return CausalMask((batch_size, 1, 1, kv_length), device, _unless_all(write()[:, 0, 0]), None, dtype, write)
     window = size if kind == "sliding" else None
     visible = None if attention_mask is None else _visible(attention_mask, kv_length, kv_offset)
     return CausalMask((batch_size, 1, q_length, kv_length), device, visible, window, dtype, write)
@@ -82,11 +78,15 @@ def _visible(attention_mask: torch.Tensor, kv_length: int, kv_offset: int) -> to
     missing = kv_length - visible.shape[1]
     if missing > 0:
         visible = torch.nn.functional.pad(visible, (0, missing))
+    return _unless_all(visible)
+
+
+def _unless_all(visible: torch.Tensor) -> torch.Tensor | None:
     return None if has_elements(visible) and bool(visible.all()) else visible
 
 
 def _kind(function: Callable[..., Any]) -> tuple[str, int | None]:
-    """The pattern of a mask: "causal", "sliding" with its window, or "chunked" with its size."""
+    """The pattern of a mask: "causal", "sliding" with its window, "chunked" with its size, or "other"."""
     if function is causal_mask_function:
         return "causal", None
     if _made_by(function, "and_masks"):
@@ -95,10 +95,7 @@ def _kind(function: Callable[..., Any]) -> tuple[str, int | None]:
             for name, (kind, size) in _OVERLAYS.items():
                 if _made_by(overlay, name):
                     return kind, int(getclosurevars(overlay).nonlocals[size])
-    raise ValueError(
-        'attn_implementation="tq4" takes causal, sliding-window and chunked masks, got one made by '
-        f'{getattr(function, "__qualname__", function)!r}; attn_implementation="sdpa" takes any, with the same cache'
-    )
+    return "other", None
 
 
 def _made_by(function: Callable[..., Any], maker: str) -> bool:

@@ -6,20 +6,28 @@ import warnings
 from typing import Any
 
 from transformers import DynamicCache, cache_utils
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
+)
 
-__all__ = ["SHARED", "warn_if_all_dense", "why_dense"]
+__all__ = ["PACKED", "SHARED", "warn_if_all_dense", "why_dense"]
 
 SHARED = "no keys and values of their own"
 
-# What holds for a layer's class, where the installed release has one of that name; the first that fits.
-_KINDS = (
-    (("LinearAttentionAndFullAttentionLayer", "LinearAttentionAndSlidingWindowAttentionLayer"),
-     "attention and a recurrent state side by side"),
-    (("LinearAttentionLayer",), "linear attention"),
-    (("DynamicIndexedLayer",), "indexed attention"),
-    (("DummyLayer",), SHARED),
+# Classes of layers whose keys and values are packed; the last two have a recurrent state beside them.
+PACKED = (
+    DynamicLayer, DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer,
 )  # fmt: skip
+# What holds for any other class, where the installed release has one of that name; the first that fits.
+_KINDS = (
+    ("LinearAttentionLayer", "linear attention"),
+    ("DynamicIndexedLayer", "indexed attention"),
+    ("DummyLayer", SHARED),
+)
 
 
 def why_dense(config: Any) -> list[str]:
@@ -31,7 +39,7 @@ def why_dense(config: Any) -> list[str]:
     layers = DynamicCache(config=config).layers
     if getattr(config.get_text_config(decoder=True), "kv_lora_rank", None) is not None:
         return ["multi-head latent attention"] * len(layers)
-    return ["" if type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) else _kind(layer) for layer in layers]
+    return ["" if type(layer) in PACKED else _kind(layer) for layer in layers]
 
 
 def warn_if_all_dense(reasons: list[str], name: str) -> None:
@@ -42,7 +50,7 @@ def warn_if_all_dense(reasons: list[str], name: str) -> None:
 
 
 def _kind(layer: Any) -> str:
-    for names, kind in _KINDS:
-        if isinstance(layer, tuple(getattr(cache_utils, name) for name in names if hasattr(cache_utils, name))):
+    for name, kind in _KINDS:
+        if isinstance(layer, getattr(cache_utils, name, ())):
             return kind
     return f"a cache of the class {type(layer).__name__}"

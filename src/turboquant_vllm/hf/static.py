@@ -151,7 +151,7 @@ class PagedLayer(CacheLayerMixin):
     def _write(self, keys: torch.Tensor, values: torch.Tensor, positions: torch.Tensor) -> None:
         assert self.codec is not None
         assert self.buffer is not None
-        backend = store_backend(keys.dtype, self._native, keys.device)
+        backend = store_backend(keys, self._native, self.key_offsets)
         slots, previous = self._slots(positions), None
         if self.key_offsets:
             before = positions - 1
@@ -310,7 +310,7 @@ class PagedLayer(CacheLayerMixin):
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Replace sequence i by sequence ``beam_idx[i]``."""
-        self.batch_select_indices(beam_idx)
+        PagedLayer.batch_select_indices(self, beam_idx)  # not that of a class which selects more
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the sequences of an index, int64 ``[n]``, or of a mask, bool ``[B]``; as many as there were stay in place."""
@@ -331,7 +331,7 @@ class PagedLayer(CacheLayerMixin):
         """Repeat each sequence ``repeats`` times, one behind the other."""
         if self.buffer is not None:
             sequences = torch.arange(self.block_table.shape[0], device=self.device)
-            self.batch_select_indices(sequences.repeat_interleave(repeats))
+            PagedLayer.batch_select_indices(self, sequences.repeat_interleave(repeats))
 
     def offload(self) -> None:
         """Nothing: the pages must stay where they are."""
@@ -385,13 +385,15 @@ class DenseStaticLayer(StaticLayer):
         Raises:
             RuntimeError: tokens that a window would show again are gone.
         """
+        if not self.is_initialized:
+            return
+        length = int(self.cumulative_length)
+        count = to_remove(tokens_to_remove, length)
         if self.window is not None and self.first > 0:
-            length = int(self.cumulative_length)
-            count = to_remove(tokens_to_remove, length)
             if not _is_there(self.first, length - count, self.window):
                 raise RuntimeError(f"cannot remove {count} tokens behind a window of {self.window}")
             self.first = min(self.first, length - count)
-        super().crop(tokens_to_remove)
+        self.cumulative_length.sub_(count)
 
     def reset(self) -> None:
         super().reset()

@@ -16,7 +16,7 @@ from turboquant_vllm.codec import TQ4Codec, TQ4Keys, TQ4Tensor
 from turboquant_vllm.cuda.decode import Operands
 from turboquant_vllm.cuda.store import TokenWriter, store
 from turboquant_vllm.fakes import keep_real
-from turboquant_vllm.limits import DECODE_HEAD_DIMS, why_not_store
+from turboquant_vllm.limits import DECODE_HEAD_DIMS, why_not_store, why_not_store_triton
 from turboquant_vllm.paged import chunk_bytes, page_views, slots_per_page
 from turboquant_vllm.records import GROUP, Operand
 
@@ -75,11 +75,12 @@ def natively_stored(codec: TQ4Codec) -> bool:
     return codec.rotation_kind == "hadamard" and codec.head_dim in DECODE_HEAD_DIMS and not ops.why_not_cuda(codec.device)
 
 
-def store_backend(dtype: torch.dtype, native: bool, device: torch.device) -> str:
-    """What writes states of ``dtype``; ``native``: whether the native kernel may."""
-    if native and dtype in HALVES:
+def store_backend(states: torch.Tensor, native: bool, has_offsets: bool) -> str:
+    """What writes states ``[..., D]``; ``native``: whether the native kernel may."""
+    if native and states.dtype in HALVES:
         return "cuda"
-    return "triton" if dtype != torch.float64 and ops.triton_runs_on(device) else "reference"
+    serves = ops.triton_runs_on(states.device) and not why_not_store_triton(states.device, states.shape[-1], has_offsets)
+    return "triton" if serves and states.dtype != torch.float64 else "reference"
 
 
 def store_tokens(
@@ -190,7 +191,7 @@ class PackedStorage:
             self._expect_more(keys, values)
         if self.has_offsets:
             slots = self._slots()[first : self.stop]
-            backend = store_backend(keys.dtype, self._native, keys.device)
+            backend = store_backend(keys, self._native, True)
             store_tokens(keys, values, slots, self.buffer, self.codec, self.capacity, backend, True)
         elif self._native and keys.dtype in HALVES:
             slots = self._slots()

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turboquant_vllm.triton.config import device_guard, uses_prmt
+from turboquant_vllm.triton.config import WIDE, device_guard, uses_prmt
 from turboquant_vllm.triton.levels import level_scale, level_table, look_up
 from turboquant_vllm.triton.quantise import (
     butterfly,
@@ -241,8 +241,8 @@ def plan_tiles(
         fit = (n for n in ((2, 4) if writes else (4,)) if head_dim * head_dim // n * dtype.itemsize <= room)
         pieces = next(fit, 1)
     padded = max(32, triton.next_power_of_2(head_dim // pieces))
-    # With so little work in a tile, two at once are better.
-    block = 16 if exact else (128 if pieces * padded <= 64 else 64)
+    # With so little work in a tile, two at once are better; with so many coordinates, fewer vectors.
+    block = 16 if exact else 128 if pieces * padded <= 64 else 64 if head_dim <= WIDE else 32
     parts = 1 if hadamard or exact else (3 if dtype == torch.bfloat16 else 2)
     chunk = padded
     while chunk > 16 and pieces * parts * padded * chunk * dtype.itemsize > room:
@@ -257,7 +257,7 @@ def plan_tiles(
         "PIECES": pieces,
         "PARTS": parts,
         "BM": block,
-        "num_warps": 4 if chunks == 1 else 8,
+        "num_warps": 4 if chunks == 1 and head_dim <= WIDE else 8,
         "num_stages": 1,
     }
     if uses_prmt(device.type) and not exact and head_dim <= 128 and (hadamard or not writes):

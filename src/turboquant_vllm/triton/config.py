@@ -21,6 +21,7 @@ __all__ = [
     "LOG2_E",
     "MIN_SPLIT",
     "SPLITS",
+    "WIDE",
     "WIDEST",
     "Config",
     "choose_config",
@@ -37,6 +38,7 @@ LOG2_E = 1 / math.log(2)
 # more, each level would be looked up many times: slices of the cache are unpacked once, into a small scratch.
 FEW_ROWS = 256
 SPLITS, MIN_SPLIT = 16, 256
+WIDE = 256  # vectors of more coordinates do not fit the registers together with what they are multiplied by
 WIDEST = 1 << 30  # a sliding window wider than this is taken for it: positions less a window stay 32-bit numbers
 
 
@@ -57,6 +59,12 @@ def choose_config(rows: int, head_dim: int, itemsize: int, packed: bool, nvidia:
     ``packed`` says that keys and values both are. Tiles fit 99 KiB of shared memory on NVIDIA's GPUs, 64 KiB elsewhere.
     """
     wide = head_dim > 128
+    if head_dim > WIDE:  # sums of so many coordinates take the registers of more warps, for fewer rows
+        if itemsize == 4:
+            return Config(16, 16, 8, 1)
+        if packed and rows <= FEW_ROWS:
+            return Config(8, 32, 4, 2, swap=True) if rows <= 8 and nvidia else Config(16, 16, 8, 2, swap=True)
+        return Config(16 if rows <= 16 else 32, 16, 8, 2)
     if itemsize == 4:  # float32 products run without tensor cores: small tiles, for correctness rather than speed
         return Config(16, 32, 4, 1)
     if rows <= 16 and packed:

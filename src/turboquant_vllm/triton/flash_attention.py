@@ -19,7 +19,7 @@ def triton_flash_attention(
     """Attention over dense keys and values.
 
     Args:
-        q: ``[B, H_q, N_q, D]``, fp16, bf16 or fp32, D even and at most 256.
+        q: ``[B, H_q, N_q, D]``, fp16, bf16 or fp32, D even and at most 512.
         k, v: ``[B, H_kv, N_kv, D]`` in q's dtype; H_q is a multiple of H_kv.
         sm_scale: factor on the scores; None means ``1 / sqrt(D)``.
         is_causal: query i sees keys ``0 .. N_kv - N_q + i`` (aligned to the bottom right).

@@ -27,7 +27,7 @@ def triton_flash_attention_tq4_kv(
     """Attention whose keys and values are TQ4 codes, looked up inside the kernel.
 
     Args:
-        q: ``[B, H_q, N_q, D]``, fp16, bf16 or fp32, D even and at most 256, in the original coordinates.
+        q: ``[B, H_q, N_q, D]``, fp16, bf16 or fp32, D even and at most 512, in the original coordinates.
         k_packed: uint8 ``[B, H_kv, N_kv, D // 2]``; H_q is a multiple of H_kv. Byte i of a vector holds the code of
             coordinate 2i in its high nibble and of 2i + 1 in its low nibble.
         k_norms: float32 ``[B, H_kv, N_kv]`` or ``[B, H_kv, N_kv, 1]``.

@@ -10,9 +10,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from turboquant_vllm.triton.config import WIDE as _WIDE
 from turboquant_vllm.triton.levels import level_scale, level_table, power_of_two
 from turboquant_vllm.triton.rotate import LIFT, rotate
 from turboquant_vllm.triton.tiles import GROUP, attend, load_norms, load_tile, per_row
+
+WIDE = tl.constexpr(_WIDE)
 
 
 @triton.jit
@@ -47,6 +50,20 @@ def head_and_tile(rows, BM: tl.constexpr):
     return (tl.program_id(0) % heads).to(tl.int64), tl.program_id(0) // heads, heads.to(tl.int64)
 
 
+@triton.jit
+def _rotate_chunk(x, first, source, q_d, rotation, key_scales, live, coordinate, D: tl.constexpr, CHUNK: tl.constexpr,
+                  HALF: tl.constexpr):  # fmt: skip
+    """``x [BM, DP]``, and what coordinates ``first .. first + CHUNK`` of queries ``source [BM]`` add to their rotation."""
+    inner = first + tl.arange(0, CHUNK)
+    mask = live[:, None] & (inner[None, :] < D)
+    part = tl.load(source[:, None] + inner.to(tl.int64)[None, :] * q_d, mask=mask, other=0.0)  # [BM, CHUNK]
+    if key_scales is not None:
+        part = part.to(tl.float32) / tl.load(key_scales + inner, mask=inner < D, other=1.0)[None, :]
+    mask = (inner[:, None] < D) & (tl.arange(0, x.shape[1])[None, :] < D)
+    matrix = tl.load(rotation + coordinate[None, :] * D + inner[:, None], mask=mask, other=0.0)  # [CHUNK, DP]
+    return rotate(part, matrix, x, HALF)
+
+
 # Arguments that change with a length are not specialised: a new length must never compile anything.
 @triton.jit(do_not_specialize=["rows", "q_b", "q_h"])
 def query_kernel(q, rotation, key_scales, out, out_scale, rows, group, num_kv_heads, factor, q_b, q_h, q_n, q_d,
@@ -64,16 +81,15 @@ def query_kernel(q, rotation, key_scales, out, out_scale, rows, group, num_kv_he
     coordinate = _coordinate(index, D, PARTS)
     live = (row[:, None] < rows) & (index[None, :] < D)
     if ROTATE:
+        if key_scales is not None:
+            key_scales += head * D
         x = tl.zeros([BM, DP], tl.float32)
-        for first in tl.static_range(0, DP, CHUNK):
-            inner = first + tl.arange(0, CHUNK)
-            mask = (row[:, None] < rows) & (inner[None, :] < D)
-            part = tl.load(source[:, None] + inner.to(tl.int64)[None, :] * q_d, mask=mask, other=0.0)  # [BM, CHUNK]
-            if key_scales is not None:
-                part = part.to(tl.float32) / tl.load(key_scales + head * D + inner, mask=inner < D, other=1.0)[None, :]
-            mask = (inner[:, None] < D) & (index[None, :] < D)
-            matrix = tl.load(rotation + coordinate[None, :] * D + inner[:, None], mask=mask, other=0.0)  # [CHUNK, DP]
-            x = rotate(part, matrix, x, HALF)  # [BM, DP]
+        if DP <= WIDE:
+            for first in tl.static_range(0, DP, CHUNK):
+                x = _rotate_chunk(x, first, source, q_d, rotation, key_scales, row < rows, coordinate, D, CHUNK, HALF)
+        else:
+            for first in tl.range(0, D, CHUNK, num_stages=1):
+                x = _rotate_chunk(x, first, source, q_d, rotation, key_scales, row < rows, coordinate, D, CHUNK, HALF)
         x *= 1 / LIFT
     else:
         x = tl.load(source[:, None] + coordinate.to(tl.int64)[None, :] * q_d, mask=live, other=0.0).to(tl.float32)
@@ -251,7 +267,7 @@ def attention_kernel(q, q_scale, k, k_norms, k_groups, k_steps, v, v_norms, cent
 def merge_rows(partial, partial_lse, at, step, splits, row, rows, sinks, rotation, out, o_d, lse, D: tl.constexpr,
                DP: tl.constexpr, PARTS: tl.constexpr, ROTATE: tl.constexpr, BM: tl.constexpr, UNROLL: tl.constexpr,
                CHUNK: tl.constexpr, HALF: tl.constexpr):  # fmt: skip
-    """Merge the splits of BM rows by their log-sum-exp, and rotate back.
+    """Merge the splits of BM rows by their log-sum-exp, and rotate back. What ``partial`` holds may be lost.
 
     Split s of the rows is at rows ``at + s * step`` of ``partial`` and ``partial_lse`` (log2). ``out`` and ``lse`` are
     pointers ``[BM]`` to where the rows go; ``sinks`` pointers ``[BM]`` to one more logit each (natural), or None. Only those
@@ -281,7 +297,21 @@ def merge_rows(partial, partial_lse, at, step, splits, row, rows, sinks, rotatio
     empty = total == 0.0
     acc = acc / tl.where(empty, 1.0, total)[:, None]
     coordinate = _coordinate(index, D, PARTS)
-    if ROTATE:
+    if ROTATE and DP > WIDE:
+        # Through memory of its own, from where less than a row can be read: that of its rows' first split.
+        own = partial + at[:, None] * D
+        tl.store(own + index[None, :], acc, mask=live[:, None] & (index < D)[None, :])
+        tl.debug_barrier()
+        y = tl.zeros([BM, DP], tl.float32)
+        for first in tl.range(0, D, CHUNK, num_stages=1):
+            inner = first + tl.arange(0, CHUNK)
+            x = tl.load(own + inner[None, :], mask=live[:, None] & (inner < D)[None, :], other=0.0)  # [BM, CHUNK]
+            mask = (inner[:, None] < D) & (index[None, :] < D)
+            matrix = tl.load(rotation + _coordinate(inner, D, PARTS)[:, None] * D + index[None, :], mask=mask, other=0.0)
+            y = rotate(x, matrix, y, HALF)
+        pointers = out[:, None] + index.to(tl.int64)[None, :] * o_d
+        tl.store(pointers, (y * (1 / LIFT)).to(out.dtype.element_ty), mask=live[:, None] & (index < D)[None, :])
+    elif ROTATE:
         for first in tl.static_range(0, DP, CHUNK):
             outer = first + tl.arange(0, CHUNK)
             mask = (index[:, None] < D) & (outer[None, :] < D)

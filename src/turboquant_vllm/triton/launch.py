@@ -10,6 +10,7 @@ from turboquant_vllm.reference_keys import rotate_queries
 from turboquant_vllm.triton.config import (
     FEW_ROWS,
     LOG2_E,
+    WIDE,
     WIDEST,
     choose_config,
     choose_parts,
@@ -104,13 +105,13 @@ def _attention(
     cap = None if masks.softcap is None else masks.softcap * LOG2_E
     sinks = None if sinks is None else sinks.contiguous()
 
-    many, wide = rows > 64, head_dim > 128
+    many, wide = rows > 64 and head_dim <= WIDE, head_dim > 128
     block = 64 if many else 16
     rotate = {
         "D": head_dim,
         "DP": max(16, triton.next_power_of_2(head_dim)),
         "BM": block,
-        "CHUNK": min(64 if many and not wide else 32, max(16, triton.next_power_of_2(head_dim))),
+        "CHUNK": min(64 if many and not wide else 32 if head_dim <= WIDE else 16, max(16, triton.next_power_of_2(head_dim))),
         "HALF": prmt,
         "num_warps": 8 if many or wide else 4,
     }

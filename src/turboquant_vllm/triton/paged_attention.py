@@ -17,6 +17,7 @@ from turboquant_vllm.triton.config import (
     LOG2_E,
     MIN_SPLIT,
     SPLITS,
+    WIDE,
     WIDEST,
     Config,
     choose_config,
@@ -89,7 +90,7 @@ def paged_attention(
         "DP": width,
         "PARTS": order,
         "ROTATE": not exact,
-        "CHUNK": min(32, width),
+        "CHUNK": min(32 if head_dim <= WIDE else 16, width),
         "HALF": nvidia and not exact,
     }
 
@@ -117,7 +118,7 @@ def paged_attention(
             CAUSAL=causal, SWAP=config.swap, BM=config.block_m, BN=config.block_n, STAGES=config.num_stages,
             PRMT=nvidia and not exact, num_warps=config.num_warps, **kind,
         )  # fmt: skip
-        block = 16 if is_few else 64
+        block = 16 if is_few or head_dim > WIDE else 64
         tiles = triton.cdiv(few_rows, block) if is_few else 1
         count = num_seqs * tiles if is_few else rows // block + num_seqs
         paged_merge_kernel[(count, num_kv_heads)](
@@ -127,7 +128,7 @@ def paged_attention(
         )  # fmt: skip
 
     with device_guard(q.device):
-        block = 16 if rows <= 64 else 64
+        block = 16 if rows <= 64 or head_dim > WIDE else 64
         query_kernel[(num_kv_heads * triton.cdiv(rows, block),)](
             q, rotation, key_scales, queries, query_scale, rows, group, num_kv_heads, sm_scale * LOG2_E, 0, q.stride(1),
             q.stride(0), q.stride(2), BM=block, num_warps=4 if block == 16 and head_dim <= 128 else 8, **rotate,

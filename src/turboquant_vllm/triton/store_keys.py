@@ -38,7 +38,8 @@ __all__ = ["chunk_of", "layout_of", "parts_of", "store_keys"]
 PRIOR_WEIGHT = tl.constexpr(float(_PRIOR_WEIGHT))
 CHUNK = tl.constexpr(16)  # coordinates of keys that are multiplied at once
 _PROGRAMS = 8  # per processor, at most about so many
-# With fewer, products are those of Blackwell's tensor memory, which has no room for all of them where D is 256.
+# With fewer, products are those of Blackwell's tensor memory, which has no room for all of them where D is 256. (At 512 a tile
+# is more than the registers hold, whatever the number: a few KiB of it a thread are spilled.)
 _WARPS = 16
 
 

@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import re
 
+from turboquant_vllm.checks import MAX_HEAD_DIM
+
 __all__ = ["BACKEND", "CACHE_DTYPE", "NEWEST", "OLDEST", "register", "why_not_layer", "why_not_version"]
 
 BACKEND = "turboquant_vllm.vllm.backend.TQ4Backend"
@@ -45,8 +47,8 @@ def why_not_layer(head_size: int, value_size: int) -> str:
     """Why the backend cannot serve a layer with keys and values of these sizes; empty where it can."""
     if head_size != value_size:
         return f"the TQ4 backend needs values as long as keys, got head sizes {head_size} and {value_size}"
-    if not 16 <= head_size <= 256 or head_size % 16:
-        return f"the TQ4 backend needs a head size from 16 to 256 that is a multiple of 16, got {head_size}"
+    if not 16 <= head_size <= MAX_HEAD_DIM or head_size % 16:
+        return f"the TQ4 backend needs a head size from 16 to {MAX_HEAD_DIM} that is a multiple of 16, got {head_size}"
     return ""
 
 

@@ -15,7 +15,7 @@ __all__ = ["choose_exact"]
 
 def choose_exact(head_dim: int, has_sinks: bool) -> Exact:
     """vLLM's FlashAttention where it serves such a layer on this platform, else this library's own kernels."""
-    if not current_platform.is_cuda():
+    if not current_platform.is_cuda() or head_dim > 256:
         return exact_attention
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 

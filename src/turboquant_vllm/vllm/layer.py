@@ -69,7 +69,7 @@ class PagedLayer:
 
     Args:
         num_heads, num_kv_heads: of queries, and of keys and values.
-        head_dim: a multiple of 16 from 16 to 256.
+        head_dim: a multiple of 16 from 16 to 512.
         sm_scale: factor on the scores.
         sliding_window, softcap: as in :func:`turboquant_vllm.tq4_attention`.
         sinks: as there, in any dtype; read at each call, since a server may change its weights in place.
