@@ -74,5 +74,5 @@ def test_a_pipeline_over_a_list_of_prompts(model):
 def test_continuous_batching_is_refused(model):
     if not hasattr(model, "generate_batch"):
         pytest.skip("this transformers has no continuous batching")
-    with pytest.raises(ValueError, match='tq4"?.* is not supported'):
+    with pytest.raises(ValueError, match=r'tq4"?.* is not supported'):
         model.generate_batch([[1, 2, 3]], generation_config=GenerationConfig(**GREEDY))
