@@ -99,7 +99,7 @@ _DOTS3 = {
     "swa_num_key_value_heads": HEADS, "swa_q_lora_rank": 16, "swa_kv_lora_rank": 16, "swa_head_dim": HEAD_DIM,
     "swa_qk_nope_head_dim": 16, "swa_v_head_dim": HEAD_DIM,
 }  # fmt: skip
-_GEMMA4 = {"global_head_dim": 2 * HEAD_DIM}
+_GEMMA4 = {"global_head_dim": 512}  # as these models have it, where head_dim is 256
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128, "mamba_n_groups": 1}
 OVERRIDES: dict[str, dict[str, Any]] = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1]},
