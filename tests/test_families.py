@@ -9,15 +9,21 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import transformers
+from packaging.version import Version
+
 import families
 import families_tables
 from families_tables import TABLES, WAYS, differing, group
 from hf_models import one_thread  # noqa: F401
 from quality_tables import fill
 
+# Releases before 5.24 give it a cache of its own.
+MAMBA = "dense" if Version(transformers.__version__) >= Version("5.24") else "not_run"
+
 
 @pytest.mark.filterwarnings("ignore:.*keeps nothing in 4 bits")
-@pytest.mark.parametrize(("name", "found_in"), [("llama", "checked"), ("falcon", "refused"), ("mamba", "dense")])
+@pytest.mark.parametrize(("name", "found_in"), [("llama", "checked"), ("falcon", "refused"), ("mamba", MAMBA)])
 def test_a_family(name, found_in):
     (kind,) = families.kinds([name])
     row = families.measure_apart(kind)
