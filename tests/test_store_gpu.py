@@ -36,6 +36,9 @@ class TestKeysWithOffsets(GroupStoreContract):
 
         return call
 
+    def test_vectors_of_512_coordinates(self, store, device, generator, wide_dtype):
+        self.test_a_batch(store, device, generator, wide_dtype, 512, True, "unbiased", "sliced", torch.int32, True)
+
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
