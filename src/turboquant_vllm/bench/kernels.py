@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from turboquant_vllm import (
 )
 from turboquant_vllm.bench.machine import Machine, best_dense_ms
 from turboquant_vllm.bench.others import other_attentions
+from turboquant_vllm.checks import AttentionShape
 from turboquant_vllm.records import GROUP, Masks, Operand
 
 __all__ = ["Shape", "WrongAnswerError", "decode", "paged", "prefill", "store"]
@@ -32,16 +33,8 @@ class WrongAnswerError(Exception):
     """What was to be timed gives a wrong answer; says how wrong."""
 
 
-@dataclass(frozen=True)
-class Shape:
+class Shape(AttentionShape):
     """Of a call of attention."""
-
-    batch: int
-    num_heads: int
-    num_kv_heads: int
-    q_len: int
-    kv_len: int
-    head_dim: int
 
     @property
     def name(self) -> str:
@@ -220,7 +213,7 @@ def _store_row(machine: Machine, tokens: int, heads: int, head_dim: int) -> Row:
 def _row(machine: Machine, shape: Shape, ms: float, error: float) -> Row:
     size = shape.cache_bytes(True)
     row: Row = {
-        "shape": {name: getattr(shape, name) for name in shape.__dataclass_fields__},
+        "shape": asdict(shape),
         "dtype": str(machine.dtype).removeprefix("torch."),
         "ours_ms": round(ms, 5),
         "error": error,
