@@ -18,6 +18,7 @@ import oracle
 from turboquant_vllm import TQ4Codec, merge_attention_states
 from turboquant_vllm.records import Masks, Operand, Tables
 from turboquant_vllm.reference import attention
+from turboquant_vllm.reference_codes import rotated
 
 NAN, INF = float("nan"), float("inf")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -358,3 +359,14 @@ def test_merging_hides_no_nan() -> None:
     # The second part's weight is below the smallest float32, yet it saw a NaN.
     out, _ = merge_attention_states(torch.tensor([[1.0], [NAN]]), torch.tensor([0.0, -1000.0]))
     assert out.isnan().all()
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_what_a_vector_is_coded_from_does_not_depend_on_the_call(randn: Callable[..., torch.Tensor], head_dim: int) -> None:
+    x, rotation = randn(1000, head_dim), TQ4Codec(head_dim).rotation
+    together, alone = rotated(x, rotation), torch.cat([rotated(one, rotation) for one in x.split(1)])
+    # Sums in float64 differ in their last bits: one in some 10^8 lies so near the middle of two float32 that they may show.
+    assert (together != alone).sum() <= 1
+    codec = TQ4Codec(head_dim)
+    for whole, parts in zip(codec.compress(x), zip(*(codec.compress(one) for one in x.split(1)), strict=True), strict=True):
+        assert (whole != torch.cat(parts)).sum() <= 1

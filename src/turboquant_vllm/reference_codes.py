@@ -1,6 +1,6 @@
 """Vectors and codes, in plain PyTorch: how the codec compresses and reads back; the definition that kernels are tested against.
 
-Arithmetic is float32, or float64 where the first argument is float64.
+Arithmetic is float32, or float64 where the first argument is float64; what is coded is rotated in float64.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import torch
 
 from turboquant_vllm.autocast import without_autocast
 
-__all__ = ["compress", "compress_rotated", "compute_dtype", "decompress", "scaled", "unpack_codes"]
+__all__ = ["compress", "compress_rotated", "compute_dtype", "decompress", "rotated", "scaled", "unpack_codes"]
 
 # Vectors outside this range are scaled by a power of two before their squares are summed, so that none over- or underflows.
 _LARGE, _SMALL, _SHIFT = 1e15, 1e-15, 2.0**100
@@ -41,7 +41,7 @@ def compress(
     """
     x, shift = scaled(x.to(compute_dtype(x)))
     length = x.square().sum(-1, keepdim=True).sqrt()
-    return _quantise(x @ rotation.to(x.dtype).T, length, shift, boundaries, centroids, scale)
+    return _quantise(rotated(x, rotation), length, shift, boundaries, centroids, scale)
 
 
 def compress_rotated(
@@ -106,6 +106,16 @@ def scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     shift = torch.ones_like(largest)
     shift = torch.where(largest > _LARGE, 1 / _SHIFT, torch.where(largest < _SMALL, _SHIFT, shift))
     return x * shift, shift
+
+
+def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """``x @ rotation.T`` of vectors ``[..., D]`` that are to be coded, in x's dtype.
+
+    Sums are float64 where there is such a thing: in float32 the order of additions, which depends on how many vectors there
+    are, would decide on which side of a boundary some coordinates fall, and so what else is in a call on a vector's codes.
+    """
+    wide = torch.float64 if x.device.type in ("cpu", "cuda") else x.dtype
+    return (x.to(wide) @ rotation.to(wide).T).to(x.dtype)
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:

@@ -29,7 +29,7 @@ import torch
 from turboquant_vllm.autocast import without_autocast
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.records import GROUP, Operand, Tables
-from turboquant_vllm.reference_codes import compress_rotated, compute_dtype, scaled, unpack_codes
+from turboquant_vllm.reference_codes import compress_rotated, compute_dtype, rotated, scaled, unpack_codes
 
 __all__ = ["PRIOR_WEIGHT", "compress_keys", "decompress_keys", "read_rotated", "rotate_keys", "rotate_queries", "store_keys"]
 
@@ -44,7 +44,7 @@ def rotate_keys(k: torch.Tensor, tables: Tables) -> torch.Tensor:
     k = k.to(compute_dtype(k))
     if tables.key_scales is not None:
         k = k * tables.key_scales.to(k.dtype).unsqueeze(-2)
-    return k @ tables.rotation.to(k.dtype).T
+    return rotated(k, tables.rotation)
 
 
 @without_autocast
