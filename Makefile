@@ -15,7 +15,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m turboquant_vllm.demo --out demo-out
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # The site, into site/, its tours executed; any warning is an error. TOURS=0 leaves tours as they are.
 docs: $(VENV)/.installed
@@ -42,7 +42,7 @@ test-newest:
 	$(PYTHON) -m venv --clear $(VENV)-newest
 	$(VENV)-newest/bin/python $(PIP) "$(NEWEST_TORCH)"
 	$(VENV)-newest/bin/python $(PIP) --editable ".[dev]"
-	$(VENV)-newest/bin/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+	$(VENV)-newest/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # The lowest releases that pyproject.toml allows, all at once; torch as in the lock, unless asked for by OLDEST_TORCH=torch==2.8.0.
 test-oldest:
@@ -52,7 +52,7 @@ test-oldest:
 	$(VENV)-oldest/bin/uv pip compile pyproject.toml --extra dev --resolution lowest-direct --quiet --no-annotate \
 		--constraint $(VENV)-oldest/torch.txt --output-file $(VENV)-oldest/lowest.txt
 	$(VENV)-oldest/bin/python $(PIP) --constraint $(VENV)-oldest/lowest.txt --editable ".[dev]"
-	$(VENV)-oldest/bin/python -m pytest -n $(TEST_JOBS) $(PYTEST_ARGS)
+	$(VENV)-oldest/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 # torch's own requirements are those of its build for CUDA, which a build for CPUs
 # shares or lacks, so that both take this file.

@@ -66,8 +66,8 @@ def test_with_offsets_a_first_call_takes_what_it_needs_too(count):
     assert needed <= layer.nbytes <= needed * 17 // 16
 
 
-@pytest.mark.parametrize("head_dim", [16, 18, 32, 64, 96, 128, 256, 512])
-@pytest.mark.parametrize("prompt", [1, 7, 16, 20, 250])
+@pytest.mark.parametrize("head_dim", [16, 18, 64, 128, 512])
+@pytest.mark.parametrize("prompt", [1, 16, 250])
 @pytest.mark.parametrize(
     ("window", "has_offsets"), [(None, False), (21, False), (4096, False), (None, True), (256, True), (4096, True)]
 )
