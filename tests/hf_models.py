@@ -214,6 +214,11 @@ def make_model(family: str, attention: str = "tq4", dtype: torch.dtype = torch.f
     return model.to(dtype)
 
 
+def tokens(generator: torch.Generator, *shape: int) -> torch.Tensor:
+    """Random token ids ``shape`` that no model here takes for special ones."""
+    return torch.randint(3, VOCABULARY, shape, generator=generator)
+
+
 def stock_attention(family: str) -> str:
     """An attention implementation of transformers that handles all of a family's arguments."""
     return FAMILIES[family][2]

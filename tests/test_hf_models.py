@@ -26,6 +26,7 @@ from hf_models import (
     plain_static_cache,
     reference_cache,
     stock_attention,
+    tokens,
 )
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, register
 
@@ -38,10 +39,6 @@ model_of = functools.cache(make_model)
 def both(family: str) -> tuple[Any, Any]:
     """The same model with attention as its formula says, and with ours."""
     return model_of(family, "oracle"), model_of(family, "tq4")
-
-
-def tokens(generator: torch.Generator, *shape: int) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, shape, generator=generator)
 
 
 @families

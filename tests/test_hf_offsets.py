@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from hf_models import VOCABULARY, make_config, make_model, one_thread, oracle_attention  # noqa: F401
+from hf_models import make_config, make_model, one_thread, oracle_attention, tokens  # noqa: F401
 from oracle import assert_close
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.codec import TQ4Keys
@@ -16,10 +16,6 @@ from turboquant_vllm.hf.layers import PackedLayer, PackedSlidingLayer
 from turboquant_vllm.hf.tensors import PackedTensor, some_of
 
 FAMILIES = ["llama", "gemma3"]
-
-
-def tokens(generator: torch.Generator, batch: int, count: int) -> torch.Tensor:
-    return torch.randint(3, VOCABULARY, (batch, count), generator=generator)
 
 
 def model_of(family: str, attention: str = "tq4"):

@@ -20,7 +20,6 @@ from transformers.cache_utils import (
 
 from hf_models import (
     HYBRIDS,
-    VOCABULARY,
     WINDOW,
     assert_same,
     assert_same_generation,
@@ -31,6 +30,7 @@ from hf_models import (
     plain_cache,
     plain_static_cache,
     reference_cache,
+    tokens,
 )
 from turboquant_vllm.files import read_tensors, write_tensors
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache
@@ -47,10 +47,6 @@ MAKE = {
     "static": functools.partial(plain_static_cache, max_cache_len=30),
 }
 kinds = pytest.mark.parametrize("kind", MAKE)
-
-
-def tokens(generator, *shape):
-    return torch.randint(3, VOCABULARY, shape, generator=generator)
 
 
 def logits(model, cache, ids, cuts, mask=None):

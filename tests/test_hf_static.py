@@ -16,7 +16,6 @@ from transformers.masking_utils import create_chunked_causal_mask
 
 from hf_models import (
     FAMILIES,
-    VOCABULARY,
     assert_same,
     assert_same_generation,
     generated,
@@ -25,6 +24,7 @@ from hf_models import (
     one_thread,  # noqa: F401
     plain_static_cache,
     reference_cache,
+    tokens,
 )
 from oracle import assert_close
 from turboquant_vllm import TQ4Codec
@@ -41,10 +41,6 @@ families = pytest.mark.parametrize("family", FAMILIES)
 
 def both(family):
     return model_of(family, "oracle"), model_of(family, "tq4")
-
-
-def tokens(generator, *shape):
-    return torch.randint(3, VOCABULARY, shape, generator=generator)
 
 
 @pytest.fixture

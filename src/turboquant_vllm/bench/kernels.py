@@ -23,7 +23,7 @@ from turboquant_vllm.bench.others import other_attentions
 from turboquant_vllm.checks import AttentionShape
 from turboquant_vllm.records import GROUP, Masks, Operand
 
-__all__ = ["Shape", "WrongAnswerError", "decode", "paged", "prefill", "store"]
+__all__ = ["Shape", "WrongAnswerError", "decode", "paged", "paged_row", "prefill", "store"]
 
 Row = dict[str, Any]
 _PAGE = 64
@@ -75,7 +75,7 @@ def prefill(machine: Machine, quick: bool) -> Iterator[tuple[str, Any]]:
 def paged(machine: Machine, quick: bool) -> Iterator[tuple[str, Any]]:
     """One token of each sequence, over pages in random order."""
     for shape in _decode_shapes(machine, quick):
-        yield shape.name, lambda shape=shape: _paged_row(machine, shape)
+        yield shape.name, lambda shape=shape: paged_row(machine, shape)
 
 
 def store(machine: Machine, quick: bool) -> Iterator[tuple[str, Any]]:
@@ -148,7 +148,7 @@ def _dense(machine: Machine, ours: float, q: torch.Tensor, k: torch.Tensor, v: t
     return {"best_dense_ms": round(best, 5), "best_dense": name, "dense_ms": rounded, "ratio": round(best / ours, 3)}
 
 
-def _paged_row(machine: Machine, shape: Shape) -> Row:
+def paged_row(machine: Machine, shape: Shape) -> Row:
     q, k, v, codec = _vectors(machine, shape)
     count = -(-shape.kv_len // _PAGE)
     sizes: dict[str, Any] = {"num_kv_heads": shape.num_kv_heads, "head_dim": shape.head_dim, "has_offsets": True}

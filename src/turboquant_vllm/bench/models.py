@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from turboquant_vllm.bench.kernels import Row, WrongAnswerError
+from turboquant_vllm.bench.kernels import Row, Shape, WrongAnswerError, paged_row
 from turboquant_vllm.bench.machine import Machine, median_ms
 
 __all__ = ["hf", "quality", "vllm"]
@@ -112,9 +112,7 @@ def _hf_row(machine: Machine, batch: int, context: int, layers: int) -> Row:
 def _vllm_row(machine: Machine, batch: int, context: int) -> Row:
     from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-    from turboquant_vllm.bench.kernels import Shape, _paged_row
-
-    row = _paged_row(machine, Shape(batch, 32, 8, 1, context, 128))
+    row = paged_row(machine, Shape(batch, 32, 8, 1, context, 128))
     q = torch.randn(batch, 32, 128, dtype=machine.dtype, device=machine.device)
     count = -(-context // 16)
     k, v = (torch.randn(batch * count, 16, 8, 128, dtype=machine.dtype, device=machine.device) for _ in range(2))
