@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, environment, write_results
-from vllm_worker import CACHES, CAPACITY, CASES, DECODE, TTFT
+from vllm_worker import CACHES, CAPACITY, CASES, DECODE, TRACES, TTFT
 
 BLOCKS = ["blocks", "capacity blocks"]
 
@@ -94,8 +94,10 @@ class Results:
             sizes, unit = {}, "blocks"
         elif case in DECODE:
             sizes, unit = dict(zip(("requests", "context"), DECODE[case], strict=True)), "ms_per_step"
-        elif case == "ttft":
-            sizes, unit = {"requests": 1, "context": TTFT}, "ms_to_first_token"
+        elif case in TTFT:
+            sizes, unit = {"requests": 1, "context": TTFT[case]}, "ms_to_first_token"
+        elif case in TRACES:
+            return {"id": case, "of": TRACES[case], "step": values, "errors": self.errors.get(case, {})}
         else:
             sizes, unit = dict(zip(("requests", "context"), CAPACITY, strict=True)), "tokens_per_second"
         row: dict[str, Any] = {"id": case, **sizes, unit: values}

@@ -7,8 +7,10 @@ standard input: its value, or what went wrong.
 from __future__ import annotations
 
 import argparse
+import collections
 import json
 import os
+import re
 import statistics
 import sys
 import time
@@ -28,8 +30,10 @@ CACHES: dict[str, dict[str, Any]] = {
 }
 # id: requests, tokens of context.
 DECODE = {"b32-8k": (32, 8192), "b1-32k": (1, 32768), "b8-32k": (8, 32768), "short-32": (32, 1024), "short-1": (1, 1024)}
-TTFT, CAPACITY = 16384, (256, 8192)
-CASES = [*DECODE, "ttft", "capacity"]  # what matters most comes first
+TTFT, CAPACITY = {"ttft": 16384, "ttft-32k": 32768}, (256, 8192)  # prompts are read in chunks of CHUNK
+TRACES = {"trace-1": "short-1", "trace-32": "b32-8k"}
+CASES = [*DECODE, *TTFT, *TRACES, "capacity"]  # what matters most comes first
+CHUNK = 8192
 STRETCH, WARMUP_STEPS = 8, 6
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 96, 104, 112, 128, 160, 192, 208, 224, 256]
 VOCABULARY = 128256
@@ -146,18 +150,43 @@ class Timer:
         """The case's value, and what else is to be told of it."""
         if case in DECODE:
             return {"value": round(self.decode_ms(*DECODE[case]), 4)}
-        if case == "ttft":
-            return {"value": round(self.ttft_ms(TTFT), 2)}
+        if case in TTFT:
+            return {"value": round(self.ttft_ms(TTFT[case]), 2)}
+        if case in TRACES:
+            return {"value": self.trace(*DECODE[TRACES[case]])}
         rate, running = self.capacity(*CAPACITY)
         return {"value": round(rate, 1), "running": running}
 
-    def decode_ms(self, requests: int, context: int) -> float:
-        """Milliseconds of a step in which all requests decode, each giving a token; the median of the stretches."""
+    def start(self, requests: int, context: int) -> None:
+        """Requests whose prompts are read."""
         self.add(requests, context, 6 * STRETCH + WARMUP_STEPS + requests + 64)
         waiting = requests
         while waiting > 0:  # steps in which prompts are read give tokens of the others, too
             self.step()
             waiting = self.unread()
+
+    def trace(self, requests: int, context: int) -> dict[str, Any]:
+        """Of a step in which all requests decode: milliseconds of its kernels, and how often each is launched that this library
+        or attention needs. Its wall time with the profiler tells nothing: see the case that it is of."""
+        self.start(requests, context)
+        for _ in range(WARMUP_STEPS):
+            self.step()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            for _ in range(STRETCH):
+                self.step()
+            torch.cuda.synchronize()
+        self.clear()
+        kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        busy = sum(event.device_time for event in kernels) / STRETCH / 1e3
+        launches = collections.Counter(event.name.split("(")[0].split("<")[0].removeprefix("void ") for event in kernels)
+        wanted = re.compile("tq4|store|cache|flash|attention|rotat|previous|plan", re.IGNORECASE)
+        counts = {name[-80:]: count / STRETCH for name, count in launches.items() if wanted.search(name)}
+        return {"kernel_ms": round(busy, 4), "launches": sum(launches.values()) / STRETCH, "of_attention": counts}
+
+    def decode_ms(self, requests: int, context: int) -> float:
+        """Milliseconds of a step in which all requests decode, each giving a token; the median of the stretches."""
+        self.start(requests, context)
         stretches = self.stretches()
         self.clear()
         if any(tokens != requests * STRETCH for tokens, _ in stretches):
@@ -227,7 +256,7 @@ def main() -> None:
         dtype="bfloat16",
         max_model_len=33792,
         max_num_seqs=256,
-        max_num_batched_tokens=8192,
+        max_num_batched_tokens=CHUNK,
         enable_prefix_caching=False,
         kv_cache_memory_bytes=int(options.cache_bytes),
         gpu_memory_utilization=0.1,  # must be free at the start, whatever the cache takes: other engines are there

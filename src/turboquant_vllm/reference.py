@@ -18,7 +18,7 @@ import torch
 from turboquant_vllm.autocast import without_autocast
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.records import GROUP, NO_MASKS, Masks, Operand, Sequences, Tables
-from turboquant_vllm.reference_codes import compress, compute_dtype, decompress, unpack_codes
+from turboquant_vllm.reference_codes import compress, compute_dtype, decompress, rotated, unpack_codes
 from turboquant_vllm.reference_keys import compress_keys, decompress_keys, read_rotated, rotate_queries, store_keys
 
 __all__ = [
@@ -150,7 +150,7 @@ def attention(
     out = torch.where(seen.unsqueeze(-1), acc / total.unsqueeze(-1), 0.0)
     if v.is_packed:
         assert tables.rotation is not None
-        out = out @ tables.rotation.to(compute)
+        out = rotated(out, tables.rotation.T)
     lse = torch.where(seen, top + total.log(), float("-inf"))
     return out.reshape(q.shape).to(q.dtype), lse.reshape(batch, num_heads, q_len)
 

@@ -109,10 +109,11 @@ def scaled(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def rotated(x: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
-    """``x @ rotation.T`` of vectors ``[..., D]`` that are to be coded, in x's dtype.
+    """``x @ rotation.T`` of vectors ``[..., D]``, in x's dtype.
 
     Sums are float64 where there is such a thing: in float32 the order of additions, which depends on how many vectors there
-    are, would decide on which side of a boundary some coordinates fall, and so what else is in a call on a vector's codes.
+    are, would decide on which side of a boundary some coordinates fall, and so what else is in a call on a vector's codes;
+    and a query's rounding would move all scores of its row.
     """
     wide = torch.float64 if x.device.type in ("cpu", "cuda") else x.dtype
     return (x.to(wide) @ rotation.to(wide).T).to(x.dtype)

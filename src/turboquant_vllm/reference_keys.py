@@ -54,7 +54,7 @@ def rotate_queries(q: torch.Tensor, num_kv_heads: int, tables: Tables) -> torch.
     q = q.to(compute_dtype(q))
     if tables.key_scales is not None:
         q = q / tables.key_scales.to(q.dtype).repeat_interleave(q.shape[1] // num_kv_heads, 0)[:, None]
-    return q @ tables.rotation.to(q.dtype).T
+    return rotated(q, tables.rotation)
 
 
 def read_rotated(k: Operand, centroids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

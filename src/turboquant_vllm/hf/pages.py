@@ -130,15 +130,16 @@ class SpanMask(DeferredTensor):
     and constants alone, as :class:`PagedTensor` is.
 
     Attributes:
-        spans: int32 ``[3, B + 1]``: where the visible keys end, the numbers 0 to B, and how many they are. Without the last,
-            ``[2, B + 1]``, where all sequences show their keys from the first on.
+        spans: int32 ``[3, B, 2]``, room for B + 1 numbers each: where the visible keys end, the numbers 0 to B, and how many
+            they are. Without the last, ``[2, B, 2]``, where all sequences show their keys from the first on. (No size is
+            B + 1: torch.compile would have to work B out of it.)
     """
 
     spans: torch.Tensor
 
     @staticmethod
     def __new__(cls, spans: torch.Tensor, tokens: int, dtype: torch.dtype) -> SpanMask:
-        self: SpanMask = cls._make((spans.shape[1] - 1, 1, 1, tokens), dtype, spans.device)
+        self: SpanMask = cls._make((spans.shape[1], 1, 1, tokens), dtype, spans.device)
         self.spans = spans
         return self
 
@@ -176,15 +177,18 @@ def find_spans(mask: torch.Tensor, dtype: torch.dtype, *, windows: bool = True) 
     whole, no_counts = torch.stack((together, (stop == count).all())).tolist()
     if not whole:
         return None
-    rows = torch.arange(visible.shape[0] + 1, device=mask.device)
-    columns = [torch.nn.functional.pad(x, (0, 1)) for x in (stop, count)]
+    batch = visible.shape[0]
+    rows = torch.arange(2 * batch, device=mask.device)
+    columns = [torch.nn.functional.pad(x, (0, batch)) for x in (stop, count)]
     spans = torch.stack((columns[0], rows) if no_counts and not windows else (columns[0], rows, columns[1])).int()
-    return SpanMask(spans, visible.shape[1], dtype)
+    return SpanMask(spans.unflatten(1, (batch, 2)), visible.shape[1], dtype)
 
 
 def read_spans(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Of the spans of a :class:`SpanMask`: where visible keys end, ``[B]``, the numbers 0 to B, and how many keys, or None."""
-    return spans[0, :-1], spans[1], spans[2, :-1] if spans.shape[0] == 3 else None
+    batch = spans.shape[1]
+    stops, rows, *counts = spans.flatten(1)
+    return stops[:batch], rows[: batch + 1], counts[0][:batch] if counts else None
 
 
 def packed_places(part: Operand, block_table: torch.Tensor) -> TQ4Tensor | TQ4Keys:

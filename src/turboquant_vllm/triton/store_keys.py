@@ -37,10 +37,11 @@ __all__ = ["chunk_of", "layout_of", "parts_of", "store_keys"]
 
 PRIOR_WEIGHT = tl.constexpr(float(_PRIOR_WEIGHT))
 CHUNK = tl.constexpr(16)  # coordinates of keys that are multiplied at once
+TINY = tl.constexpr(2.0**-96)  # below it keys are multiplied to, where their parts would end in subnormals
 _PROGRAMS = 8  # per processor, at most about so many
-# With fewer, products are those of Blackwell's tensor memory, which has no room for all of them where D is 256. (At 512 a tile
-# is more than the registers hold, whatever the number: a few KiB of it a thread are spilled.)
-_WARPS = 16
+# With fewer, products are those of Blackwell's tensor memory, which has no room for all of them where D is 256. At 512 a tile
+# is more than the registers hold: with 16 warps Triton 3.6 loses sums of products of parts on Hopper, with 8 or 32 it does not.
+_WARPS, _WARPS_OF_WIDE = 16, 8
 
 
 @triton.jit
@@ -104,25 +105,38 @@ def _is_finite(x):
 
 
 @triton.jit
+def _scaled_keys(keys, rows, head, inner, D: tl.constexpr):
+    """``w * k [64, n]`` of coordinates ``inner [n]``, as :func:`_rotate_keys` takes the rest; as they are without scales."""
+    k, _, scales, k_n, k_h, k_d = keys
+    at = (k + rows.to(tl.int64) * k_n + head * k_h)[:, None] + inner.to(tl.int64)[None, :] * k_d
+    x = tl.load(at, mask=(rows >= 0)[:, None] & (inner < D)[None, :], other=0.0)
+    if scales is not None:
+        x = x.to(tl.float32) * tl.load(scales + head * D + inner, mask=inner < D, other=0.0)[None, :]
+    return x
+
+
+@triton.jit
 def _rotate_keys(keys, rows, head, outer, D: tl.constexpr, DP: tl.constexpr, K_PARTS: tl.constexpr,
                  PARTS: tl.constexpr, HADAMARD: tl.constexpr, DTYPE: tl.constexpr):  # fmt: skip
     """``(w * k) @ rotation.T`` of the keys of ``rows [64]``, float32 ``[64, DP]``; zeros where a row is -1.
 
     Keys and the rotation are each the sum of some numbers of DTYPE, K_PARTS and PARTS of them, so that products are exact.
     """
-    k, rotation, scales, k_n, k_h, k_d = keys
-    source = k + rows.to(tl.int64) * k_n + head * k_h
     y = tl.zeros([64, DP], tl.float32)
+    lift = tl.full([64], 1.0, tl.float32)
+    if K_PARTS > 1:  # what is left of tiny numbers, bfloat16 has no bits for
+        largest = tl.zeros([64], tl.float32)
+        for first in range(0, D, CHUNK):
+            x = _scaled_keys(keys, rows, head, first + tl.arange(0, CHUNK), D)
+            largest = tl.maximum(largest, tl.max(tl.abs(x.to(tl.float32)), 1))
+        lift = tl.where(largest < TINY, 1 / TINY, 1.0)
     for first in range(0, D, CHUNK):
         inner = first + tl.arange(0, CHUNK)
-        mask = (rows >= 0)[:, None] & (inner < D)[None, :]
-        x = tl.load(source[:, None] + inner.to(tl.int64)[None, :] * k_d, mask=mask, other=0.0)  # [64, CHUNK]
-        if scales is not None:
-            x = x.to(tl.float32) * tl.load(scales + head * D + inner, mask=inner < D, other=0.0)[None, :]
-        matrix = matrix_parts(rotation, inner, outer, 1, D, D, HADAMARD, DTYPE, PARTS)  # [CHUNK, DP]
+        x = _scaled_keys(keys, rows, head, inner, D)
+        matrix = matrix_parts(keys[1], inner, outer, 1, D, D, HADAMARD, DTYPE, PARTS)  # [CHUNK, DP]
         pieces = ()
         if K_PARTS > 1:
-            x = x.to(tl.float32)
+            x = x.to(tl.float32) * lift[:, None]
         for _ in tl.static_range(K_PARTS):
             piece = x.to(DTYPE)
             pieces = pieces + (piece,)
@@ -134,7 +148,10 @@ def _rotate_keys(keys, rows, head, outer, D: tl.constexpr, DP: tl.constexpr, K_P
             for j in tl.static_range(K_PARTS):
                 if 0 <= LAST - i - j and LAST - i - j < PARTS:
                     y = tl.dot(pieces[j], matrix[LAST - i - j], y, input_precision="ieee")
-    return y * matrix_unit(D, HADAMARD)
+    y *= matrix_unit(D, HADAMARD)
+    if K_PARTS > 1:
+        y /= lift[:, None]
+    return y
 
 
 @triton.jit
@@ -372,5 +389,5 @@ def store_keys(
             cache.num_slots, *layout_of(cache), *k.stride(), slot_mapping.stride(0),
             None if previous_slots is None else previous_slots.stride(0), D=head_dim, DP=padded,
             K_PARTS=split.keys, PARTS=split.rotation, HADAMARD=hadamard, DTYPE=split.dtype, PRMT=uses_prmt(k.device.type),
-            SCALE=scale, num_warps=_WARPS, num_stages=1,
+            SCALE=scale, num_warps=_WARPS if head_dim <= 256 else _WARPS_OF_WIDE, num_stages=1,
         )  # fmt: skip
