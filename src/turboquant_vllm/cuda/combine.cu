@@ -12,7 +12,6 @@ struct CombineParams {
   const int* plan; const int* starts;
   i64 out_token, out_head;
   int sequences, tokens, workers;
-  Divisor by_active;
 #else
   Work work;
 #endif
@@ -64,23 +63,18 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
 #if PAGED
     const int s = p.heads.batch(head), start = work.start_of(s), each = (work.ends[s] - start) / p.heads.kv_heads;
     const int begin = start + (head - s * p.heads.kv_heads) * each;
-    Slots slots = {0, 0, 0, 0};
-    if (each) {
-      const int last = work.worker_of(begin + each - 1);
-      slots = joined_slots(p.heads.passes, p.by_active, pass, work.worker_of(begin), last, work.begin(last + 1) > begin + each);
-    }
+    const int from = each ? work.worker_of(begin) + pass : 0, to = each ? work.worker_of(begin + each - 1) + pass : -1;
 #else
-    const Slots slots = p.work.slots(p.heads.passes, pass);
+    const int from = p.work.first_slot(pass), to = p.work.last_slot(pass);
 #endif
 #pragma unroll 1
-    for (int from = part / at_once; from < slots.count; from += shares * 4) {
+    for (int slot = from + part / at_once; slot <= to; slot += shares * 4) {
       float4 x[4];
       float lse[4], next = top;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const int index = from + i * shares;
-        const float* at = p.parts + ((i64)slots.at(min(index, slots.count - 1)) * (4 * NT) + row % (4 * NT)) * PART_PITCH;
-        lse[i] = index < slots.count ? at[D] : -INFINITE;
+        const float* at = p.parts + ((i64)min(slot + i * shares, to) * (4 * NT) + row % (4 * NT)) * PART_PITCH;
+        lse[i] = slot + i * shares <= to ? at[D] : -INFINITE;
         x[i] = ((const float4*)at)[column];
       }
 #pragma unroll

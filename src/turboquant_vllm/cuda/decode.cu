@@ -7,7 +7,6 @@
 //                                           a block touches PASSES consecutive passes at most
 //                                           behind each ring, of keys with offsets, scores, and what the next groups
 //                                           share: see groups.cuh
-//                                   in the end, over all of these: per warp, its last segment's results (join.cuh)
 //
 //   a stage of the ring   | K codes, 16 rows of D / 2 bytes | V codes, likewise | 16 K norms | 16 V norms |
 //   at                      0                                 8 * D               16 * D       16 * D + 64
@@ -181,10 +180,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   const u32 select_low = (r & 1) ? 0x1044u : 0x4410u, select_high = (r & 1) ? 0x3244u : 0x4432u;
   const int source = c * 4 + (r >> 1);
 
-  if (now == end && !work.fixed) {  // this warp has nothing to do: it only meets the others where they end
-    __syncthreads();
-    if (lane == 0) pass_of_part(smem, warp) = -1;
-  }
   int stage = 0;
 #pragma unroll 1
   while (now < end) {
@@ -385,13 +380,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     {
       // The segment's normalised rows, and the log2 of each row's sum of exp2. Where they go is worked out here, and the
       // thread's number read anew, so that none of it takes a register in the loop above.
-      const int tid = thread_number(), r = tid % 32 / 4, c = tid % 4;
+      const int tid = thread_number(), r = tid % 32 / 4, c = tid % 4, worker = blockIdx.x * p.active + tid / 32;
       const Pass pass = locate(now - 1);
       const int first_row = p.heads.first_row(pass.index);
-      const bool joins = now == end && !work.fixed;
-      if (joins) __syncthreads();  // table, rings and queries have served
-      float* part = joins ? (float*)smem + tid / 32 * PART : p.parts + (i64)work.slot(pass.index, now - 1 - pass.start) * PART;
-      if (joins && tid % 32 == 0) pass_of_part(smem, tid / 32) = pass.index;
+      float* part = p.parts + (i64)work.slot(worker, pass.index, now - 1 - pass.start) * PART;
 #pragma unroll
       for (int t = 0; t < NT; t++) {
         const float total = warp_sum(l[t], 4), factor = total == 0 ? 0 : v_ref * (level_scale / total);
@@ -405,5 +397,4 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       }
     }
   }
-  if (!work.fixed) join_warps(p, smem);
 }

@@ -30,11 +30,11 @@ from turboquant_vllm.records import GROUP, NO_MASKS, Masks, Operand, Tables
 
 __all__ = ["Call", "Operands", "decode", "mask_args", "prepare", "source"]
 
-_FILES = ("device.cuh", "query.cuh", "join.cuh", "groups.cuh", "decode.cu", "combine.cu")
+_FILES = ("device.cuh", "query.cuh", "groups.cuh", "decode.cu", "combine.cu")
 SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
 DIVISOR = "Ii"
-WORK = "i" * 6 + DIVISOR * 6
-HEADS = "i" * 5 + DIVISOR * 3
+WORK = "i" * 6 + DIVISOR * 5
+HEADS = "i" * 4 + DIVISOR * 3
 DECODE_PARAMS = "P" * 8 + "q" * 16 + WORK + HEADS + "i" * 6 + "f"
 COMBINE_PARAMS = "P" * 4 + WORK + HEADS + DIVISOR + "i" * 5
 # What the kernels of masked calls take behind these.
@@ -112,13 +112,13 @@ class Call:
         passes, tiles = heads * chunks, -(-kv_len // 16)
         plan = Division.choose(passes, kv_len, multiprocessors, variant, split_len)
         workers = plan.blocks * plan.warps
-        slots = passes * plan.splits if plan.splits else 2 * passes + plan.blocks
+        slots = passes * plan.splits if plan.splits else passes + workers
         piece, pieces = plan.split_len // 16 or 1, plan.splits or tiles
         share, more = divmod(passes * pieces, workers)
-        numbers = (tiles, piece, pieces, max(share, 1), share + 1, plan.warps)
+        numbers = (tiles, piece, pieces, max(share, 1), share + 1)
         divisors = tuple(itertools.chain.from_iterable(map(divisor, numbers)))
         work = (tiles, piece, pieces, share, more, int(split_len is not None), *divisors)
-        layout = (num_kv_heads, group, rows, chunks, passes, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
+        layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks))
         # What a batch changes must change no order of additions where split_len promises that.
         at_once = 4 if split_len else rows_at_once(head_dim, heads * rows, multiprocessors)
         return cls(

@@ -105,7 +105,7 @@ __device__ __forceinline__ float high(float x) { return __uint_as_float(__float_
 // Lane (r, c) of a warp holds dimensions 16 * i + 4 * c + 0..3 of what a product contracts over: of rows r and r + 8 of the
 // left side, of column r of the right side. Any order serves that both sides use.
 #define ROW_PITCH (D + 16)            // floats from one row of the left side to the next: no bank conflicts
-#define PART_PITCH (D + 4)            // a row of results: D sums, the log2 of the row's sum of exp2, and its pass in a row 0
+#define PART_PITCH (D + 4)            // a row of results: D sums, then the log2 of the row's sum of exp2
 #define TURN (D == 256 ? 128 : D)     // dimensions contracted over at a time
 struct Turn { float at[TURN / 4]; };
 
@@ -164,30 +164,18 @@ struct Divisor {
   __device__ __forceinline__ int divide(int n) const { return (__umulhi(n, magic) + n) >> shift; }
 };
 
-// Where the results of a pass are: `joined` slots from `first` on, and with `count` one more also slot `pass`.
-struct Slots {
-  int first, joined, count, pass;
-  __device__ __forceinline__ int at(int i) const { return i < joined ? first + i : pass; }
-};
-// Of a pass that the workers `first` to `last` share, the last of them going on to another pass if it `leaves`.
-__device__ __forceinline__ Slots joined_slots(int passes, Divisor by_active, int pass, int first, int last, bool leaves) {
-  const int from = by_active.divide(first), joined = last - leaves < first ? 0 : by_active.divide(last - leaves) - from + 1;
-  return {passes + pass + from, joined, joined + leaves, pass};
-}
-
 // Work is a line of tiles of 16 keys: pass after pass (head by head, chunk of query rows by chunk), each `tiles` long. A pass
 // is `pieces` pieces of `piece` tiles, the last one shorter; the line is cut into ranges of whole pieces, one a worker (a warp
 // of the first kernel): `share` of them, for the first `more` workers one more. Where a range enters another pass, a segment
-// ends. A worker's last segment is joined with those of its block that belong to the same pass; one before it has slot `pass`,
-// since only one worker can leave a pass; joined ones come behind, at `passes` + pass + block. With `fixed` segments end at
-// every piece and each has a slot of its own: then what a slot holds does not depend on the other passes.
+// ends, and with `fixed` at every piece: then what a segment holds does not depend on the other passes. The result of each
+// segment has a slot of its own.
 //
 //   passes    |     pass 0     |     pass 1     |     pass 2     |
-//   workers   |     0      |     1      |     2      |     3      |     blocks of two workers
-//   slots     |     3      | 0 |   4    |   1    |       6        |     joined: 3 passes + pass + block
+//   workers   |     0      |     1      |     2      |     3      |
+//   slots     |     0      | 1 |   2    |   3    | 4 |    5       |     worker + pass
 struct Work {
   int tiles, piece, pieces, share, more, fixed;
-  Divisor by_tiles, by_piece, by_pieces, by_share, by_share_1, by_active;  // by share + 1; by the workers of a block
+  Divisor by_tiles, by_piece, by_pieces, by_share, by_share_1;  // the last by share + 1
 
   __device__ __forceinline__ int begin(int worker) const {
     const int at = worker * share + min(worker, more), pass = by_pieces.divide(at);
@@ -199,17 +187,18 @@ struct Work {
   }
   __device__ __forceinline__ int pass_of(int tile) const { return by_tiles.divide(tile); }
   __device__ __forceinline__ int piece_end(int tile) const { return (by_piece.divide(tile) + 1) * piece; }
-  __device__ __forceinline__ int slot(int pass, int tile) const { return fixed ? pass * pieces + by_piece.divide(tile) : pass; }
-  __device__ __forceinline__ Slots slots(int passes, int pass) const {
-    if (fixed) return {pass * pieces, pieces, pieces, 0};
-    const int first = worker_of(pass * pieces), last = worker_of((pass + 1) * pieces - 1);
-    return joined_slots(passes, by_active, pass, first, last, begin(last + 1) > (pass + 1) * tiles);
+  __device__ __forceinline__ int slot(int worker, int pass, int tile) const {
+    return fixed ? pass * pieces + by_piece.divide(tile) : worker + pass;
+  }
+  __device__ __forceinline__ int first_slot(int pass) const { return fixed ? pass * pieces : worker_of(pass * pieces) + pass; }
+  __device__ __forceinline__ int last_slot(int pass) const {
+    return fixed ? (pass + 1) * pieces - 1 : worker_of((pass + 1) * pieces - 1) + pass;
   }
 };
 
 // Rows of one key/value head are numbered position * group + head; each chunk of 4 * NT of them is a pass over the keys.
 struct Heads {
-  int kv_heads, group, rows, chunks, passes;  // passes of all sequences
+  int kv_heads, group, rows, chunks;
   Divisor by_kv_heads, by_group, by_chunks;
 
   __device__ __forceinline__ int head_of(int pass) const { return by_chunks.divide(pass); }
@@ -225,7 +214,6 @@ struct Heads {
 struct Line {
   const int* ends; const int* lens; const int* shifts;  // of each sequence; shift = length - query tokens
   int sequences, share, more;
-  static constexpr bool fixed = false;
 
   __device__ __forceinline__ int begin(int worker) const { return worker * share + min(worker, more); }
   __device__ __forceinline__ int worker_of(int at) const {
@@ -242,7 +230,7 @@ struct Line {
     return low;
   }
   __device__ __forceinline__ int start_of(int sequence) const { return sequence ? ends[sequence - 1] : 0; }
-  __device__ __forceinline__ int slot(int pass, int) const { return pass; }
+  __device__ __forceinline__ int slot(int worker, int pass, int) const { return worker + pass; }
 };
 
 // The first query token of a sequence, never beyond what there is.

@@ -23,7 +23,7 @@ from turboquant_vllm.records import GROUP, Masks, Sequences, Tables
 __all__ = ["PAGED_COMBINE_PARAMS", "PAGED_PARAMS", "decode_pages"]
 
 PAGED_PARAMS = "P" * 8 + "q" * 16 + "P" * 6 + "q" + "i" * 5 + DIVISOR + HEADS + "i" * 6 + "f"
-PAGED_COMBINE_PARAMS = "P" * 6 + "q" * 2 + "i" * 3 + DIVISOR + HEADS + DIVISOR + "i" * 5
+PAGED_COMBINE_PARAMS = "P" * 6 + "q" * 2 + "i" * 3 + HEADS + DIVISOR + "i" * 5
 
 
 def params_of(variant: Variant) -> dict[str, str]:
@@ -95,11 +95,11 @@ class Call:
         tiles = heads * -(-kv_len // 16)
         blocks = max(1, min(multiprocessors, tiles))
         active = max(1, min(variant.warps, -(-tiles // blocks)))
-        part_rows, query_rows = (2 * heads + blocks) * 4 * variant.row_tiles, heads * 4 * variant.row_tiles
+        part_rows, query_rows = (heads + blocks * active) * 4 * variant.row_tiles, heads * 4 * variant.row_tiles
         sizes = (4 * (head_dim + 4) * part_rows, heads * variant.fragment_bytes, 4 * query_rows, line)
         *places, workspace_bytes = itertools.accumulate((-(-size // 16) * 16 for size in sizes), initial=0)
         at_once = rows_at_once(head_dim, heads * rows, multiprocessors)
-        layout = (num_kv_heads, group, rows, 1, heads, *divisor(num_kv_heads), *divisor(group), *divisor(1))
+        layout = (num_kv_heads, group, rows, 1, *divisor(num_kv_heads), *divisor(group), *divisor(1))
         threads = 32 * variant.warps
         return cls(
             kernels=_kernels(index, variant),
@@ -109,7 +109,7 @@ class Call:
             places=tuple(places),
             workspace_bytes=workspace_bytes,
             attend=(*layout, active),
-            combine=(*divisor(active), *layout, *divisor(rows), heads * rows, num_heads, at_once),
+            combine=(*layout, *divisor(rows), heads * rows, num_heads, at_once),
             workers=blocks * active,
         )
 

@@ -19,7 +19,7 @@
 #define QUERY (RING + WARPS * WARP_BYTES)
 #define QUERY_BYTES (NQ * 16 * D)
 #define ROW_SCALE (QUERY + PASSES * QUERY_BYTES)
-#define PART (4 * NT * PART_PITCH)  // floats of the results of one segment, or of several joined
+#define PART (4 * NT * PART_PITCH)  // floats of the results of one segment
 #define TURNS ((D / 8 + WARPS - 1) / WARPS)  // groups of 8 columns of the rotation that a warp turns the query into
 #define TURNS_HELD (D < 256 && WARPS == 8 ? TURNS : 1)  // of which it has in registers at first
 #define HELD (WARPS == 16 && D < 256 ? 2 : WARPS == 12 ? 4 : 16 / WARPS)  // rows of the query that a warp loads at a time

@@ -71,11 +71,6 @@ class Variant:
         return _TABLE_BYTES + self.warps * (self.stages * (16 * self.head_dim + 128) + scores)
 
     @property
-    def part_bytes(self) -> int:
-        """What the results of a block's warps take, which are joined where table and rings were."""
-        return self.warps * self.row_tiles * 16 * (self.head_dim + 4)
-
-    @property
     def fragment_bytes(self) -> int:
         """A pass's rotated queries, as the matrix instructions take them."""
         return (self.row_tiles + 1) // 2 * 16 * self.head_dim
@@ -112,7 +107,7 @@ def choose_variant(head_dim: int, rows: int, shared_limit: int, masked: bool = F
         for stages in range(max(3, 64 // warps * 64 // head_dim), 1, -1)
         for ahead in ((True, False) if offsets else (False,))
     )
-    return next(v for v in candidates if v.shared_bytes <= shared_limit and v.part_bytes <= v.shared_bytes_without_query)
+    return next(variant for variant in candidates if variant.shared_bytes <= shared_limit)
 
 
 @dataclass(frozen=True)
