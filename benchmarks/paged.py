@@ -13,7 +13,8 @@ import torch
 
 import common
 from triton_attention import HEAD_DIM, error, random_cache
-from turboquant_vllm import PagedTQ4Cache, TQ4Codec, TQ4Tensor, tq4_attention, tq4_paged_attention
+from turboquant_vllm import PagedTQ4Cache, TQ4Codec, TQ4Tensor, reference, tq4_attention, tq4_paged_attention
+from turboquant_vllm.records import GROUP, Masks, Sequences
 
 # id, sequences, query heads, kv heads, keys of each sequence
 DECODE = [
@@ -41,15 +42,18 @@ class Batch:
         page: int,
         *,
         known: bool = False,
+        offsets: bool = False,
     ) -> None:
         counts = [k.codes.shape[0] * -(-k.codes.shape[2] // page) for k, _ in caches]
         kv_heads = caches[0][0].codes.shape[1]
         self.codec = codec
         self.cache = PagedTQ4Cache.allocate(
-            sum(counts), page_size=page, num_kv_heads=kv_heads, head_dim=HEAD_DIM, device="cuda"
+            sum(counts), page_size=page, num_kv_heads=kv_heads, head_dim=HEAD_DIM, has_offsets=offsets, device="cuda"
         )
         order = torch.randperm(sum(counts), device="cuda").int().split(counts)
         tables = [_fill(self.cache, k, v, pages) for (k, v), pages in zip(caches, order, strict=True)]
+        if offsets:
+            self._put_offsets()
         width = max(table.shape[1] for table in tables)
         self.block_table = torch.cat([torch.nn.functional.pad(table, (0, width - table.shape[1])) for table in tables])
         lengths = [k.codes.shape[2] for k, _ in caches for _ in range(k.codes.shape[0])]
@@ -64,6 +68,32 @@ class Batch:
     def __call__(self) -> torch.Tensor:
         index = (self.block_table, self.seq_lens, self.cu_seqlens_q)
         return tq4_paged_attention(self.q, self.cache, self.codec, *index, **self.bounds)
+
+    def _put_offsets(self) -> None:
+        """Random ones, as long as keys are, and an outlier in most groups."""
+        keys = self.cache.keys
+        assert keys.norms is not None
+        assert keys.groups is not None
+        assert keys.steps is not None
+        keys.groups.random_(-127, 128)
+        keys.steps.fill_(1 / 73.3)  # the root mean square of such bytes
+        of_groups = keys.norms.unflatten(2, (-1, GROUP))
+        place = torch.randint(GROUP, of_groups.shape[:3], device="cuda").unsqueeze(3)
+        of_groups.scatter_(3, place, -of_groups.gather(3, place))
+
+    def error(self) -> float:
+        """The largest error over the first and the last sequence, one query token of each, against float64."""
+        found, worst = self(), 0.0
+        for s in (0, len(self.seq_lens) - 1):
+            own = slice(s, s + 1)
+            starts = self.cu_seqlens_q[:2]
+            sequences = Sequences(self.block_table[own], self.seq_lens[own], starts, 1, int(self.seq_lens[s]))
+            how = (sequences, self.codec.key_tables, HEAD_DIM**-0.5, Masks(True))
+            want, _ = reference.paged_attention(self.q[own].double(), self.cache, *how)
+            worst = max(worst, (found[own].double() - want).abs().max().item() / want.abs().max().item())
+        if not worst < 4 * 2.0**-10:
+            raise AssertionError(f"wrong answer: error {worst} of the largest magnitude")
+        return worst
 
 
 def _fill(cache: PagedTQ4Cache, k: TQ4Tensor, v: TQ4Tensor, pages: torch.Tensor) -> torch.Tensor:
@@ -85,7 +115,7 @@ def decode_row(case: tuple[str, int, int, int, int], page: int, codec: TQ4Codec,
     dense = common.median_ms(common.graphed(lambda: tq4_attention(q, k, v, codec)))
     ours = common.median_ms(common.graphed(batch))
     speed = common.BYTES_PER_TOKEN[HEAD_DIM] * sequences * kv_heads * kv_len / ours / 1e6
-    return {
+    row: dict[str, Any] = {
         "id": f"{name}-page{page}",
         "scope": "call",
         "shape": {"sequences": sequences, "heads": heads, "kv_heads": kv_heads, "kv_len": kv_len, "head_dim": HEAD_DIM},
@@ -98,6 +128,18 @@ def decode_row(case: tuple[str, int, int, int, int], page: int, codec: TQ4Codec,
         "read_bandwidth_share": round(speed / bandwidth, 3),
         "max_abs_err": worst,
     }
+    if page % GROUP == 0:
+        row |= offsets_part(Batch(codec, [(k, v)], [1], heads, page, offsets=True), batch)
+    return row
+
+
+def offsets_part(batch: Batch, plain: Batch) -> dict[str, Any]:
+    """Of a row: the time over keys with offsets, and how many times that over plain ones it is, timed in turns."""
+    worst = batch.error()
+    run = [common.graphed(plain), common.graphed(batch)]
+    turns = [[common.median_ms(call) for call in run] for _ in range(3)]
+    plain_ms, ours = (sorted(times)[1] for times in zip(*turns, strict=True))
+    return {"offsets_ms": round(ours, 5), "offsets_ratio": round(ours / plain_ms, 3), "offsets_max_err": worst}
 
 
 def prompt_row(case: tuple[str, int, int, int, int], page: int, codec: TQ4Codec) -> dict[str, Any]:

@@ -248,3 +248,10 @@ def test_ranges_of_fixed_length_with_offsets(generator):
 def test_ranges_that_begin_shortly_before_other_groups_are_scored(generator, split_len):
     case = random_case(generator, dtype=HALF, batch=1, num_kv_heads=1, kv_len=1100, offsets=True)
     check(lambda *args: decode.decode(*args, split_len=split_len), case, gate=False)  # of so few rows the gate is a draw
+
+
+@pytest.mark.parametrize("page_size", [64, 192])
+def test_groups_that_a_warp_comes_to_one_after_another(generator, page_size):
+    # Of each of the six warps three times eight groups and more, in pages of any order.
+    sizes = {"dtype": HALF, "device": "cpu", "head_dim": 64, "group": 4, "offsets": True}
+    check_batch(run_pages, random_batch(generator, [(1, 5000), (1, 700)], page_size=page_size, **sizes))

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_cases import poisoned_memory
+from attention_cases import compare, poisoned_memory
 from group_store_contract import GroupStoreContract
 from offset_contract import OffsetContract, PagedOffsetContract
 from paged_cases import check_batch, random_batch
-from turboquant_vllm import TQ4Codec, ops, tq4_paged_attention, tq4_store
+from turboquant_vllm import PagedTQ4Cache, TQ4Codec, ops, tq4_paged_attention, tq4_store
 from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.records import GROUP
 
@@ -67,6 +67,31 @@ class TestOffsetsInPages(PagedOffsetContract):
             return out, lse
 
         return call
+
+
+@pytest.mark.parametrize("page_size", [64, 128])
+def test_many_groups_of_each_warp(page_size):
+    # Every warp of the GPU comes to several times eight groups; pages are random, and some sequences compared.
+    codec = TQ4Codec(128, device="cuda").with_key_scales(torch.rand(8, 128) + 0.5)
+    table = torch.randperm(256 * 4096 // page_size, device="cuda").int().view(256, -1)
+    lengths = 4096 - torch.randint(1000, (256,), device="cuda").int()
+    cache = PagedTQ4Cache.allocate(
+        table.numel(), page_size=page_size, num_kv_heads=8, head_dim=128, has_offsets=True, device="cuda"
+    )
+    cache.buffer.random_(0, 256)
+    signs = torch.where(torch.rand_like(cache.k_norms) < 1 / GROUP, -1.0, 1.0)
+    cache.k_norms.uniform_(8, 14).mul_(signs)
+    cache.v_norms.uniform_(8, 14)
+    cache.keys.steps.uniform_(0.001, 0.02)
+    q = torch.randn(256, 32, 128, dtype=HALF, device="cuda")
+    some = torch.tensor([0, 100, 255], device="cuda")
+    starts = torch.arange(257, dtype=torch.int32, device="cuda")
+    options = {"max_query_len": 1, "return_lse": True}
+    out, lse = tq4_paged_attention(q, cache, codec, table, lengths, starts, backend="cuda", **options)
+    few = (table[some], lengths[some], starts[:4])
+    want, want_lse = tq4_paged_attention(q[some].float(), cache, codec, *few, backend="reference", **options)
+    compare(out[some], want.double(), HALF)
+    compare(lse[some], want_lse.double(), HALF, at_least=1.0, what="lse")
 
 
 class TestStore(GroupStoreContract):

@@ -7,9 +7,12 @@ A page holds ``page_size`` tokens, and for each key/value head one contiguous ch
 
     K codes [page_size, head_dim / 2] | V codes [page_size, head_dim / 2] | K norms [page_size] | V norms [page_size]
 
-With offsets of keys (:mod:`turboquant_vllm.reference_keys`) a page is a multiple of 64 tokens, and a chunk has behind these
+With offsets of keys (:mod:`turboquant_vllm.reference_keys`) a page is a multiple of 64 tokens, and behind the chunks of all
+heads are, head by head,
 
-    offset and outlier of each group of 64 tokens, int8 [page_size / 64, 2, head_dim] | steps [page_size / 64, 4]
+    offset and outlier of each group of 64 tokens, int8 [H_kv, page_size / 64, 2, head_dim] | steps [H_kv, page_size / 64, 4]
+
+so that a chunk is a multiple of 128 bytes: reading codes that lie across sectors of memory takes a tenth longer.
 
 Norms and steps are float32. Nothing else is padded: 136 bytes per token and key/value head at head_dim 128, with offsets
 140.25. Since page sizes and head dimensions are multiples of 16, every row of codes begins on an 8-byte boundary and each of
@@ -184,7 +187,7 @@ def slots_per_page(page_size: int, has_offsets: bool) -> int:
 
 
 def chunk_bytes(page_size: int, head_dim: int, has_offsets: bool) -> int:
-    """Bytes of one head of a page of any size."""
+    """Bytes of one head of a page of any size; without offsets, of codes and norms: how far one head's are from the next's."""
     groups = -(-page_size // GROUP) if has_offsets else 0
     return page_size * (head_dim + 2 * _NORM_BYTES) + groups * (2 * head_dim + _STEP_BYTES)
 
@@ -193,14 +196,19 @@ def page_views(
     buffer: torch.Tensor, page_size: int, num_kv_heads: int, head_dim: int, has_offsets: bool
 ) -> tuple[Operand, Operand]:
     """Keys and values of pages ``[num_pages, page_bytes]`` of any size, as views with places for tokens."""
-    chunks, groups = buffer.unflatten(-1, (num_kv_heads, -1)), -(-page_size // GROUP) if has_offsets else 0
+    groups = -(-page_size // GROUP) if has_offsets else 0
     codes, norms = page_size * head_dim // 2, page_size * _NORM_BYTES
-    sizes = (codes, codes, norms, norms, groups * 2 * head_dim, groups * _STEP_BYTES)
-    k, v, k_norms, v_norms, shared, steps = chunks.split(sizes, -1)
+    sizes = (2 * (codes + norms), groups * 2 * head_dim, groups * _STEP_BYTES)
+    parts = buffer.split([num_kv_heads * size for size in sizes], -1)
+    chunks = parts[0].unflatten(-1, (num_kv_heads, -1))
+    k, v, k_norms, v_norms = chunks.split((codes, codes, norms, norms), -1)
     keys, values = (
         Operand(x.unflatten(-1, (page_size, head_dim // 2)), n.view(torch.float32)) for x, n in ((k, k_norms), (v, v_norms))
     )
     if has_offsets:
-        shared, steps = shared.view(torch.int8), steps.view(torch.float32)
-        keys = keys._replace(groups=shared.unflatten(-1, (groups, 2, head_dim)), steps=steps.unflatten(-1, (groups, 4)))
+        shared, steps = parts[1].view(torch.int8), parts[2].view(torch.float32)
+        keys = keys._replace(
+            groups=shared.unflatten(-1, (num_kv_heads, groups, 2, head_dim)),
+            steps=steps.unflatten(-1, (num_kv_heads, groups, 4)),
+        )
     return keys, values

@@ -206,6 +206,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 #endif
     };
     u32 qf[Q_IN_REGISTERS ? NQ : 1][KSTEPS][2];
+    auto query_of = [&](u32* to, int i) {
+      if (Q_IN_REGISTERS) to[0] = qf[i / KSTEPS][i % KSTEPS][0], to[1] = qf[i / KSTEPS][i % KSTEPS][1];
+      else load_query(to, i);
+    };
     float row_scales[NT];
     if (Q_IN_REGISTERS) {
 #pragma unroll
@@ -237,7 +241,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     for (int n0 = tile0 * 16; n0 < tile1 * 16; n0 += 16) {
 #if OFFSETS
       if (n0 == tile0 * 16 || n0 % (GROUPS_AT_ONCE * KEYS_OF_GROUP) == 0)  // the pass is worked out anew: it takes no registers
-        enter_groups(p, ring, locate(now - 1), n0, tile0, tile1, row_scales, inverse_power(level_scale), load_query);
+        enter_groups(p, ring, locate(now - 1), n0, tile0, tile1, row_scales, inverse_power(level_scale),
+                     [&](u32* to, int i) { HELD_QUERY ? query_of(to, i) : load_query(to, i); });
 #endif
       wait_copies<STAGES - 2>();
       __syncwarp();
@@ -266,8 +271,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
 #pragma unroll
         for (int n = 0; n < NQ; n++) {
           u32 q[2];
-          if (Q_IN_REGISTERS) q[0] = qf[n][i][0], q[1] = qf[n][i][1];
-          else load_query(q, n * KSTEPS + i);
+          query_of(q, n * KSTEPS + i);
           mma(NT == 1 && (i & 1) ? s2 : s[n], a0, a1, a2, a3, q[0], q[1]);
         }
       }

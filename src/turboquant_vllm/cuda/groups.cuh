@@ -9,6 +9,7 @@
 //   scores of a warp, in shared memory: for each group and row of the query   | offset | offset + outlier |
 #define KEYS_OF_GROUP 64
 #define GROUPS_AT_ONCE 8
+#define HELD_QUERY (PAGED && Q_IN_REGISTERS)  // what is in shared memory is read again: that takes no registers
 
 #if OFFSETS
 // Two of four signed bytes, as half2: 1152 = 1024 + 128 is in the exponent 0x64 what a byte of 0 is, once its sign is turned.
@@ -16,14 +17,24 @@ __device__ __forceinline__ u32 two_of(u32 turned, u32 selector) { return sub_hal
 
 struct Group { const signed char* rows; const float* steps; };
 
-// Where the group lies that row r of the product from group `first` on is of. Groups that a pass does not have repeat its last.
-__device__ __forceinline__ Group find_group(const DecodeParams& p, const Pass& pass, int first) {
-  const int group = min(first + (int)(threadIdx.x % 32 / 4), (pass.kv_len - 1) / KEYS_OF_GROUP);
+// The group that row r of the product from group `first` on is of. Groups that a pass does not have repeat its last.
+__device__ __forceinline__ int group_of(const Pass& pass, int first) {
+  return min(first + (int)(threadIdx.x % 32 / 4), (pass.kv_len - 1) / KEYS_OF_GROUP);
+}
+#if PAGED
+// Where the number of its page is.
+__device__ __forceinline__ const int* page_of(const DecodeParams& p, const Pass& pass, int group) {
+  return p.block_table + p.heads.batch(pass.index) * p.table_stride + p.by_page_tiles.divide(group * 4);
+}
+#endif
+
+// Where a group lies; over pages, `number` is its page's.
+__device__ __forceinline__ Group find_group(const DecodeParams& p, const Pass& pass, int group, int number) {
   const int head = p.heads.head_of(pass.index), b = p.heads.batch(head), h = head - b * p.heads.kv_heads;
 #if PAGED
-  const int of_page = p.page_tiles / 4, page_of = group / of_page;
-  const i64 page = (i64)min(max(p.block_table[b * p.table_stride + page_of], 0), p.num_pages - 1) * p.k_b + h * p.k_h;
-  const int place = group - page_of * of_page;
+  const i64 page = (i64)min(max(number, 0), p.num_pages - 1) * p.k_b;
+  const int of_page = p.page_tiles / 4;
+  const i64 place = times(h, of_page) + group - p.by_page_tiles.divide(group * 4) * of_page;  // behind codes and norms of all heads
   return {p.groups + page + place * (2 * D), (const float*)((const char*)p.steps + page) + place * 4};
 #else
   return {p.groups + times(b, p.g_b) + times(h, p.g_h) + times(group, p.g_g),
@@ -32,10 +43,18 @@ __device__ __forceinline__ Group find_group(const DecodeParams& p, const Pass& p
 }
 
 #if AHEAD
-// Ask for what the groups from `first` on share; it lands with the next tile that is asked for.
-__device__ __forceinline__ void copy_groups(const DecodeParams& p, u32 to, const Pass& pass, int first) {
-  const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
-  const Group from = find_group(p, pass, first);
+// Ask for what the groups from `first` on share; it lands with the next tile that is asked for. So do, over pages, the numbers
+// of the pages of the groups behind these, but for those of the first groups, which are waited for.
+__device__ __forceinline__ void copy_groups(const DecodeParams& p, u32 to, const Pass& pass, int first, bool begins) {
+  const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3, group = group_of(pass, first);
+  int number = 0;
+#if PAGED
+  const u32 numbers = to + 8 * GROUP_PITCH + 64 + r * 4;
+  number = begins ? *page_of(p, pass, group) : (int)lds(numbers);
+  __syncwarp();  // all have read
+  if (c == 2) copy4(numbers, page_of(p, pass, group_of(pass, first + GROUPS_AT_ONCE)));
+#endif
+  const Group from = find_group(p, pass, group, number);
 #pragma unroll
   for (int i = c * 16; i < 2 * D; i += 64) copy16(to + r * GROUP_PITCH + i, from.rows + i);
   if (c < 2) copy4(to + 8 * GROUP_PITCH + r * 8 + c * 4, from.steps + c);
@@ -54,7 +73,11 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, u32 
   const float step = __uint_as_float(both[0]) * unit, outlier_step = __uint_as_float(both[1]) * unit;
   auto numbers = [&](u32* x, int at) { lds4(x, ahead + r * GROUP_PITCH + at); };
 #else
-  const Group from = find_group(p, pass, first);
+  int number = 0;
+#if PAGED
+  number = *page_of(p, pass, group_of(pass, first));
+#endif
+  const Group from = find_group(p, pass, group_of(pass, first), number);
   const float step = from.steps[0] * unit, outlier_step = from.steps[1] * unit;
   auto numbers = [&](u32* x, int at) {
     const uint4 found = *(const uint4*)(from.rows + at);
@@ -64,7 +87,7 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, u32 
   float s[NQ][4];
 #pragma unroll
   for (int n = 0; n < NQ; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-#pragma unroll 1  // registers are short
+#pragma unroll HELD_QUERY ? KSTEPS : 1  // registers are short
   for (int i = 0; i < KSTEPS; i += 4) {  // 16 numbers of each row at a time
     const int at = D == 64 ? c * 16 : 128 * (i / 8) + c * 32 + 4 * (i % 8);
     u32 xs[4], ys[4];
@@ -97,14 +120,14 @@ __device__ __forceinline__ void enter_groups(const DecodeParams& p, u32 ring, co
   const u32 ahead = ring + GROUP_ROWS;
 #if AHEAD
   if (n0 < (tile0 + STAGES) * 16) {  // later ones have landed with a tile that has been waited for
-    if (n0 == tile0 * 16) copy_groups(p, ahead, pass, first), commit_copies();
+    if (n0 == tile0 * 16) copy_groups(p, ahead, pass, first, true), commit_copies();
     wait_copies<0>();
     __syncwarp();
   }
 #endif
   score_groups(p, ring + GROUP_SCORES, ahead, pass, first, row_scales, unit, query);
 #if AHEAD  // a warp that waited for them there would ask for no tiles meanwhile
-  if ((first + GROUPS_AT_ONCE) * KEYS_OF_GROUP < tile1 * 16) copy_groups(p, ahead, pass, first + GROUPS_AT_ONCE);
+  if ((first + GROUPS_AT_ONCE) * KEYS_OF_GROUP < tile1 * 16) copy_groups(p, ahead, pass, first + GROUPS_AT_ONCE, false);
 #endif
 }
 #endif

@@ -152,7 +152,7 @@ def decode_pages(
     result = out if in_pairs else out.clone(memory_format=torch.contiguous_format)  # rows that are left alone among them
     codes, page_bytes = pages.data_ptr(), pages.stride(0)
     values, norms = codes + page_size * head_dim // 2, codes + page_size * head_dim
-    chunk = chunk_bytes(page_size, head_dim, cache.has_offsets)
+    chunk = chunk_bytes(page_size, head_dim, False)
     bf16 = int(q.dtype == torch.bfloat16)
     args = (
         q.data_ptr(), codes, norms, values, norms + 4 * page_size, centroids.data_ptr(), rotation.data_ptr(), parts,
@@ -170,9 +170,10 @@ def decode_pages(
         args = (*args, *mask_args(sliding_window, softcap, windows))
         combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
     if cache.has_offsets:
-        groups, scales = codes + page_size * (head_dim + 8), tables.key_scales
+        groups, scales = codes + num_kv_heads * chunk, tables.key_scales
         scales = None if scales is None else scales.contiguous()
-        args = (*args, groups, groups + page_size // GROUP * 2 * head_dim, 0 if scales is None else scales.data_ptr())
+        steps = groups + num_kv_heads * (page_size // GROUP) * 2 * head_dim
+        args = (*args, groups, steps, 0 if scales is None else scales.data_ptr())
     for i, (kernel, arguments) in enumerate(zip(call.kernels, (args, args, combine_args), strict=True)):
         launch(kernel, (call.grids[i], 1, 1), (call.blocks[i], 1, 1), call.shared_bytes[i], None, arguments, pdl=i > 0)
     if result is not out:

@@ -13,9 +13,9 @@
 #define TILE_BYTES (16 * D + 128)
 #define RING 65536
 #define GROUP_SCORES (STAGES * TILE_BYTES)  // of a warp, behind its ring
-#define GROUP_ROWS (GROUP_SCORES + OFFSETS * 256 * NT)  // behind these, if AHEAD: what groups share, and their steps
+#define GROUP_ROWS (GROUP_SCORES + OFFSETS * 256 * NT)  // behind these, if AHEAD: what groups share, steps, pages
 #define GROUP_PITCH (2 * D + 16)
-#define WARP_BYTES (GROUP_ROWS + AHEAD * (8 * GROUP_PITCH + 64))
+#define WARP_BYTES (GROUP_ROWS + AHEAD * (8 * GROUP_PITCH + 96))
 #define QUERY (RING + WARPS * WARP_BYTES)
 #define QUERY_BYTES (NQ * 16 * D)
 #define ROW_SCALE (QUERY + PASSES * QUERY_BYTES)

@@ -77,10 +77,8 @@ __device__ __forceinline__ float reciprocal(float x) {
 // Quotient of x < 2^31 by the number whose inverse and shift the host computed.
 __device__ __forceinline__ u32 divide(u32 x, u32 inverse, int shift) { return (u32)(((u64)x * inverse) >> shift); }
 
-// Bytes of one head of a page.
-__device__ __forceinline__ u64 chunk_bytes(const StoreParams& p) {
-  return (u64)p.page_size * (D + 8) + (OFFSETS ? (u64)(p.page_slots / 64) * (2 * D + 16) : 0);
-}
+// Bytes of the codes and norms of one head of a page.
+__device__ __forceinline__ u64 chunk_bytes(const StoreParams& p) { return (u64)p.page_size * (D + 8); }
 
 // The cell of y * factor in the low 4 bits; 0 for NaN.
 __device__ __forceinline__ u32 cell(float y, float factor, const float* curve) {

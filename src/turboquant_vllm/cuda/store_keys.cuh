@@ -6,24 +6,27 @@
 // barriers meet. No run reads what another one of the launch writes: of the group before, if that is written now, rows as they
 // came or the offset of long ago.
 #if OFFSETS
-// The chunk of one head of one page, from its first byte on.
+// What one head of one page has: codes and norms from its first byte on, and what groups share behind those of all heads.
 struct Chunk {
   const StoreParams& p;
   char* at;
-  u32 place;  // where in the page the group begins
+  u32 place, head;  // where in the page the group begins
 
-  __device__ __forceinline__ Chunk(const StoreParams& p, u32 slot, u32 head) : p(p) {
+  __device__ __forceinline__ Chunk(const StoreParams& p, u32 slot, u32 head) : p(p), head(head) {
     const u32 page = divide(slot, p.page_inverse, p.page_shift);
     at = p.pages + page * p.page_stride + head * chunk_bytes(p);
     place = (slot - page * p.page_slots) & ~(GROUP - 1u);
   }
+  // Groups of the heads before, and of this one.
+  __device__ __forceinline__ u64 group() const { return (u64)head * (p.page_slots / GROUP) + place / GROUP; }
+  __device__ __forceinline__ char* groups() const { return at + (p.heads - head) * chunk_bytes(p); }
   // Of the key at `i` in the group.
   __device__ __forceinline__ char* codes(u32 i) const { return at + (u64)(place + i) * (D / 2); }
   __device__ __forceinline__ float* norm(u32 i) const { return (float*)(at + (u64)p.page_size * D) + place + i; }
   // Of the group: offset and outlier, and four numbers.
-  __device__ __forceinline__ char* shared() const { return at + (u64)p.page_size * (D + 8) + (u64)(place / GROUP) * (2 * D); }
+  __device__ __forceinline__ char* shared() const { return groups() + group() * (2 * D); }
   __device__ __forceinline__ float* steps() const {
-    return (float*)(at + (u64)p.page_size * (D + 8) + (u64)(p.page_slots / GROUP) * (2 * D)) + place / GROUP * 4;
+    return (float*)(groups() + (u64)p.heads * (p.page_slots / GROUP) * (2 * D)) + group() * 4;
   }
 };
 

@@ -67,7 +67,7 @@ class Variant:
     def shared_bytes_without_query(self) -> int:
         """Of that, table, rings and the scores of offsets."""
         scores = 256 * self.row_tiles if self.offsets else 0
-        scores += 8 * (2 * self.head_dim + 16) + 64 if self.ahead else 0
+        scores += 8 * (2 * self.head_dim + 16) + 96 if self.ahead else 0
         return _TABLE_BYTES + self.warps * (self.stages * (16 * self.head_dim + 128) + scores)
 
     @property

@@ -126,16 +126,17 @@ def paged_attention_kernel(q, q_scale, codes, norms, centroids, block_table, seq
         return
 
     ELEMENT: tl.constexpr = PARTS // 2  # bytes of an element of codes
-    CODES: tl.constexpr = PAGE * (D + 8)  # bytes of codes and norms of a head in a page
-    GROUPS: tl.constexpr = PAGE // GROUP if OFFSETS else 0
-    CHUNK: tl.constexpr = CODES + GROUPS * (2 * D + 16)
+    CHUNK: tl.constexpr = PAGE * (D + 8)  # bytes of codes and norms of a head in a page
     k_codes = codes + head * (CHUNK // ELEMENT)
     k_norms = norms + head * (CHUNK // 4) + PAGE * D // 4
     step = page_step.to(tl.int64)
     groups = None
     if OFFSETS:
-        shared = codes.to(tl.pointer_type(tl.int32 if PARTS == 4 else tl.int16)) + head * (CHUNK // PARTS) + CODES // PARTS
-        steps = norms + head * (CHUNK // 4) + (CODES + GROUPS * 2 * D) // 4
+        GROUPS: tl.constexpr = PAGE // GROUP
+        behind = tl.cast(num_kv_heads, tl.int64)  # the codes and norms of all heads
+        shared = codes.to(tl.pointer_type(tl.int32 if PARTS == 4 else tl.int16))
+        shared += behind * (CHUNK // PARTS) + head * (GROUPS * 2 * D // PARTS)
+        steps = norms + behind * ((CHUNK + GROUPS * 2 * D) // 4) + head * (GROUPS * 4)
         groups = (shared, 2 * D // PARTS, step * (16 // PARTS), steps, 4, step * 4)
     keys = (k_codes, D // PARTS, 1, step * (16 // ELEMENT), k_norms, 1, step * 4)
     values = (k_codes + PAGE * D // PARTS, D // PARTS, 1, step * (16 // ELEMENT), k_norms + PAGE, 1, step * 4)

@@ -185,8 +185,8 @@ def _eight_bits(x):
 def chunk_of(pages, slot, head, layout):
     """Where the bytes of heads begin in the pages of slots.
 
-    ``layout``: slots from a page to the next, tokens in a page, bytes of a head of a page, bytes from a page to the next. They
-    are no constants of a kernel, since a growing cache is one page for each sequence.
+    ``layout``: slots from a page to the next, tokens in a page, bytes of a head's codes and norms, bytes from a page to the next.
+    They are no constants of a kernel, since a growing cache is one page for each sequence.
     """
     page_slots, _, chunk_bytes, page_stride = layout
     return pages + slot // page_slots * page_stride + head * chunk_bytes
@@ -201,13 +201,14 @@ def parts_of(layout, is_v, D: tl.constexpr):
 
 @triton.jit
 def _group_at(pages, slot, head, layout, D: tl.constexpr):
-    """Where the bytes of a slot's group are: codes and norms of its first key, int8 rows and steps."""
-    place = slot % layout[0]
-    chunk, group = chunk_of(pages, slot, head, layout), place // GROUP
-    behind = tl.cast(layout[1], tl.int64) * (D + 8)  # codes and norms
+    """Where the bytes of a slot's group are: codes and norms of its first key, int8 rows and steps. A program for each head."""
+    chunk, group = chunk_of(pages, slot, head, layout), slot % layout[0] // GROUP
+    behind, heads = chunk_of(pages, slot, tl.num_programs(1).to(tl.int64), layout), tl.num_programs(1).to(tl.int64)
+    of_head = layout[0] // GROUP
+    shared = head * of_head + group  # groups of the heads before, and of this one
     norms = (chunk + parts_of(layout, 0, D)[1] + group * (GROUP * 4)).to(tl.pointer_type(tl.float32))
-    rows = (chunk + behind + group * (2 * D)).to(tl.pointer_type(tl.int8))
-    steps = (chunk + behind + layout[0] // GROUP * (2 * D) + group * 16).to(tl.pointer_type(tl.float32))
+    rows = (behind + shared * (2 * D)).to(tl.pointer_type(tl.int8))
+    steps = (behind + heads * of_head * (2 * D) + shared * 16).to(tl.pointer_type(tl.float32))
     return chunk + group * (GROUP * D // 2), norms, rows, steps
 
 
@@ -357,7 +358,7 @@ def _split(dtype: torch.dtype, is_scaled: bool, hadamard: bool, nvidia: bool) ->
 
 def layout_of(cache: PagedTQ4Cache) -> tuple[int, int, int, int]:
     """The numbers of :func:`chunk_of`."""
-    bytes_of_head = chunk_bytes(cache.page_size, cache.head_dim, cache.has_offsets)
+    bytes_of_head = chunk_bytes(cache.page_size, cache.head_dim, False)
     return cache.slots_per_page, cache.page_size, bytes_of_head, cache.buffer.stride(0)
 
 
