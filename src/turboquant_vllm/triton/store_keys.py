@@ -185,8 +185,8 @@ def _eight_bits(x):
 def chunk_of(pages, slot, head, layout):
     """Where the bytes of heads begin in the pages of slots.
 
-    ``layout``: slots from a page to the next, tokens in a page, bytes of a head's codes and norms, bytes from a page to the next.
-    They are no constants of a kernel, since a growing cache is one page for each sequence.
+    ``layout``: slots from a page to the next, tokens in a page, bytes of a head's codes and norms, bytes between
+    pages. They are no constants of a kernel, since a growing cache is one page for each sequence.
     """
     page_slots, _, chunk_bytes, page_stride = layout
     return pages + slot // page_slots * page_stride + head * chunk_bytes
