@@ -92,6 +92,7 @@ INLINE void copy16(unsigned to, const void* from) { copy_later(to, from, 16); }
 INLINE void copy4(unsigned to, const void* from) { copy_later(to, from, 4); }
 template <int PENDING> INLINE void wait_copies() { land_copies(PENDING); }
 static int thread_number() { return thread_index().x; }
+static unsigned block_number() { return block_index().x; }
 static void hold(float&, float&) {}
 
 // .ftz: numbers below the normal ones are zero.

@@ -52,6 +52,7 @@ class Picture:
 
 PICTURES = {
     "steps": Picture(pictures_measured.steps, pictures_measured.draw_steps, pictures_measured.say_steps),
+    "vllm": Picture(pictures_measured.vllm, pictures_measured.draw_vllm, pictures_measured.say_vllm),
     "quality": Picture(pictures_measured.quality, pictures_measured.draw_quality, pictures_measured.say_quality),
     "decode": Picture(pictures_measured.decode, pictures_measured.draw_decode, pictures_measured.say_decode),
     "levels": Picture(pictures_explained.levels, pictures_explained.draw_levels, pictures_explained.say_levels),

@@ -25,6 +25,7 @@ _MODELS = {"smollm2-135m": ("SmolLM2-135M", 64), "gemma3-270m": ("Gemma 3 270M",
 # Result files that do not say it: made before caches kept keys around offsets by default.
 _PLAIN = ("fb4de81b923fb168e75c9e84f1a02b4b92c95474",)
 _CONTEXT = 2048  # tokens that both models were read in
+_CACHES = ("bf16", "fp8", "tq4")  # of vLLM
 
 
 def load(name: str) -> dict[str, Any]:
@@ -106,6 +107,56 @@ def _case(row: dict[str, Any], most: int) -> str:
     what = f"{row['batch']} x {row['context']:,}"
     layers = f"{row['layers']} of {most} layers" if row["layers"] != most else ""
     return "\n".join(filter(None, [what, "compiled" if row["compiled"] else "", layers]))
+
+
+def vllm() -> dict[str, Any]:
+    """Milliseconds of a step in which all requests decode, by cache, in vLLM's engine."""
+    found = load("vllm-h200.json")
+    rows = [
+        {
+            "requests": row["requests"],
+            "context": row["context"],
+            **{cache: round(row["ms_per_step"][cache], 2) for cache in _CACHES},
+        }
+        for row in found["rows"]
+        if "ms_per_step" in row
+    ]
+    rows.sort(key=lambda row: row["tq4"] / row["bf16"])
+    return {"gpu": found["environment"]["gpu"], "date": found["environment"]["date"], "layers": found["environment"]["layers"],
+            "vllm": found["environment"]["vllm"], "rows": rows}  # fmt: skip
+
+
+def draw_vllm(data: dict[str, Any]) -> Figure:
+    rows = data["rows"]
+    figure = Figure(figsize=(WIDTH, 0.85 * len(rows) + 0.9))
+    axis = figure.add_subplot()
+    for place, row in enumerate(rows):
+        for shift, cache, colour in zip((-0.26, 0, 0.26), _CACHES, (DENSE, OTHER, OURS), strict=True):
+            axis.barh(place + shift, row[cache], 0.24, color=colour)
+            bold = "bold" if row[cache] == min(row[name] for name in _CACHES) else "normal"
+            axis.text(row[cache] + 0.08, place + shift, f"{row[cache]:.2f}", va="center", fontsize=9, fontweight=bold)
+    axis.set_yticks(range(len(rows)), [f"{row['requests']} x {row['context']:,}" for row in rows])
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.12 * max(row[cache] for row in rows for cache in _CACHES))
+    axis.set_xlabel("milliseconds a step, shorter is better")
+    axis.set_ylabel("requests x tokens in the cache")
+    axis.tick_params("y", length=0)
+    handles = [Patch(color=colour) for colour in (DENSE, OTHER, OURS)]
+    labels = ["bf16", "fp8", "TQ4, keys with offsets"]
+    figure.legend(handles, labels, loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False, fontsize=10)
+    figure.subplots_adjust(left=0.25, right=0.99, top=1 - 0.35 / figure.get_figheight(), bottom=0.5 / figure.get_figheight())
+    return figure
+
+
+def say_vllm(data: dict[str, Any]) -> str:
+    low, high = (pick(row["tq4"] / row["bf16"] for row in data["rows"]) for pick in (min, max))
+    slower = [f"{row['requests']} x {row['context']}" for row in data["rows"] if row["tq4"] > row["bf16"]]
+    but = f" Slower than bf16: {', '.join(slower)}." if slower else ""
+    return (
+        f"A step of vLLM {data['vllm']}, {data['layers']} layers of Llama-8B's shape and dummy weights, on one {data['gpu']} "
+        f"({data['date']}), all requests decoding: TQ4 takes {low:.2f} to {high:.2f} of bf16's time.{but} "
+        f"[Performance](performance.md), `vllm-h200.json`."
+    )
 
 
 def quality() -> dict[str, Any]:

@@ -72,6 +72,8 @@ __device__ __forceinline__ float inverse_root(float x) {
 __device__ __forceinline__ float reciprocal(float x) {
   float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
 }
+// The block's number, read anew rather than kept in a register.
+__device__ __forceinline__ u32 block_number() { u32 d; asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(d)); return d; }
 // ---- end of PTX
 
 // Quotient of x < 2^31 by the number whose inverse and shift the host computed.

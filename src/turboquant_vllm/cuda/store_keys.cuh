@@ -6,20 +6,26 @@
 // barriers meet. No run reads what another one of the launch writes: of the group before, if that is written now, rows as they
 // came or the offset of long ago.
 #if OFFSETS
+// A block stores runs of one head.
+__device__ __forceinline__ u32 head_of_block(const StoreParams& p) {
+  const u32 block = block_number() - p.value_blocks;
+  return block - divide(block, p.head_inverse, p.head_shift) * p.heads;
+}
+
 // What one head of one page has: codes and norms from its first byte on, and what groups share behind those of all heads.
 struct Chunk {
   const StoreParams& p;
   char* at;
-  u32 place, head;  // where in the page the group begins
+  u32 place;  // where in the page the group begins
 
-  __device__ __forceinline__ Chunk(const StoreParams& p, u32 slot, u32 head) : p(p), head(head) {
+  __device__ __forceinline__ Chunk(const StoreParams& p, u32 slot, u32 head) : p(p) {
     const u32 page = divide(slot, p.page_inverse, p.page_shift);
     at = p.pages + page * p.page_stride + head * chunk_bytes(p);
     place = (slot - page * p.page_slots) & ~(GROUP - 1u);
   }
-  // Groups of the heads before, and of this one.
-  __device__ __forceinline__ u64 group() const { return (u64)head * (p.page_slots / GROUP) + place / GROUP; }
-  __device__ __forceinline__ char* groups() const { return at + (p.heads - head) * chunk_bytes(p); }
+  // Groups of the heads before, and of this one. The head is worked out anew, which takes no register meanwhile.
+  __device__ __forceinline__ u64 group() const { return (u64)head_of_block(p) * (p.page_slots / GROUP) + place / GROUP; }
+  __device__ __forceinline__ char* groups() const { return at + (p.heads - head_of_block(p)) * chunk_bytes(p); }
   // Of the key at `i` in the group.
   __device__ __forceinline__ char* codes(u32 i) const { return at + (u64)(place + i) * (D / 2); }
   __device__ __forceinline__ float* norm(u32 i) const { return (float*)(at + (u64)p.page_size * D) + place + i; }
