@@ -188,7 +188,8 @@ def read_spans(spans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.T
     """Of the spans of a :class:`SpanMask`: where visible keys end, ``[B]``, the numbers 0 to B, and how many keys, or None."""
     batch = spans.shape[1]
     stops, rows, *counts = spans.flatten(1)
-    return stops[:batch], rows[: batch + 1], counts[0][:batch] if counts else None
+    rows = rows[: batch + 1] if batch else spans.new_zeros(1)  # of no sequence there is no room for a number
+    return stops[:batch], rows, counts[0][:batch] if counts else None
 
 
 def packed_places(part: Operand, block_table: torch.Tensor) -> TQ4Tensor | TQ4Keys:
