@@ -59,6 +59,7 @@ CASES = [
     Case("d", 32, 32, 8, 4096),
     Case("e", 16, 64, 8, 32768),
     Case("f", 1, 32, 8, 8192),
+    Case("f1", 1, 32, 8, 1024),
     Case("g", 64, 32, 8, 1024),
     Case("h", 16, 128, 8, 32768),
     Case("i", 16, 32, 8, 32768, q_len=4),
@@ -104,7 +105,7 @@ def call(args: tuple[Any, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     """The operator on these arguments."""
     q, k, v, tables, scale, masks = args
     return torch.ops.turboquant.cuda_decode(
-        q, *k[:2], *v[:2], *tables[:2], scale, *masks[:4], k_groups=k.groups, k_steps=k.steps
+        q, *k[:2], *v[:2], *tables[:2], scale, *masks[:4], k_groups=k.groups, k_steps=k.steps, hadamard=True
     )
 
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from paged_cases import Batch
-from turboquant_vllm.cuda import decode, paged, store, variants
+from turboquant_vllm.cuda import cluster, decode, paged, sources, store, variants
 
 SHARED_LIMIT = 232448  # bytes of a block, as on Hopper
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
@@ -46,7 +46,10 @@ class LaneError(AssertionError):
 class _Launch(ctypes.Structure):
     _fields_ = (
         ("name", ctypes.c_char_p),
-        *((name, ctypes.c_int) for name in ("columns", "rows", "threads", "shared_bytes", "before_previous_ends", "ranges")),
+        *(
+            (name, ctypes.c_int)
+            for name in ("columns", "rows", "cluster", "threads", "shared_bytes", "before_previous_ends", "ranges")
+        ),
         ("memory", ctypes.c_void_p),
     )
 
@@ -84,17 +87,21 @@ class Library:
         shared_bytes: int,
         pdl: bool,
         args: Sequence[Any],
+        *,
+        blocks: int = 1,
     ) -> None:
-        """Run a grid. ``params``: of :func:`turboquant_vllm.cuda.runtime.launch`'s kernel, whose other arguments these are."""
+        """Run a grid. ``params``: of :func:`turboquant_vllm.cuda.runtime.launch`'s kernel, whose other arguments these are;
+        ``blocks``: of a cluster."""
         packed = struct.pack(f"@{params}0q", *args)
         assert len(packed) == getattr(self._library, f"{name}_params")(), "params do not fill the kernel's struct"
         assert all(1 <= blocks < limit for blocks, limit in zip(grid, (2**31, 2**16, 2**16), strict=True)), grid
         assert grid[2] == 1
         assert threads in range(32, 1025, 32)
+        assert grid[0] % blocks == 0, (grid, blocks)
         assert 0 <= shared_bytes <= SHARED_LIMIT
         ranges = live_memory()
         memory = (ctypes.c_uint64 * (2 * len(ranges)))(*(edge for both in ranges for edge in both))
-        sizes = (grid[0], grid[1], threads, shared_bytes, pdl, len(ranges))
+        sizes = (grid[0], grid[1], blocks, threads, shared_bytes, pdl, len(ranges))
         call = _Launch(name.encode(), *sizes, ctypes.cast(memory, ctypes.c_void_p))
         failure = getattr(self._library, f"{name}_run")(packed, ctypes.byref(call)).contents
         if failure.what:
@@ -181,9 +188,9 @@ def store_source() -> str:
     return store.source()
 
 
-def decode_source() -> str:
+def decode_source(clusters: bool = False) -> str:
     """The text of the kernels of a decode."""
-    return decode.source()
+    return sources.source(clusters)
 
 
 def build_store(*key: Any) -> Library:
@@ -194,7 +201,8 @@ def build_store(*key: Any) -> Library:
 def build_decode(variant: variants.Variant, pages: int) -> Library:
     """The kernels of a native decode."""
     kernels = (("tq4_decode", "DecodeParams"), ("tq4_combine", "CombineParams"), ("tq4_rotate", "DecodeParams"))
-    return build(decode_source(), kernels[: 2 + pages], tuple({**variant.defines, "PAGED": pages}.items()))
+    some = kernels[: 1 if variant.cluster else 2 + pages]
+    return build(decode_source(variant.cluster), some, tuple({**variant.defines, "PAGED": pages}.items()))
 
 
 @pytest.fixture
@@ -217,37 +225,53 @@ def emulate_store(monkeypatch: pytest.MonkeyPatch) -> None:
 def emulated_decode(monkeypatch: pytest.MonkeyPatch, few_objects: None) -> None:
     """Native decoding, over dense caches and pages, launches its kernels in the emulator. Two warps, three blocks."""
 
-    def variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False, offsets: bool = False) -> variants.Variant:
-        row_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= rows)
-        in_registers, ahead = head_dim < 256 and row_tiles <= 2, offsets and head_dim < 256
-        return variants.Variant(head_dim, row_tiles, 2, 3 if ahead else 2, 3, in_registers, masked, offsets, ahead)
-
     emulate_decode(monkeypatch)
-    for module in (decode, paged):
-        monkeypatch.setattr(module, "choose_variant", variant)
+    for module in (decode, paged, cluster):
+        monkeypatch.setattr(module, "choose_variant", small_variant)
+
+
+def small_variant(
+    head_dim: int,
+    rows: int,
+    shared_limit: int,
+    masked: bool = False,
+    offsets: bool = False,
+    hadamard: bool = False,
+    cluster: bool = False,
+) -> variants.Variant:
+    """The variant for ``rows`` rows per key/value head, but with two warps."""
+    row_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= rows)
+    stages, ahead = 3 if offsets and head_dim < 256 else 2, offsets and head_dim < 256
+    sizes = (head_dim, row_tiles, 2, stages, 1 if cluster else 3, head_dim < 256 and row_tiles <= 2)
+    return variants.Variant(*sizes, masked, offsets, ahead, cluster, hadamard)
 
 
 def emulate_decode(monkeypatch: pytest.MonkeyPatch, shared_limit: int = SHARED_LIMIT) -> None:
     """Launch native decoding in the emulator, as on a GPU of three multiprocessors, ``shared_limit`` bytes for a block."""
 
-    def launch(kernel: Any, grid: Any, block: Any, shared: int, stream: None, args: Any, *, pdl: bool = False) -> None:
+    def launch(
+        kernel: Any, grid: Any, block: Any, shared: int, stream: None, args: Any, *, pdl: bool = False, cluster: Any = None
+    ) -> None:
         name, params, library = kernel
-        library.launch(name, params, grid, block[0], shared, pdl, args)
+        library.launch(name, params, grid, block[0], shared, pdl, args, blocks=cluster[0] if cluster else 1)
 
-    def kernels_of(params: dict[str, str], variant: variants.Variant, pages: int) -> Any:
+    def kernels_of(variant: variants.Variant, pages: int) -> Any:
+        params = sources.params_of(variant, bool(pages))
         return tuple((name, codes, build_decode(variant, pages)) for name, codes in params.items())
 
-    def two(index: int, variant: variants.Variant) -> Any:
-        return kernels_of(decode.params_of(variant), variant, 0)
-
-    def three(index: int, variant: variants.Variant) -> Any:
-        return kernels_of(paged.params_of(variant), variant, 1)
-
-    for module, kernels in ((decode, two), (paged, three)):
-        module.Call.plan.cache_clear()
-        monkeypatch.setattr(module, "_kernels", kernels)
+    kernels: dict[Any, Any] = {
+        decode: ("_kernels", lambda index, variant: kernels_of(variant, 0)),
+        paged: ("_kernels", lambda index, variant: kernels_of(variant, 1)),
+        cluster: ("_kernel", lambda index, variant, pages: kernels_of(variant, int(pages))[0]),
+    }
+    for module, replaced in kernels.items():
+        monkeypatch.setattr(module, *replaced)
         monkeypatch.setattr(module, "launch", launch)
         monkeypatch.setattr(module, "device_limits", lambda index: (3, shared_limit))
+    for plan in (decode.Call.plan, paged.Call.plan, cluster.plan):
+        plan.cache_clear()
+    monkeypatch.setattr(cluster, "has_clusters", lambda index: shared_limit == SHARED_LIMIT)
+    monkeypatch.setattr(cluster, "_fit", lambda index, variant, pages, blocks: 4 // blocks)
 
 
 def run_pages(batch: Batch, longest: int | None = None, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,8 +1,8 @@
 // What emulated lanes do to memory, and whether a GPU would let them: bounds, alignment, copies that have not landed, and
 // accesses that nothing puts in order. Shared memory is full of NaN at first, as some of it may be read for nothing.
 //
-// Two accesses to a word, one of them a write, are in order if one lane made both; if a warp or block barrier lies between
-// them; or if they belong to different kernels and the lane has waited for the kernel before. Shuffles and matrix
+// Two accesses to a word, one of them a write, are in order if one lane made both; if a barrier of the warp, the block or the
+// cluster lies between them; or if they belong to different kernels and the lane has waited for the kernel before. Shuffles and matrix
 // instructions bring lanes together, but order no memory. Who runs first in the emulator does not matter: every access is
 // held against those that the word has seen.
 #pragma once
@@ -17,16 +17,24 @@
 constexpr int SEVERAL = -1;
 constexpr int SHARED_LIMIT = 232448;      // bytes of a block on Hopper
 constexpr unsigned SHARED_BEGIN = 1024;   // the address where a block's own shared memory begins: not 0
-alignas(1024) inline char shared_memory[SHARED_LIMIT];
+constexpr int MOST_BLOCKS = 16;           // of a cluster
+alignas(1024) inline char shared_memory[MOST_BLOCKS][SHARED_LIMIT];
 
-// An access: by whom, in which launch, and how many barriers of its warp and of its block came before.
-struct Access { unsigned launch; int block, warp, thread; unsigned warp_barriers, block_barriers; };
+// An access: by whom, in which launch, and how many barriers of its cluster, its block and its warp came before. At a cluster's
+// a lane arrives, and waits later.
+struct Access {
+  unsigned launch;
+  int cluster, block, warp, thread;
+  unsigned cluster_arrivals, cluster_waits, block_barriers, warp_barriers;
+};
 struct Word { Access write, read; bool in_flight; };
 struct Page { Word words[1024]; };
 
 inline bool ordered(const Access& past, const Access& now, bool waited) {
   if (past.launch == 0) return true;
   if (past.launch != now.launch) return waited;
+  if (past.cluster != now.cluster) return false;
+  if (past.cluster_arrivals < now.cluster_waits) return true;
   if (past.block != now.block) return false;
   if (past.warp != now.warp) return past.block_barriers < now.block_barriers;
   return past.thread == now.thread || past.warp_barriers < now.warp_barriers;
@@ -34,6 +42,8 @@ inline bool ordered(const Access& past, const Access& now, bool waited) {
 // Joins a read to the earlier ones, keeping what the next write must be ordered with.
 inline void add(Access& past, const Access& now) {
   if (past.launch != now.launch) past = now;
+  else if (past.cluster != now.cluster) past.cluster = past.block = SEVERAL;
+  else if (past.cluster_arrivals < now.cluster_waits) past = now;
   else if (past.block != now.block) past.block = SEVERAL;
   else if (past.block_barriers < now.block_barriers) past = now;
   else if (past.warp != now.warp) past.warp = SEVERAL;
@@ -46,13 +56,13 @@ class Memory {
   const Launch* launch = nullptr;
   uintptr_t static_begin = 0, static_end = 0;
 
-  void forget_shared() { clear(shared_); memset(shared_memory, 0xff, sizeof shared_memory); }
+  void forget_shared() { clear(shared_); memset(shared_memory, 0xff, launch->cluster * SHARED_LIMIT); }
   void forget_all() { clear(global_); }
 
-  // Empty, or why a lane must not touch [at, at + bytes): `report` is where the words go.
-  const char* check(uintptr_t at, int bytes, bool write, bool aligned, const Access& now, bool waited) {
+  // Empty, or why a lane must not touch [at, at + bytes): `report` is where the words go. `rank`: whose shared memory it may be.
+  const char* check(uintptr_t at, int bytes, bool write, bool aligned, const Access& now, bool waited, int rank) {
     const char* verb = write ? "writes" : "reads";
-    const uintptr_t begin = (uintptr_t)shared_memory, end = begin + launch->shared_bytes;
+    const uintptr_t begin = (uintptr_t)shared_memory[rank], end = begin + launch->shared_bytes;
     const bool dynamic = at >= begin && at < begin + SHARED_LIMIT, fixed = at >= static_begin && at < static_end;
     if (dynamic && at + bytes > end)
       return say("%s %d bytes at offset %ld of shared memory, of which the launch has %d", verb, bytes, at - begin,

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cfenv>
 #include <cmath>
 #include <string>
@@ -18,10 +19,10 @@
 
 namespace {
 
-constexpr int WARP = 32, MOST_THREADS = 1024;
+constexpr int WARP = 32, MOST_THREADS = 4096;  // of a cluster
 constexpr size_t STACK = 1 << 17;
-enum State { READY, WARP_BARRIER, BLOCK_BARRIER, EXCHANGE, VOTE, MULTIPLY, ENDED };
-const char* const WAITING_FOR[] = {"nothing", "__syncwarp", "__syncthreads", "a shuffle", "a vote", "a matrix product", "its end"};
+enum State { READY, WARP_BARRIER, BLOCK_BARRIER, CLUSTER_BARRIER, EXCHANGE, VOTE, MULTIPLY, ENDED };
+const char* const WAITING_FOR[] = {"nothing", "__syncwarp", "__syncthreads", "a cluster's barrier", "a shuffle", "a vote", "a matrix product", "its end"};
 
 struct Copy { uintptr_t to; int bytes; char data[16]; };
 struct Lane {
@@ -43,7 +44,8 @@ std::vector<Lane> lanes;
 Lane* current = nullptr;
 jmp_buf scheduler;
 unsigned launches = 0;
-Index grid, block;
+Index grid;
+Access last_to[MOST_BLOCKS];  // that another block made, to each block's shared memory
 char* stacks = nullptr;  // behind them the kernel's parameters
 void (*body)(const void*) = nullptr;
 std::string failure_text;
@@ -64,13 +66,17 @@ void wait(State state) {
   if (!_setjmp(current->at)) leave();
 }
 
-void access(const void* where, const void* at, int bytes, bool write, bool aligned) {
+int rank_of_lane() { return current->now.block % memory.launch->cluster; }
+
+void access(const void* where, const void* at, int bytes, bool write, bool aligned, int rank = -1) {
   if (current == nullptr || (at >= stacks && at < stacks + (MOST_THREADS + 1) * STACK)) return;
-  if (const char* what = memory.check((uintptr_t)at, bytes, write, aligned, current->now, current->waited)) fail(where, what);
+  if (rank < 0) rank = rank_of_lane();
+  if (const char* what = memory.check((uintptr_t)at, bytes, write, aligned, current->now, current->waited, rank)) fail(where, what);
 }
 
 void enter() {
   body(stacks + MOST_THREADS * STACK);
+  if (!ordered(last_to[rank_of_lane()], current->now, true)) fail(nullptr, "ends, though another block may yet write to it");
   current->state = ENDED;
   leave();
 }
@@ -151,7 +157,7 @@ bool together(Lane* first, int count) {
   return true;
 }
 
-// Until all lanes of the warp have ended or wait for the block.
+// Until all lanes of the warp have ended or wait for the block or the cluster.
 bool advance(Lane* warp) {
   for (;;) {
     for (int i = 0; i < WARP; i++) {
@@ -159,29 +165,58 @@ bool advance(Lane* warp) {
       if (failure.what) return false;
     }
     if (!together(warp, WARP)) return false;
-    if (warp->state == BLOCK_BARRIER || warp->state == ENDED) return true;
+    if (warp->state == BLOCK_BARRIER || warp->state == CLUSTER_BARRIER || warp->state == ENDED) return true;
     complete(warp);
   }
 }
 
-bool run_block(int threads) {
+// Until all lanes of the block have ended or wait for the cluster.
+bool run_block(Lane* block, int threads) {
   for (;;) {
     for (int first = 0; first < threads; first += WARP)
-      if (!advance(&lanes[first])) return false;
-    if (!together(lanes.data(), threads)) return false;
-    if (lanes[0].state == ENDED) return true;
-    for (Lane& lane : lanes) lane.state = READY, lane.now.warp_barriers++, lane.now.block_barriers++;
+      if (!advance(block + first)) return false;
+    if (!together(block, threads)) return false;
+    if (block->state != BLOCK_BARRIER) return true;
+    for (int t = 0; t < threads; t++) block[t].state = READY, block[t].now.warp_barriers++, block[t].now.block_barriers++;
   }
 }
 
-void start_lanes(int threads, int number, bool waited) {
-  lanes = std::vector<Lane>(threads);
-  for (int t = 0; t < threads; t++) {
-    Lane& lane = lanes[t];
-    lane.state = READY, lane.waited = waited, lane.copies.resize(1);
-    lane.now = {launches, number, t / WARP, t, 0, 0};
+bool run_cluster(int threads) {
+  for (;;) {
+    bool goes_on = false, ended = true;
+    for (size_t first = 0; first < lanes.size(); first += threads) {
+      Lane* block = &lanes[first];
+      if (block->state == CLUSTER_BARRIER) {
+        const auto arrived = [&](const Lane& lane) { return lane.now.cluster_arrivals > block->now.cluster_waits; };
+        if (std::all_of(lanes.begin(), lanes.end(), arrived))
+          for (int t = 0; t < threads; t++)
+            block[t].state = READY, block[t].now.cluster_waits++;  // for those that arrived, not for what they did since
+      }
+      if (block->state == READY) {
+        if (!run_block(block, threads)) return false;
+        goes_on = true;
+      }
+      ended &= block->state == ENDED;
+    }
+    if (ended) return true;
+    if (!goes_on) {
+      current = &lanes[0];
+      if (!_setjmp(scheduler)) fail(nullptr, "waits for a block of its cluster that does not arrive");
+      current = nullptr;
+      return false;
+    }
+  }
+}
+
+void start_lanes(const Launch& launch, int cluster) {
+  lanes = std::vector<Lane>(launch.cluster * launch.threads);
+  for (size_t i = 0; i < lanes.size(); i++) {
+    Lane& lane = lanes[i];
+    const int t = i % launch.threads;
+    lane.state = READY, lane.waited = !launch.before_previous_ends, lane.copies.resize(1);
+    lane.now = {launches, cluster, cluster * launch.cluster + (int)i / launch.threads, t / WARP, t, 0, 0, 0, 0};
     getcontext(&lane.start);
-    lane.start.uc_stack.ss_sp = stacks + t * STACK, lane.start.uc_stack.ss_size = STACK;
+    lane.start.uc_stack.ss_sp = stacks + i * STACK, lane.start.uc_stack.ss_size = STACK;
     makecontext(&lane.start, enter, 0);
   }
 }
@@ -197,21 +232,23 @@ const Failure* run_grid(void (*lane)(const void*), const void* params, int param
   memory.launch = &launch, memory.static_begin = (uintptr_t)static_begin, memory.static_end = (uintptr_t)static_end;
   if (!launch.before_previous_ends) memory.forget_all();
   body = lane, failure = {}, launches++, grid = {(unsigned)launch.columns, (unsigned)launch.rows, 1};
-  for (int i = 0; i < launch.columns * launch.rows && !failure.what; i++) {
-    block = {(unsigned)(i % launch.columns), (unsigned)(i / launch.columns), 0};
+  for (int i = 0; i < launch.columns * launch.rows / launch.cluster && !failure.what; i++) {
     memory.forget_shared();
-    start_lanes(launch.threads, i, !launch.before_previous_ends);
-    run_block(launch.threads);
+    std::fill(last_to, last_to + MOST_BLOCKS, Access{});
+    start_lanes(launch, i);
+    run_cluster(launch.threads);
   }
   return &failure;
 }
 
 Index thread_index() { return {(unsigned)current->now.thread, 0, 0}; }
-Index block_index() { return block; }
+Index block_index() { return {(unsigned)current->now.block % grid.x, (unsigned)current->now.block / grid.x, 0}; }
 Index grid_size() { return grid; }
 
 void wait_for_warp() { wait(WARP_BARRIER); }
 void wait_for_block() { wait(BLOCK_BARRIER); }
+void arrive_at_cluster() { current->now.cluster_arrivals++; }
+void wait_for_cluster() { wait(CLUSTER_BARRIER); }
 unsigned exchange(unsigned value, int from) {
   current->value = value, current->from = from;
   wait(EXCHANGE);
@@ -228,20 +265,34 @@ Four multiply(Four c, Operands operands) {
   return current->c;
 }
 
-char* dynamic_shared() { return shared_memory; }
-unsigned shared_address(const void* at) { return (const char*)at - shared_memory + SHARED_BEGIN; }
+char* dynamic_shared() { return shared_memory[rank_of_lane()]; }
+unsigned shared_address(const void* at) { return (const char*)at - dynamic_shared() + SHARED_BEGIN; }
 void load_shared(void* to, unsigned at, int bytes) {
-  const char* from = shared_memory + (int)(at - SHARED_BEGIN);
+  const char* from = dynamic_shared() + (int)(at - SHARED_BEGIN);
   access(CALLER, from, bytes, false, true);
   memcpy(to, from, bytes);
 }
 void store_shared(unsigned at, const void* from, int bytes) {
-  char* to = shared_memory + (int)(at - SHARED_BEGIN);
+  char* to = dynamic_shared() + (int)(at - SHARED_BEGIN);
   access(CALLER, to, bytes, true, true);
   memcpy(to, from, bytes);
 }
+void store_shared_of(unsigned at, int rank, const void* from, int bytes) {
+  const Launch& launch = *memory.launch;
+  if (rank < 0 || rank >= launch.cluster) fail(CALLER, "writes to a block that its cluster has not");
+  if (rank != rank_of_lane()) {
+    if (current->now.cluster_waits == 0) fail(CALLER, "writes to a block that may not have begun");
+    for (int i = 0; i < launch.threads; i++)
+      if (lanes[rank * launch.threads + i].state == ENDED) fail(CALLER, "writes to a block that may have ended");
+    Access& last = last_to[rank];
+    if (last.launch == 0 || last.cluster_arrivals <= current->now.cluster_arrivals) last = current->now;
+  }
+  char* to = shared_memory[rank] + (int)(at - SHARED_BEGIN);
+  access(CALLER, to, bytes, true, true, rank);
+  memcpy(to, from, bytes);
+}
 void copy_later(unsigned to, const void* from, int bytes) {
-  char* target = shared_memory + (int)(to - SHARED_BEGIN);
+  char* target = dynamic_shared() + (int)(to - SHARED_BEGIN);
   access(CALLER, from, bytes, false, true);
   access(CALLER, target, bytes, true, true);
   memory.fly((uintptr_t)target, bytes);

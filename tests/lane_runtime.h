@@ -6,9 +6,11 @@ Index thread_index();
 Index block_index();
 Index grid_size();
 
-// What lanes of a warp, or all of a block, do together. Only the first two order memory.
+// What lanes of a warp, of a block or of a cluster of blocks do together. Only barriers order memory.
 void wait_for_warp();
 void wait_for_block();
+void arrive_at_cluster();
+void wait_for_cluster();  // until all lanes of the cluster have arrived as often as this one
 unsigned exchange(unsigned value, int from);
 unsigned votes(bool mine);  // a bit for each lane
 
@@ -23,6 +25,7 @@ char* dynamic_shared();
 unsigned shared_address(const void* at);
 void load_shared(void* to, unsigned at, int bytes);
 void store_shared(unsigned at, const void* from, int bytes);
+void store_shared_of(unsigned at, int rank, const void* from, int bytes);  // of a block of the cluster
 void copy_later(unsigned to, const void* from, int bytes);
 void commit_copies();
 void land_copies(int pending);
@@ -31,10 +34,10 @@ void let_next_start();
 void wait_for_previous();
 float fma_towards_zero(float x, float y, float z);
 
-// One launch: a grid of columns x rows blocks; `memory`: begins and ends of the memory that there is, in order.
+// One launch: a grid of columns x rows blocks, `cluster` of them at a time; `memory`: begins and ends of the memory that there is, in order.
 struct Launch {
   const char* name;
-  int columns, rows, threads, shared_bytes, before_previous_ends, ranges;
+  int columns, rows, cluster, threads, shared_bytes, before_previous_ends, ranges;
   const unsigned long long (*memory)[2];
 };
 // The first fault of a launch, and the place in the code.

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from turboquant_vllm.cuda import runtime
-from turboquant_vllm.cuda.decode import source
-from turboquant_vllm.cuda.variants import Division, choose_variant
+from turboquant_vllm.cuda.sources import source
+from turboquant_vllm.cuda.variants import MOST_BLOCKS, Division, choose_cluster, choose_variant
 from turboquant_vllm.limits import MAX_SEQUENCES
 
 pytest.importorskip("cuda.core")
@@ -86,6 +86,49 @@ def test_compiles_with_offsets_without_spills(arch, head_dim, pages, masked):
         assert stays_in_registers(kernel, used), (kernel, variant, used)
 
 
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "rows", "pages", "masked", "offsets"),
+    [
+        *(("sm_90", head_dim, rows, 0, False, False) for head_dim in (64, 128, 256) for rows in (4, 8, 16, 32)),
+        ("sm_100", 128, 4, 0, False, False),
+        *(("sm_90", 128, 4, *options) for options in ((1, False, False), (0, False, True), (1, False, True), (1, True, True))),
+        ("sm_100", 128, 4, 1, False, True),
+        ("sm_90", 64, 8, 1, True, False),
+    ],
+)
+def test_compiles_as_a_cluster_without_spills(arch, head_dim, rows, pages, masked, offsets):
+    alone = choose_variant(head_dim, rows, SHARED[arch], masked, offsets, hadamard=True, cluster=True)
+    variants = [alone]
+    if alone.warps == 16:
+        found = choose_cluster(256, 64, alone, False, 132, lambda variant, blocks: 132 * variant.resident)
+        if found is not None:
+            variants.append(found.variant)
+    for variant in variants:
+        assert variant.cluster_bytes(MOST_BLOCKS) <= SHARED[arch], variant
+        defines = {**variant.defines, "PAGED": pages}
+        usage = runtime.resource_usage(runtime.compile_cubin(source(True), arch=arch, name="decode.cu", defines=defines))
+        (used,) = usage.values()
+        assert stays_in_registers("tq4_decode", used), (variant, used)
+        assert used.registers * 32 * variant.warps * variant.resident <= REGISTERS, (variant, used)
+        assert used.static_shared == 0
+
+
+@pytest.mark.parametrize(
+    ("arch", "head_dim", "rows", "pages", "masked", "offsets"),
+    [
+        *((arch, 128, 4, 0, False, False) for arch in SHARED),
+        *(("sm_90", head_dim, rows, 0, False, False) for head_dim, rows in ((64, 4), (128, 8), (128, 16), (256, 4))),
+        *(("sm_90", 128, 4, *options) for options in ((1, False, False), (0, False, True), (1, True, True))),
+    ],
+)
+def test_compiles_with_rotations_by_additions_without_spills(arch, head_dim, rows, pages, masked, offsets):
+    variant = choose_variant(head_dim, rows, SHARED[arch], masked, offsets, hadamard=True)
+    defines = {**variant.defines, "PAGED": pages}
+    usage = runtime.resource_usage(runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
+    for kernel, used in usage.items():
+        assert stays_in_registers(kernel, used), (kernel, variant, used)
+
+
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("arch", SHARED)
 def test_variants_are_the_compiled_ones(arch, head_dim):
@@ -95,6 +138,41 @@ def test_variants_are_the_compiled_ones(arch, head_dim):
         assert variant in tested
         assert variant.stages >= 2
         assert head_dim == 256 or 4 * variant.row_tiles >= rows
+
+
+# Clusters of 1, 2, 4 and 8 blocks with a multiprocessor each that an H200 runs at once: its 132 are in groups of 10 to 18.
+AT_ONCE = {1: 132, 2: 66, 4: 30, 8: 15}
+
+
+@pytest.mark.parametrize(
+    ("passes", "tiles", "pages", "blocks", "warps", "resident"),
+    [
+        (8, 64, False, 8, 8, 1),  # 1 x 1024
+        (8, 512, False, 8, 16, 1),  # 1 x 8192
+        (8, 512, True, 8, 16, 1),
+        (8, 8192, False, 0, 0, 0),  # 1 x 131072
+        (16, 64, False, 4, 8, 1),
+        (16, 64, True, 0, 0, 0),
+        (64, 256, False, 2, 16, 1),
+        (128, 2048, False, 0, 0, 0),  # 16 x 32768
+        (256, 256, False, 1, 8, 2),  # 32 x 4096
+        (256, 256, True, 0, 0, 0),
+        (512, 64, False, 1, 8, 2),  # 64 x 1024
+        (300, 64, False, 0, 0, 0),  # the second wave would be short
+        (256, 2048, False, 0, 0, 0),
+    ],
+)
+def test_which_calls_are_one_launch(passes, tiles, pages, blocks, warps, resident):
+    variant = choose_variant(128, 4, SHARED["sm_90"], hadamard=True, cluster=True)
+
+    def fit(variant, blocks):
+        return AT_ONCE[blocks] * variant.resident
+
+    found = choose_cluster(passes, tiles, variant, pages, 132, fit)
+    assert (found is None) == (blocks == 0)
+    if found is not None:
+        assert (found.blocks, found.variant.warps, found.variant.resident) == (blocks, warps, resident)
+        assert found.variant.resident * (found.variant.cluster_bytes(blocks) + 1024) <= SHARED["sm_90"] + 1024
 
 
 @pytest.mark.parametrize("passes", [1, 7, 8, 128, 231, 512, 640, 924, 925, 3000, 70_000])

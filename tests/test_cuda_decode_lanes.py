@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from attention_cases import check, compare, expected, random_case
 from kernel_lanes import emulated_decode, few_objects, needs_compiler, run_pages  # noqa: F401
 from offset_contract import OffsetContract, PagedOffsetContract
 from paged_cases import check_batch, random_batch
-from turboquant_vllm.cuda import decode, paged
+from turboquant_vllm.cuda import cluster, decode, paged
 from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.pieces import cut_sequences
 from turboquant_vllm.records import Sequences
@@ -198,6 +199,38 @@ def decode_where_it_can(*args):
     if why_not_decode(q.dtype, q.shape[-1], q.shape[2] * q.shape[1] // k.shape[1], (k, v)):
         pytest.skip("the native kernels refuse this call")
     return decode.decode(*args)
+
+
+@pytest.fixture
+def line(monkeypatch):
+    """No cluster serves a call."""
+    monkeypatch.setattr(cluster, "choose_cluster", lambda *args: None)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "group", "q_len", "kv_len", "offsets"),
+    [
+        (HALF, 128, 4, 1, 100, False),
+        (BF16, 64, 5, 2, 77, False),
+        (HALF, 256, 3, 1, 33, False),
+        (HALF, 64, 16, 2, 32, False),
+        (HALF, 128, 4, 1, 170, True),
+    ],
+)
+def test_rotation_by_additions(generator, line, dtype, head_dim, group, q_len, kv_len, offsets):
+    sizes = {"batch": 2, "group": group, "q_len": q_len, "kv_len": kv_len, "head_dim": head_dim, "is_causal": q_len > 1}
+    case = random_case(generator, dtype=dtype, device="cpu", num_kv_heads=3, offsets=offsets, **sizes)
+    check(lambda *args: decode.decode(*args, hadamard=True), case)
+    if q_len == 1:
+        check(lambda *args: decode.decode(*args, hadamard=True, split_len=32), case)
+
+
+@pytest.mark.parametrize(("head_dim", "group", "offsets"), [(128, 4, False), (64, 7, True), (256, 4, False)])
+def test_rotation_by_additions_over_pages(generator, line, monkeypatch, head_dim, group, offsets):
+    monkeypatch.setattr(paged, "decode_pages", functools.partial(paged.decode_pages, hadamard=True))
+    sizes = {"head_dim": head_dim, "group": group, "page_size": 64, "offsets": offsets}
+    lengths = [(1, 37), (1, 100), (0, 20), (2, 33), (1, 1), (1, 0)]
+    check_batch(run_pages, random_batch(generator, lengths, dtype=HALF, device="cpu", **sizes))
 
 
 class TestOffsets(OffsetContract):

@@ -138,8 +138,12 @@ def tq4_attention(
     if name == "reference":
         out, lse = reference.attention(q, keys, Operand(values, v_norms), tables, scale, Masks(is_causal, **masks))
     else:
-        run = torch.ops.turboquant.cuda_decode if name == "cuda" else torch.ops.turboquant.triton_attention
-        out, lse = run(q, k.codes, k_norms, values, v_norms, *tables[:2], scale, is_causal, **masks, **offsets)
+        args = (q, k.codes, k_norms, values, v_norms, *tables[:2], scale, is_causal)
+        if name == "cuda":
+            hadamard = codec.rotation_kind == "hadamard"
+            out, lse = torch.ops.turboquant.cuda_decode(*args, **masks, **offsets, hadamard=hadamard)
+        else:
+            out, lse = torch.ops.turboquant.triton_attention(*args, **masks, **offsets)
     return (out, lse) if return_lse else out
 
 

@@ -287,7 +287,7 @@ for _name, _run, _options in (
     (
         "cuda_decode",
         _dense_call("turboquant_vllm.cuda.decode:decode"),
-        ", *, bool pre_rotated=False, bool rotated_output=False",
+        ", *, bool pre_rotated=False, bool rotated_output=False, bool hadamard=False",
     ),
 ):
     define_operator(
@@ -300,7 +300,7 @@ for _name, _run, _options in (
         _attention_fake,
     )
 for _name, _run, _options in (
-    ("cuda_paged", _paged_call("turboquant_vllm.cuda.paged:decode_pages"), ""),
+    ("cuda_paged", _paged_call("turboquant_vllm.cuda.paged:decode_pages"), ", *, bool hadamard=False"),
     ("reference_paged", _paged_call("turboquant_vllm.reference:fill_paged_attention"), ""),
     (
         "triton_paged",

@@ -193,7 +193,7 @@ def tq4_paged_attention(
     else:
         least = 1  # rows of a sequence that is Triton's
         if name == "cuda":
-            least = rows_left(shape, bounds[0], lengths)
+            least, native = rows_left(shape, bounds[0], lengths), {**offsets, "hadamard": codec.rotation_kind == "hadamard"}
             for call in native_calls(shape, bounds[0], lengths):
                 some = slice(call.first, call.stop)
                 where = (block_table[some], seq_lens[some], cu_seqlens_q[call.first : call.stop + 1])
@@ -201,7 +201,7 @@ def tq4_paged_attention(
                 own = masks if windows is None else {**masks, "windows": windows[some].repeat_interleave(call.pieces)}
                 if call.pieces > 1:
                     where = cut_sequences(*where, call.tokens, call.pieces, causal, cache.page_size)
-                torch.ops.turboquant.cuda_paged(q, *pages, *where, *how, call.tokens, bounds[1], out, lse, **own, **offsets)
+                torch.ops.turboquant.cuda_paged(q, *pages, *where, *how, call.tokens, bounds[1], out, lse, **own, **native)
         if bounds[0] * shape.group >= least:
             more = {"min_rows": least, "seq_lens_cpu": host[0], "cu_seqlens_q_cpu": host[1]}
             torch.ops.turboquant.triton_paged(q, *pages, *sequences[:3], *how, *bounds, out, lse, **masks, **offsets, **more)

@@ -29,9 +29,15 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
   __shared__ __align__(16) float merged[16 * ROW_PITCH];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, column = tid % COLUMNS, part = tid / COLUMNS;
   const int at_once = p.rows_at_once, mine = part % at_once, shares = SUMS / at_once;
-  Turn turn;  // the rotation does not depend on the first kernel
+  // The rotation does not depend on the first kernel.
+#if HADAMARD
+  float signs[OF_LANE];
+  load_part(signs, p.rotation);
+#else
+  Turn turn;
   if (D < 256) load_turn(turn, p.rotation, warp * 8, 0, true, p.rotated_output);
   for (int i = tid; i < 16 * ROW_PITCH; i += COMBINE_THREADS) merged[i] = 0;
+#endif
   wait_for_previous();
   const int first = blockIdx.x * at_once, count = min(at_once, p.all - first);
 #if PAGED
@@ -115,6 +121,17 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
     p.lse[at.lse] = total == 0 ? -INFINITE : (top + lg2(total)) * 0.6931471805599453f;
   }
   __syncthreads();
+#if HADAMARD
+  for (int i = warp; i < count; i += COMBINE_THREADS / 32) {
+    const Query at = query(i);
+    float x[OF_LANE];
+    load_part(x, merged + i * ROW_PITCH);
+    hadamard(x);
+#pragma unroll
+    for (int j = 0; j < OF_LANE; j += 2)
+      if (at.there) ((u32*)p.out)[(at.out + lane * OF_LANE + j) / 2] = half_pair(x[j] * signs[j], x[j + 1] * signs[j + 1], p.is_bf16);
+  }
+#else
   for (int n0 = warp * 8; n0 < D; n0 += COMBINE_THREADS / 4) {
     float y[4] = {0, 0, 0, 0};
 #pragma unroll 1
@@ -129,4 +146,5 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
       if (at.there) ((u32*)p.out)[(at.out + n0) / 2 + (lane & 3)] = half_pair(y[2 * i], y[2 * i + 1], p.is_bf16);
     }
   }
+#endif
 }

@@ -1,27 +1,20 @@
-// Attention of few query rows over a packed cache, first kernel: every warp attends to its range of the keys.
-//
-//   shared memory of a block        table   256 entries of half2 (level of the high nibble, of the low nibble), each
-//                                           32 times side by side: entry b, copy of lane l at b * 256 + l * 4
-//                                   ring    per warp, STAGES tiles of 16 tokens: K codes, V codes, norms
-//                                   query   per pass, fragments of the rotated rows in fp16, then one scale per row;
-//                                           a block touches PASSES consecutive passes at most
-//                                           behind each ring, of keys with offsets, scores, and what the next groups
-//                                           share: see groups.cuh
-//
-//   a stage of the ring   | K codes, 16 rows of D / 2 bytes | V codes, likewise | 16 K norms | 16 V norms |
-//   at                      0                                 8 * D               16 * D       16 * D + 64
-//
-//   the 16-byte pieces of a row are turned round, by place(), so that lanes read from all banks (D = 128):
-//     tokens 0, 1, 4, 5, ...   | 0 | 1 | 2 | 3 |            tokens 2, 3, 6, 7, ...   | 2 | 3 | 0 | 1 |
-//
-//   from tile to tile, STAGES = 3:   | in use | landing | asked for |   ->   | asked for | in use | landing |   ->   ...
-extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid_constant__ DecodeParams p) {
+// Attention of few query rows over a packed cache, first kernel: every warp attends to its range of the keys. As a CLUSTER it is the
+// only kernel: see cluster.cuh.
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, r = lane >> 2, c = lane & 3;
+  const float level = p.centroids[lane & 15];
+#if CLUSTER
+  const int index = p.by_blocks.divide(blockIdx.x), worker = (blockIdx.x - index * p.blocks) * p.active + warp;
+  auto locate = [&](int) { return pass_of(p, index); };
+  if (!is_served(p, index)) return;
+  if (p.blocks > 1) cluster_arrive();
+  const int first_pass = index, rows = 4 * NT;
+  const Share work = share_of(p, locate(0));
+#else
   const int worker = blockIdx.x * p.active + warp;
   // The second kernel's blocks may take their places as soon as blocks of this one leave them.
   let_next_start();
-  const float level = p.centroids[lane & 15];
 #if PAGED
   const Line work = plan_line(p, (int*)(smem + QUERY));
   auto locate = [&](int tile) {
@@ -38,13 +31,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
   const int first_pass = p.work.pass_of(p.work.begin(blockIdx.x * p.active));
   const int last_pass = p.work.pass_of(p.work.begin((blockIdx.x + 1) * p.active) - 1);
   const int rows = (last_pass - first_pass + 1) * 4 * NT;
-  // What the rotation waits for is asked for before the keys and values, which would delay it.
+#endif
+#endif
+#define ROTATES (CLUSTER || !PAGED)  // else a kernel before has done it
+#if ROTATES  // what that waits for is asked for before the keys and values, which would delay it
   Rows query_rows;
-  load_rows(query_rows, p, first_pass, 0, rows);
-  Turn turn[TURNS_HELD];
-#pragma unroll
-  for (int i = 0; i < TURNS_HELD; i++)
-    if ((warp + i * WARPS) * 8 < D) load_turn(turn[i], p.rotation, (warp + i * WARPS) * 8, 0, false, p.pre_rotated);
+  ask_for_query(query_rows, p, first_pass, rows);
 #endif
   const u32 base = shared_address(smem);
   const u32 ring = base + RING + warp * WARP_BYTES;
@@ -135,62 +127,57 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       if (--left > 0) {
         k_at += 16 * p.k_n;
         norm_at += 16 * norm_step();
-      } else if (next < end) {
+      } else if ((PAGED || !CLUSTER) && next < end) {
         open_pass();
       }
     }
     commit_copies();
   };
   if (next < end) open_pass();
+#if CLUSTER && AHEAD  // with the first tile
+  if (now < end) copy_groups(p, ring + GROUP_ROWS, locate(now), first_of_groups(now * 16), true);
+#endif
 #pragma unroll 1
   for (int i = 0; i < STAGES - 1; i++) copy_next(i);
 
   // Levels in fp16, over a power of two that the row scales and the result give back.
   const float level_scale = power_below(warp_max(fabsf(level), 1));
-#if !PAGED
-  rotate_query(p, smem, query_rows, turn, first_pass, rows, level_scale * p.scale_log2, smem + QUERY, (float*)(smem + ROW_SCALE));
+  auto rotate = [&]() {
+#if ROTATES
+    rotate_query(p, smem, query_rows, first_pass, rows, level_scale * p.scale_log2, smem + QUERY, (float*)(smem + ROW_SCALE));
 #endif
-  // A warp writes four entries at a time, each lane four copies of one.
+  };
+  if (!HADAMARD) rotate();  // where the table will be
   const float scaled = (OFFSETS ? p.centroids[lane & 15] : level) * inverse_power(level_scale);  // kept, it would be spilled
-  const u32 mine = half2_bits(scaled, scaled);
-#pragma unroll
-  for (int b = warp * 4 + (lane >> 3), i = 0; i < 64; b += WARPS * 4, i += WARPS) {
-    const u32 entry = prmt(__shfl_sync(~0u, mine, b >> 4), __shfl_sync(~0u, mine, b & 15), 0x5410);
-    if (256 % (WARPS * 4) && b >= 256) break;
-    *(uint4*)(smem + b * 256 + (lane & 7) * 16) = make_uint4(entry, entry, entry, entry);
-  }
+  fill_table(smem, half2_bits(scaled, scaled));
+  if (HADAMARD) rotate();
   __syncthreads();
-#if PAGED
+#if PAGED && !CLUSTER
   wait_for_previous();
 #endif
   auto levels = [&](u32 word, int byte) { return lds_table(prmt(word, lane4, 0x5504u | (byte << 4)) + base); };
 
-  // P V contracts over (token, nibble), 8 tokens a step u; tokens count from 8 * u. The nibble is on both sides of the
-  // product, so that a byte is looked up once and its two dimensions still end in columns of their own.
-  //
-  //   A: V                            token c    token c + 4     (lower half: level of the high nibble, upper: of the low)
-  //     byte b = r * D / 16 + 2 * j     a0          a2
-  //     byte b + 1                      a1          a3
-  //   B: weights                      b0: token c               b1: token c + 4
-  //     column r even                   (w, 0)                    (w, 0)        w: of query row r / 2 of the row tile
-  //     column r odd                    (0, w)                    (0, w)
-  //   C: sums                         column 2 * c              column 2 * c + 1, both of query row c
-  //     byte b                          o[0]: dimension 2 * b     o[1]: 2 * b + 1
-  //     byte b + 1                      o[2]: 2 * b + 2           o[3]: 2 * b + 3
+  // Of P V's right side, drawn in query.cuh.
   const u32 select_low = (r & 1) ? 0x1044u : 0x4410u, select_high = (r & 1) ? 0x3244u : 0x4432u;
   const int source = c * 4 + (r >> 1);
 
+#if CLUSTER
+  if (now == end) {  // this warp has nothing to do: it only meets the others
+    __syncthreads();
+    leave_nothing(smem);
+  }
+#endif
   int stage = 0;
 #pragma unroll 1
   while (now < end) {
     const Pass pass = locate(now);
     const int tile0 = now - pass.start, first_row = p.heads.first_row(pass.index);
     int tile1 = min(pass.tiles, tile0 + end - now);
-#if !PAGED
+#if !PAGED && !CLUSTER
     if (p.work.fixed) tile1 = min(tile1, p.work.piece_end(tile0));
 #endif
     now += tile1 - tile0;
-#if PAGED
+#if PAGED && !CLUSTER
     const uint2* query = (const uint2*)(p.fragments + (i64)pass.index * QUERY_BYTES) + lane;
     const float* scales = p.row_scales + pass.index * (4 * NT);
 #else
@@ -198,7 +185,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     const float* scales = (float*)(smem + ROW_SCALE) + pass.index % PASSES * 4 * NT;
 #endif
     auto load_query = [&](u32* to, int i) {
-#if PAGED
+#if PAGED && !CLUSTER
       const uint2 x = query[i * 32];
       to[0] = x.x, to[1] = x.y;
 #else
@@ -384,10 +371,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
     {
       // The segment's normalised rows, and the log2 of each row's sum of exp2. Where they go is worked out here, and the
       // thread's number read anew, so that none of it takes a register in the loop above.
-      const int tid = thread_number(), r = tid % 32 / 4, c = tid % 4, worker = blockIdx.x * p.active + tid / 32;
+      const int tid = thread_number(), r = tid % 32 / 4, c = tid % 4;
       const Pass pass = locate(now - 1);
       const int first_row = p.heads.first_row(pass.index);
+#if CLUSTER
+      __syncthreads();  // table, rings and queries have served
+      float* part = (float*)smem + tid / 32 * PART;
+#else
+      const int worker = blockIdx.x * p.active + tid / 32;
       float* part = p.parts + (i64)work.slot(worker, pass.index, now - 1 - pass.start) * PART;
+#endif
 #pragma unroll
       for (int t = 0; t < NT; t++) {
         const float total = warp_sum(l[t], 4), factor = total == 0 ? 0 : v_ref * (level_scale / total);
@@ -401,4 +394,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_decode(const __grid
       }
     }
   }
+#if CLUSTER
+  finish(p, smem);
+#endif
 }

@@ -11,11 +11,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 
 import torch
 
+from turboquant_vllm.cuda import cluster
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
+from turboquant_vllm.cuda.sources import params_of, source
 from turboquant_vllm.cuda.variants import (
     COMBINE_THREADS,
     Division,
@@ -28,39 +29,15 @@ from turboquant_vllm.cuda.variants import (
 from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.records import GROUP, NO_MASKS, Masks, Operand, Tables
 
-__all__ = ["Call", "Operands", "decode", "mask_args", "prepare", "source"]
+__all__ = ["Call", "Operands", "decode", "mask_args", "prepare"]
 
-_FILES = ("device.cuh", "query.cuh", "groups.cuh", "decode.cu", "combine.cu")
-SOURCES = tuple(Path(__file__).with_name(name) for name in _FILES)
-DIVISOR = "Ii"
-WORK = "i" * 6 + DIVISOR * 5
-HEADS = "i" * 4 + DIVISOR * 3
-DECODE_PARAMS = "P" * 8 + "q" * 16 + WORK + HEADS + "i" * 6 + "f"
-COMBINE_PARAMS = "P" * 4 + WORK + HEADS + DIVISOR + "i" * 5
-# What the kernels of masked calls take behind these.
-DECODE_MASKS, COMBINE_MASKS = "Piff", "P"
-# What the first kernel takes last where keys have offsets: over whole tensors with strides.
-OFFSETS, OFFSET_STRIDES = "PPP", "q" * 6
 NO_WINDOW = 1 << 30  # as in the source
 _LOG2_E = 1 / math.log(2)
 
 
 @cache
-def source() -> str:
-    """The text of both kernels."""
-    return "".join(f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in SOURCES)
-
-
-def params_of(variant: Variant) -> dict[str, str]:
-    """Parameters of both kernels, by name."""
-    masks = (DECODE_MASKS, COMBINE_MASKS) if variant.masked else ("", "")
-    offsets = OFFSETS + OFFSET_STRIDES if variant.offsets else ""
-    return {"tq4_decode": DECODE_PARAMS + masks[0] + offsets, "tq4_combine": COMBINE_PARAMS + masks[1]}
-
-
-@cache
 def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel]:
-    params = params_of(variant)
+    params = params_of(variant, False)
     first, second = (
         load_kernel(source(), name, device=index, params=codes, defines=variant.defines) for name, codes in params.items()
     )
@@ -99,13 +76,14 @@ class Call:
         split_len: int | None,
         masked: bool = False,
         offsets: bool = False,
+        hadamard: bool = False,
     ) -> Call:
         """For queries of ``shape [B, H_q, N_q, D]`` on device ``index``."""
         batch, num_heads, q_len, head_dim = shape
         group = num_heads // num_kv_heads
         rows, heads = q_len * group, batch * num_kv_heads
         multiprocessors, shared_limit = device_limits(index)
-        variant = choose_variant(head_dim, rows, shared_limit, masked, offsets)
+        variant = choose_variant(head_dim, rows, shared_limit, masked, offsets, hadamard)
         if split_len is not None and (split_len < 16 or split_len % 16):
             raise ValueError(f"split_len must be a positive multiple of 16, got {split_len}")
         chunks = -(-rows // (4 * variant.row_tiles))
@@ -151,6 +129,7 @@ def decode(
     rotated_output: bool = False,
     split_len: int | None = None,
     kv_len: int | None = None,
+    hadamard: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention over packed keys and values; arguments that :func:`turboquant_vllm.checks.check_attention` accepted.
 
@@ -165,6 +144,7 @@ def decode(
         rotated_output: leave out the product with the rotation: the result is ``out @ rotation.T``.
         split_len: keys per split, a multiple of 16; None divides all keys of the batch evenly over the warps of the GPU.
         kv_len: how many of the N_kv keys there are, where the others are room for more; None means all.
+        hadamard: whether the rotation is a Sylvester-Hadamard matrix times signs of its columns, over sqrt(D).
 
     The same call gives the same bits on the same model of GPU. With ``split_len``, a sequence in a batch gives the bits that
     it gives alone; without, where sums are cut depends on the sizes of the whole batch.
@@ -185,12 +165,12 @@ def decode(
     if k.data.shape[2] == 0 or kv_len == 0:
         sinks = masks.sinks
         return out.zero_(), lse.fill_(float("-inf")) if sinks is None else lse.copy_(sinks[:, None].expand_as(lse))
-    attend, combine = prepare(
+    launches = prepare(
         q, k, v, tables, sm_scale, masks, out, lse, pre_rotated=pre_rotated, rotated_output=rotated_output,
-        split_len=split_len, kv_len=kv_len,
+        split_len=split_len, kv_len=kv_len, hadamard=hadamard,
     )  # fmt: skip
-    attend()
-    combine()
+    for enqueue in launches:
+        enqueue()
     return out, lse
 
 
@@ -208,15 +188,16 @@ def prepare(
     rotated_output: bool = False,
     split_len: int | None = None,
     kv_len: int | None = None,
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """The two launches of a call that is not empty: attention to the parts of the keys, and their joining into out and lse.
+    hadamard: bool = False,
+) -> tuple[Callable[[], None], ...]:
+    """The launches of a call that is not empty: one, or two of which the first attends to parts of the keys, as a benchmark of
+    the kernel times it, and the second joins these into out and lse.
 
-    Arguments as in :func:`decode`; out and lse are contiguous, and lse may be None where it is not wanted. The first launch
-    alone is what a benchmark of the kernel times.
+    Arguments as in :func:`decode`; out and lse are contiguous, and lse may be None where it is not wanted.
     """
     if reason := why_not_decode(q.dtype, q.shape[3], q.shape[2] * (q.shape[1] // k.data.shape[1]), (k.data, v.data)):
         raise ValueError(reason)
-    return Operands(k, v, tables).prepare(
+    return Operands(k, v, tables, hadamard).prepare(
         q, k.data.shape[2] if kv_len is None else kv_len, sm_scale, masks, out, lse, pre_rotated=pre_rotated,
         rotated_output=rotated_output, split_len=split_len,
     )  # fmt: skip
@@ -253,10 +234,10 @@ class Operands:
     """Packed keys and values where they lie, and what reads them: the arguments that all calls over one buffer share.
 
     Args:
-        k, v, tables: as in :func:`decode`; :func:`turboquant_vllm.limits.why_not_decode` has nothing against them.
+        k, v, tables, hadamard: as in :func:`decode`; :func:`turboquant_vllm.limits.why_not_decode` has nothing against them.
     """
 
-    def __init__(self, k: Operand, v: Operand, tables: Tables) -> None:
+    def __init__(self, k: Operand, v: Operand, tables: Tables, hadamard: bool = False) -> None:
         assert k.norms is not None
         assert v.norms is not None
         assert tables.centroids is not None
@@ -266,6 +247,7 @@ class Operands:
         if k.groups is not None and k.steps is not None:
             self._offsets = _Offsets.of(k.groups, k.steps, tables.key_scales)
         shared = (tables.centroids.contiguous(), aligned(tables.rotation.contiguous()))
+        self._hadamard = hadamard
         self.k, self.v, self.num_kv_heads = k.data, v.data, k.data.shape[1]
         self._addresses = tuple(x.data_ptr() for x in parts)
         self._token_bytes = tuple(x.stride(2) * x.element_size() for x in parts)
@@ -286,7 +268,7 @@ class Operands:
         pre_rotated: bool = False,
         rotated_output: bool = False,
         split_len: int | None = None,
-    ) -> tuple[Callable[[], None], Callable[[], None]]:
+    ) -> tuple[Callable[[], None], ...]:
         """As :func:`prepare`, over ``kv_len`` tokens from ``first`` on."""
         shape = q.shape
         head_dim = shape[3]
@@ -298,29 +280,50 @@ class Operands:
             first, kv_len = first + kv_len - seen, seen
             window = window if shape[2] > 1 or seen > window else None
         masked = window is not None or softcap is not None or sinks is not None
-        call = Call.plan(q.get_device(), shape, self.num_kv_heads, kv_len, split_len, masked, self._offsets is not None)
+        device, offsets, bf16 = q.get_device(), self._offsets is not None, int(q.dtype == torch.bfloat16)
+        operands, tables = self._addresses, self._tables
+        if first:
+            operands = tuple(at + first * size for at, size in zip(operands, self._token_bytes, strict=True))
+        of_masks = mask_args(window, softcap) if masked else ()
+        of_offsets = () if self._offsets is None else self._offsets.arguments(first)
+        sinks = None if sinks is None else sinks.contiguous()
+        sinks_at = 0 if sinks is None else sinks.data_ptr()
+        strides = (*q.stride(), *self._strides)
+        hadamard = self._hadamard and not (pre_rotated or rotated_output)
+        if hadamard and not split_len:
+            heads, group = shape[0] * self.num_kv_heads, shape[1] // self.num_kv_heads
+            one = cluster.plan(
+                device, heads, self.num_kv_heads, group, group * shape[2], -(-kv_len // 16), head_dim, masked, offsets, False
+            )
+            if one is not None:
+                places = (out.data_ptr(), 0 if lse is None else lse.data_ptr(), sinks_at)
+                rows = (shape[1] * shape[2], shape[2], 1)
+                args = (
+                    q.data_ptr(), *operands, *tables, 0, *strides, -(-kv_len // 16), *one.layout, kv_len, kv_len - shape[2],
+                    int(is_causal), bf16, 0, sm_scale * _LOG2_E, *of_masks, *of_offsets, *places,
+                    *(head_dim * x for x in rows), *rows, *one.last,
+                )  # fmt: skip
+                held = (self, q, out, lse, sinks)
+
+                def attend_at_once() -> None:
+                    _ = held
+                    one.launch(args)
+
+                return (attend_at_once,)
+        call = Call.plan(device, shape, self.num_kv_heads, kv_len, split_len, masked, offsets, hadamard)
         # One allocation for the results of parts, and the log-sum-exps of the whole if nobody asked for them.
         unwanted = q.numel() // head_dim if lse is None else 0
         parts = torch.empty((call.part_rows * (head_dim + 4) + unwanted,), dtype=torch.float32, device=q.device)
         parts_at = parts.data_ptr()
         lse_at = parts_at + 4 * call.part_rows * (head_dim + 4) if lse is None else lse.data_ptr()
-        operands = self._addresses
-        if first:
-            operands = tuple(at + first * size for at, size in zip(operands, self._token_bytes, strict=True))
-        (centroids_at, rotation_at), bf16 = self._tables, int(q.dtype == torch.bfloat16)
         attend_args = (
-            q.data_ptr(), *operands, centroids_at, rotation_at, parts_at, *q.stride(), *self._strides, *call.attend,
-            int(is_causal), bf16, int(pre_rotated), sm_scale * _LOG2_E,
+            q.data_ptr(), *operands, *tables, parts_at, *strides, *call.attend, int(is_causal), bf16, int(pre_rotated),
+            sm_scale * _LOG2_E, *of_masks, *of_offsets,
         )  # fmt: skip
         combine_args = (
-            parts_at, rotation_at, out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
+            parts_at, tables[1], out.data_ptr(), lse_at, *call.combine, bf16, int(rotated_output),
+            *((sinks_at,) if masked else ()),
         )  # fmt: skip
-        if masked:
-            sinks = None if sinks is None else sinks.contiguous()
-            attend_args = (*attend_args, *mask_args(window, softcap))
-            combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
-        if self._offsets is not None:
-            attend_args = (*attend_args, *self._offsets.arguments(first))
         keep = (self, q, parts, out, lse, sinks)
         (attend_kernel, combine_kernel), grids, blocks = call.kernels, call.grids, call.blocks
 

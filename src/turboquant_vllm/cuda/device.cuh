@@ -1,7 +1,8 @@
 // What both kernels share: single instructions, sums over lanes, the rotation of 16 rows, and how work is divided.
 //
-// The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES, PASSES, and as 0 or 1 PAGED, MASKED
-// and OFFSETS.
+// The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES, PASSES, RESIDENT (blocks that are to share
+// a multiprocessor), and as 0 or 1 PAGED, MASKED, OFFSETS, AHEAD, CLUSTER and
+// HADAMARD, which CLUSTER needs.
 typedef unsigned u32;
 typedef long long i64;
 
@@ -22,6 +23,7 @@ __device__ __forceinline__ void lds2(u32* d, u32 a) {
 __device__ __forceinline__ void lds4(u32* d, u32 a) {
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];" : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3]) : "r"(a));
 }
+__device__ __forceinline__ void sts(u32 a, float x) { asm volatile("st.shared.f32 [%0], %1;" :: "r"(a), "f"(x) : "memory"); }
 __device__ __forceinline__ void sts2(u32 a, float x, float y) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" :: "r"(a), "f"(x), "f"(y) : "memory");
 }
@@ -81,6 +83,20 @@ __device__ __forceinline__ void wait_for_previous() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+#if CLUSTER
+// What a block wrote before `arrive`, all of its cluster see after `wait`, in whosever shared memory it is.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Store at `at` in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ void sts_of(u32 at, int rank, float x) {
+  asm volatile("{.reg .u32 t; mapa.shared::cluster.u32 t, %0, %1; st.shared::cluster.f32 [t], %2;}" :: "r"(at), "r"(rank), "f"(x)
+               : "memory");
+}
+__device__ __forceinline__ void sts2_of(u32 at, int rank, float x, float y) {
+  asm volatile("{.reg .u32 t; mapa.shared::cluster.u32 t, %0, %1; st.shared::cluster.v2.f32 [t], {%2, %3};}"
+               :: "r"(at), "r"(rank), "f"(x), "f"(y) : "memory");
+}
+#endif
 // ---- end of PTX
 
 // The power of two at or below |x|, kept where its inverse is normal too.

@@ -9,11 +9,14 @@
 //   scores of a warp, in shared memory: for each group and row of the query   | offset | offset + outlier |
 #define KEYS_OF_GROUP 64
 #define GROUPS_AT_ONCE 8
-#define HELD_QUERY (PAGED && Q_IN_REGISTERS)  // what is in shared memory is read again: that takes no registers
+#define HELD_QUERY (PAGED && !CLUSTER && Q_IN_REGISTERS)  // what is in shared memory is read again: that takes no registers
 
 #if OFFSETS
 // Two of four signed bytes, as half2: 1152 = 1024 + 128 is in the exponent 0x64 what a byte of 0 is, once its sign is turned.
 __device__ __forceinline__ u32 two_of(u32 turned, u32 selector) { return sub_half2(prmt(turned, 0x64646464u, selector), 0x64806480u); }
+
+// The first of the groups that are scored together with that of token n.
+__device__ __forceinline__ int first_of_groups(int n) { return n / (GROUPS_AT_ONCE * KEYS_OF_GROUP) * GROUPS_AT_ONCE; }
 
 struct Group { const signed char* rows; const float* steps; };
 
@@ -116,11 +119,11 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, u32 
 template <class Query>
 __device__ __forceinline__ void enter_groups(const DecodeParams& p, u32 ring, const Pass& pass, int n0, int tile0, int tile1,
                                              const float* row_scales, float unit, Query query) {
-  const int first = n0 / (GROUPS_AT_ONCE * KEYS_OF_GROUP) * GROUPS_AT_ONCE;
+  const int first = first_of_groups(n0);
   const u32 ahead = ring + GROUP_ROWS;
 #if AHEAD
   if (n0 < (tile0 + STAGES) * 16) {  // later ones have landed with a tile that has been waited for
-    if (n0 == tile0 * 16) copy_groups(p, ahead, pass, first, true), commit_copies();
+    if (!CLUSTER && n0 == tile0 * 16) copy_groups(p, ahead, pass, first, true), commit_copies();  // a cluster has done it before
     wait_copies<0>();
     __syncwarp();
   }

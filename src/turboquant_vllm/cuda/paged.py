@@ -14,31 +14,20 @@ from functools import cache, lru_cache
 
 import torch
 
-from turboquant_vllm.cuda.decode import COMBINE_MASKS, DECODE_MASKS, DIVISOR, HEADS, OFFSETS, mask_args, source
+from turboquant_vllm.cuda import cluster
+from turboquant_vllm.cuda.decode import mask_args
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
+from turboquant_vllm.cuda.sources import params_of, source
 from turboquant_vllm.cuda.variants import COMBINE_THREADS, Variant, choose_variant, device_limits, divisor, rows_at_once
 from turboquant_vllm.paged import PagedTQ4Cache, chunk_bytes
 from turboquant_vllm.records import GROUP, Masks, Sequences, Tables
 
-__all__ = ["PAGED_COMBINE_PARAMS", "PAGED_PARAMS", "decode_pages"]
-
-PAGED_PARAMS = "P" * 8 + "q" * 16 + "P" * 6 + "q" + "i" * 5 + DIVISOR + HEADS + "i" * 6 + "f"
-PAGED_COMBINE_PARAMS = "P" * 6 + "q" * 2 + "i" * 3 + HEADS + DIVISOR + "i" * 5
-
-
-def params_of(variant: Variant) -> dict[str, str]:
-    """Parameters of the three kernels, by name."""
-    attend, combine = PAGED_PARAMS, PAGED_COMBINE_PARAMS
-    if variant.masked:
-        attend, combine = attend + DECODE_MASKS, combine + COMBINE_MASKS
-    if variant.offsets:
-        attend += OFFSETS
-    return {"tq4_rotate": attend, "tq4_decode": attend, "tq4_combine": combine}
+__all__ = ["Call", "decode_pages"]
 
 
 @cache
 def _kernels(index: int, variant: Variant) -> tuple[Kernel, Kernel, Kernel]:
-    defines, params = {**variant.defines, "PAGED": 1}, params_of(variant)
+    defines, params = {**variant.defines, "PAGED": 1}, params_of(variant, True)
     first, second, third = (
         load_kernel(source(), name, device=index, params=codes, defines=defines) for name, codes in params.items()
     )
@@ -83,11 +72,12 @@ class Call:
         head_dim: int,
         masked: bool = False,
         offsets: bool = False,
+        hadamard: bool = False,
     ) -> Call:
         """For ``rows`` query rows and ``kv_len`` keys at most per sequence and key/value head, on device ``index``."""
         group, heads = num_heads // num_kv_heads, sequences * num_kv_heads
         multiprocessors, shared_limit = device_limits(index)
-        variant = choose_variant(head_dim, rows, shared_limit, masked, offsets)
+        variant = choose_variant(head_dim, rows, shared_limit, masked, offsets, hadamard)
         line = 12 * sequences
         shared = variant.shared_bytes_without_query + line
         if shared > shared_limit:
@@ -123,11 +113,14 @@ def decode_pages(
     masks: Masks,
     out: torch.Tensor,
     lse: torch.Tensor,
+    *,
+    hadamard: bool = False,
 ) -> None:
     """Fill the rows of ``out`` and ``lse`` of sequences with at most 32 query rows per key/value head; leave the others alone.
 
     Args as in :func:`turboquant_vllm.tq4_paged_attention`, which has checked them: q fp16 or bf16 ``[T, H_q, D]``, D 64, 128 or
-    256 (there up to 16 rows), out like q, lse float32 ``[T, H_q]`` contiguous.
+    256 (there up to 16 rows), out like q, lse float32 ``[T, H_q]`` contiguous. ``hadamard``: as in
+    :func:`turboquant_vllm.cuda.decode.decode`.
     """
     tokens, num_heads, head_dim = q.shape
     pages, page_size, num_kv_heads = cache.buffer, cache.page_size, cache.num_kv_heads
@@ -141,10 +134,6 @@ def decode_pages(
     room = max_pages * page_size if pages.shape[0] else 0
     masked = not masks.only_causal
     longest = min(max_seq_len, room if sliding_window is None else sliding_window + max_query_len + 15, room)
-    call = Call.plan(q.get_device(), count, num_heads, num_kv_heads, rows, longest, head_dim, masked, cache.has_offsets)
-    workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device)
-    start = workspace.data_ptr()
-    parts, fragments, row_scales, line = (start + place for place in call.places)
     assert tables.centroids is not None
     assert tables.rotation is not None
     centroids, rotation = tables.centroids.contiguous(), aligned(tables.rotation.contiguous())
@@ -154,26 +143,46 @@ def decode_pages(
     values, norms = codes + page_size * head_dim // 2, codes + page_size * head_dim
     chunk = chunk_bytes(page_size, head_dim, False)
     bf16 = int(q.dtype == torch.bfloat16)
-    args = (
-        q.data_ptr(), codes, norms, values, norms + 4 * page_size, centroids.data_ptr(), rotation.data_ptr(), parts,
+    operands = (
+        q.data_ptr(), codes, norms, values, norms + 4 * page_size, centroids.data_ptr(), rotation.data_ptr(),
+    )  # fmt: skip
+    strides = (
         0, q.stride(1), q.stride(0), q.stride(2), page_bytes, chunk, head_dim // 2, 0, 0, 1, page_bytes, chunk, head_dim // 2,
-        0, 0, 1, block_table.data_ptr(), seq_lens.data_ptr(), cu_seqlens_q.data_ptr(), fragments, row_scales, line,
+        0, 0, 1,
+    )  # fmt: skip
+    lie = (block_table.data_ptr(), seq_lens.data_ptr(), cu_seqlens_q.data_ptr())
+    sizes = (
         block_table.stride(0), count, tokens, pages.shape[0], page_size // 16, room, *divisor(page_size // 16),
-        *call.attend, 0, 0, int(causal), bf16, 0, sm_scale / math.log(2),
     )  # fmt: skip
-    combine_args = (
-        parts, rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), line, cu_seqlens_q.data_ptr(),
-        result.stride(0), result.stride(1), count, tokens, call.workers, *call.combine, bf16, 0,
-    )  # fmt: skip
-    if masked:
-        sinks, windows = (None if x is None else x.contiguous() for x in (sinks, windows))
-        args = (*args, *mask_args(sliding_window, softcap, windows))
-        combine_args = (*combine_args, 0 if sinks is None else sinks.data_ptr())
+    sinks, windows = (None if x is None else x.contiguous() for x in (sinks, windows))
+    sinks_at = 0 if sinks is None else sinks.data_ptr()
+    how = (0, 0, int(causal), bf16, 0, sm_scale / math.log(2), *(mask_args(sliding_window, softcap, windows) if masked else ()))
     if cache.has_offsets:
         groups, scales = codes + num_kv_heads * chunk, tables.key_scales
         scales = None if scales is None else scales.contiguous()
         steps = groups + num_kv_heads * (page_size // GROUP) * 2 * head_dim
-        args = (*args, groups, steps, 0 if scales is None else scales.data_ptr())
+        how = (*how, groups, steps, 0 if scales is None else scales.data_ptr())
+    index, offsets = q.get_device(), cache.has_offsets
+    if hadamard and longest:
+        tiles = -(-longest // 16)
+        one = cluster.plan(index, count * num_kv_heads, num_kv_heads, group, rows, tiles, head_dim, masked, offsets, True)
+        if one is not None:
+            of_out = (0, result.stride(1), result.stride(0), 0, 1, num_heads)
+            places = (result.data_ptr(), lse.data_ptr(), sinks_at)
+            one.launch((*operands, 0, *strides, *lie, 0, 0, 0, *sizes, *one.layout, *how, *places, *of_out, *one.last))
+            if result is not out:
+                out.copy_(result)
+            return
+    call = Call.plan(index, count, num_heads, num_kv_heads, rows, longest, head_dim, masked, offsets, hadamard)
+    workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device)
+    start = workspace.data_ptr()
+    parts, fragments, row_scales, line = (start + place for place in call.places)
+    args = (*operands, parts, *strides, *lie, fragments, row_scales, line, *sizes, *call.attend, *how)
+    combine_args = (
+        parts, rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), line, cu_seqlens_q.data_ptr(),
+        result.stride(0), result.stride(1), count, tokens, call.workers, *call.combine, bf16, 0,
+        *((sinks_at,) if masked else ()),
+    )  # fmt: skip
     for i, (kernel, arguments) in enumerate(zip(call.kernels, (args, args, combine_args), strict=True)):
         launch(kernel, (call.grids[i], 1, 1), (call.blocks[i], 1, 1), call.shared_bytes[i], None, arguments, pdl=i > 0)
     if result is not out:

@@ -264,6 +264,18 @@ class Kernel:
         result = self._driver.cuOccupancyMaxActiveBlocksPerMultiprocessor(self._function, threads, shared_bytes)
         return int(self._check("reading the occupancy", *result)[0])
 
+    def clusters_at_once(self, threads: int, shared_bytes: int, blocks: int) -> int:
+        """How many clusters of ``blocks`` such blocks the device runs at once; 0 where it has none of that size."""
+        if self._capability < (9, 0):
+            return 0
+        self._raise_shared_limit(shared_bytes)
+        config = self._make_config(False, (blocks, 1, 1))
+        config.gridDimX, config.gridDimY, config.gridDimZ = blocks, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes, config.hStream = shared_bytes, 0
+        result = self._driver.cuOccupancyMaxActiveClusters(self._function, config)
+        return int(self._check(f"reading how many clusters of {blocks} blocks fit", *result)[0])
+
     def _check(self, what: str, status: Any, *values: Any) -> tuple[Any, ...]:
         if status:
             raise RuntimeError(f"{what} failed for {self.name} on cuda:{self.device}: {status.name}")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
 
-__all__ = ["COMBINE_THREADS", "Division", "Variant", "choose_variant", "device_limits", "divisor", "rows_at_once"]
+__all__ = [
+    "COMBINE_THREADS", "Cluster", "Division", "Variant", "choose_cluster", "choose_variant", "device_limits", "divisor",
+    "has_clusters", "rows_at_once",
+]  # fmt: skip
 
 COMBINE_THREADS = {64: 256, 128: 512, 256: 512}  # of a block of the second kernel, by head_dim
 
 _TABLE_BYTES = 65536
+MOST_BLOCKS = 8  # of a cluster, on every device that has clusters
+# Tiles of head_dim 128, of all passes, up to which clusters gain more by one launch than they lose to the line of tiles: where
+# they leave multiprocessors idle, where they do not, and where two blocks share one and none joins another's results.
+MOST_WORK_OF_FEW, MOST_WORK, MOST_WORK_OF_PAIRS = 10_000, 64_000, 140_000
 _LEAST_TILES = 4  # a warp's fewest, where there are enough for all
 
 
@@ -30,6 +39,9 @@ class Variant:
         masked: whether calls have a sliding window, a soft cap or sinks.
         offsets: whether keys have offsets.
         ahead: whether what groups share is copied to shared memory before it is needed.
+        cluster: whether a pass is one cluster's, which does all of it in one launch (``cluster.cuh``).
+        hadamard: whether the rotation is a Hadamard matrix times signs (``hadamard.cuh``).
+        resident: blocks that are to share a multiprocessor.
     """
 
     head_dim: int
@@ -41,6 +53,9 @@ class Variant:
     masked: bool = False
     offsets: bool = False
     ahead: bool = False
+    cluster: bool = False
+    hadamard: bool = False
+    resident: int = 1
 
     @property
     def defines(self) -> dict[str, int]:
@@ -56,12 +71,25 @@ class Variant:
             "MASKED": int(self.masked),
             "OFFSETS": int(self.offsets),
             "AHEAD": int(self.ahead),
+            "CLUSTER": int(self.cluster),
+            "HADAMARD": int(self.hadamard),
+            "RESIDENT": self.resident,
         }
 
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block of the first kernel: table, rings, query."""
-        return self.shared_bytes_without_query + self.passes * (self.fragment_bytes + self.row_tiles * 16)
+        used = self.shared_bytes_without_query + self.passes * (self.fragment_bytes + self.row_tiles * 16)
+        return max(used, self.part_bytes) if self.cluster else used
+
+    @property
+    def part_bytes(self) -> int:
+        """What the results of a cluster's block take, in place of table, rings and query."""
+        return self.warps * self.row_tiles * 16 * (self.head_dim + 4)
+
+    def cluster_bytes(self, blocks: int) -> int:
+        """Dynamic shared memory of a block of a cluster of ``blocks``: behind all that, the rows that are sent to it."""
+        return self.shared_bytes + -(-4 * self.row_tiles // blocks) * blocks * 4 * (self.head_dim + 4)
 
     @property
     def shared_bytes_without_query(self) -> int:
@@ -77,6 +105,8 @@ class Variant:
 
     @property
     def _rows_loaded(self) -> int:
+        if self.hadamard:
+            return -(-4 * self.row_tiles // self.warps) * self.warps
         held = 2 if self.warps == 16 and self.head_dim < 256 else 4 if self.warps == 12 else 16 // self.warps
         return held * self.warps
 
@@ -88,11 +118,19 @@ class Variant:
     @property
     def rotated_bytes(self) -> int:
         """Dynamic shared memory of such a block."""
-        return self._rows_loaded * (self.head_dim + 16) * 4
+        return 0 if self.hadamard else self._rows_loaded * (self.head_dim + 16) * 4
 
 
 @cache
-def choose_variant(head_dim: int, rows: int, shared_limit: int, masked: bool = False, offsets: bool = False) -> Variant:
+def choose_variant(
+    head_dim: int,
+    rows: int,
+    shared_limit: int,
+    masked: bool = False,
+    offsets: bool = False,
+    hadamard: bool = False,
+    cluster: bool = False,
+) -> Variant:
     """The variant for ``rows`` rows per key/value head, within ``shared_limit`` bytes of shared memory per block."""
     most = 4 if head_dim == 256 else 8  # the sums of more rows do not fit the registers
     row_tiles = next(n for n in (1, 2, 4, 8) if n == most or 4 * n >= rows)
@@ -100,14 +138,14 @@ def choose_variant(head_dim: int, rows: int, shared_limit: int, masked: bool = F
     many_warps = 16 if sums <= 256 else 12 if sums <= 512 else 8
     in_registers = head_dim < 256 and row_tiles <= 2
     candidates = (
-        Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked, offsets, ahead)
+        Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked, offsets, ahead, cluster, hadamard)
         for warps in (16, 12, 8, 4, 2)
         if warps <= many_warps
-        for passes in (8, 6, 3, 2)
+        for passes in ((1,) if cluster else (8, 6, 3, 2))
         for stages in range(max(3, 64 // warps * 64 // head_dim), 1, -1)
         for ahead in ((True, False) if offsets else (False,))
     )
-    return next(variant for variant in candidates if variant.shared_bytes <= shared_limit)
+    return next(v for v in candidates if (v.cluster_bytes(MOST_BLOCKS) if cluster else v.shared_bytes) <= shared_limit)
 
 
 @dataclass(frozen=True)
@@ -136,6 +174,50 @@ class Division:
             if share * warps + min(warps, more) <= most:
                 break
         return cls(blocks, warps, split_len or 0, splits)
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Blocks that share a pass over the keys, and what is compiled for them."""
+
+    blocks: int
+    variant: Variant
+
+
+def choose_cluster(
+    passes: int, tiles: int, variant: Variant, pages: bool, multiprocessors: int, fit: Callable[[Variant, int], int]
+) -> Cluster | None:
+    """What serves ``passes`` of ``tiles`` tiles each in one launch; None where the line of tiles is as fast.
+
+    Args:
+        passes: over the keys.
+        tiles: of each; over pages, of the longest.
+        variant: what is compiled where a block has a multiprocessor to itself.
+        pages: whether sequences may differ in length. Then there must be few, since a cluster does not help others.
+        multiprocessors: of the device.
+        fit: clusters of so many blocks that run at once.
+
+    Numbers were measured on an H200 (``docs/performance.md``).
+    """
+    work = passes * tiles * variant.head_dim // 128
+    pair = dataclasses.replace(variant, warps=8, stages=2 * 128 // max(variant.head_dim, 64), ahead=False, resident=2)
+    if passes > multiprocessors and variant.warps == 16 and variant.head_dim < 256 and not pages and work <= MOST_WORK_OF_PAIRS:
+        at_once = fit(pair, 1)
+        return Cluster(1, pair) if passes >= 0.9 * at_once * -(-passes // at_once) else None
+    for blocks in (MOST_BLOCKS,) if pages else (MOST_BLOCKS, 4, 2, 1):
+        if passes > fit(variant, blocks):
+            continue
+        if work > (MOST_WORK if passes * blocks >= 0.9 * multiprocessors else MOST_WORK_OF_FEW):
+            return None
+        few = variant.warps > 8 and tiles <= 32 * blocks
+        return Cluster(blocks, dataclasses.replace(variant, warps=8) if few else variant)
+    return None
+
+
+@cache
+def has_clusters(index: int) -> bool:
+    """Whether blocks of the device can read each other's shared memory."""
+    return torch.cuda.get_device_capability(index) >= (9, 0)
 
 
 @cache

@@ -121,8 +121,9 @@ def attend_pages(
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     """Attention of one query a sequence, ``[B, H_q, 1, D]``, to the places that the mask shows."""
-    tables = (key.buffer, key.block_table, key.heads, mask.spans, key.rotation, key.centroids, key.has_offsets, key.key_scales)
-    return torch.ops.turboquant.attend_pages(query, *tables, sm_scale, softcap, sinks)
+    tables = (key.rotation, key.centroids, key.kind == "hadamard", key.has_offsets, key.key_scales)
+    where = (key.buffer, key.block_table, key.heads, mask.spans)
+    return torch.ops.turboquant.attend_pages(query, *where, *tables, sm_scale, softcap, sinks)
 
 
 class SpanMask(DeferredTensor):
@@ -254,6 +255,7 @@ def _attend_pages(
     spans: torch.Tensor,
     rotation: torch.Tensor,
     centroids: torch.Tensor,
+    signs: bool,
     has_offsets: bool,
     key_scales: torch.Tensor | None,
     sm_scale: float | None,
@@ -269,7 +271,7 @@ def _attend_pages(
         masks = Masks(True, softcap=softcap, sinks=sinks, windows=counts)
         tables = Tables(centroids, rotation, key_scales)
         return reference.paged_attention(q, cache, sequences, tables, scale, masks)[0].unsqueeze(2)
-    codec = TQ4Codec.reader(rotation, centroids, "haar", key_scales)
+    codec = TQ4Codec.reader(rotation, centroids, "hadamard" if signs else "haar", key_scales)
     options: dict[str, Any] = {"sliding_window": counts, "softcap": softcap, "sinks": sinks}
     out = tq4_paged_attention(q, cache, codec, block_table, stops, rows, sm_scale=sm_scale, max_query_len=1, **options)
     return out.unsqueeze(2)
@@ -284,7 +286,7 @@ define_operator(
     _LIBRARY,
     "attend_pages",
     "(Tensor query, Tensor buffer, Tensor block_table, int heads, Tensor spans, Tensor rotation, Tensor centroids, "
-    "bool has_offsets, Tensor? key_scales, float? sm_scale, float? softcap, Tensor? sinks) -> Tensor",
+    "bool signs, bool has_offsets, Tensor? key_scales, float? sm_scale, float? softcap, Tensor? sinks) -> Tensor",
     _attend_pages,
     _attend_pages_fake,
 )

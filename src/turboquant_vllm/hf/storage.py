@@ -305,5 +305,5 @@ class PackedStorage:
         self._native = small and natively_stored(self.codec)
         whole = self._native and not buffer.data_ptr() % 16  # a copy that begins on a boundary would miss later tokens
         tables = self.codec.key_tables if self.has_offsets else self.codec.tables
-        self.operands = Operands(self.keys, self.values, tables) if whole else None
+        self.operands = Operands(self.keys, self.values, tables, hadamard=True) if whole else None
         self._layout = self._writer = None

@@ -1,0 +1,134 @@
+// Attention in one launch: a cluster of `blocks` blocks has one pass, whose tiles its warps share evenly. It needs a rotation by a
+// Hadamard matrix (hadamard.cuh), a row of which one warp can turn.
+//
+//   block 0   |  rotate  |  tiles of warp 0, 1, ...  |  join warps, send rows  |  join rows 0, blocks, ...       rotate back  |
+//   block 1   |  rotate  |  tiles                    |  join warps, send rows  |       rows 1, blocks + 1, ...   rotate back  |
+//             ^ all have begun                                                 ^ all have sent
+//
+// Warps are joined in their order in shared memory. Row i is sent to block i % blocks, which joins the blocks in their order. So
+// the bits repeat; they depend on how many blocks and warps share a pass, which follows from the sizes of a call.
+#if CLUSTER
+// Rows that were sent, behind all else that a block has in shared memory: at (row / blocks * blocks + sender) * PART_PITCH floats.
+#define RESULTS (WARPS * PART * 4)
+#define SENT (RESULTS > ROW_SCALE + 16 * NT ? RESULTS : ROW_SCALE + 16 * NT)
+
+// Tiles of a pass, from `first` on: `share` of them each warp of a cluster, the first `more` one more.
+struct Share {
+  int first, share, more;
+  __device__ __forceinline__ int begin(int worker) const { return first + worker * share + min(worker, more); }
+};
+
+#if PAGED
+__device__ __forceinline__ int tokens_of(const DecodeParams& p, int sequence) {
+  return first_token_of(p.starts, sequence + 1, p.tokens) - first_token_of(p.starts, sequence, p.tokens);
+}
+#endif
+__device__ __forceinline__ Pass pass_of(const DecodeParams& p, int index) {
+#if PAGED
+  const int s = p.heads.batch(index), len = min(max(p.seq_lens[s], 0), p.max_len);
+  return {index, 0, (len + 15) / 16, len, len - tokens_of(p, s)};
+#else
+  return {index, 0, p.work.tiles, p.kv_len, p.shift};
+#endif
+}
+// Whether there are query rows, and no more than a pass takes: another kernel serves those.
+__device__ __forceinline__ bool is_served(const DecodeParams& p, int index) {
+#if PAGED
+  const int tokens = tokens_of(p, p.heads.batch(index));
+  return tokens > 0 && tokens * p.heads.group <= 4 * NT;
+#else
+  return true;
+#endif
+}
+__device__ __forceinline__ Share share_of(const DecodeParams& p, const Pass& pass) {
+  const int first = PAGED ? first_tile(p, p.heads.batch(pass.index), pass.shift, pass.kv_len) : 0, tiles = pass.tiles - first;
+  const int share = p.by_workers.divide(tiles);
+  return {first, share, tiles - share * p.blocks * p.active};
+}
+
+// What a warp without tiles leaves for the others to join.
+__device__ __forceinline__ void leave_nothing(char* smem) {
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  if (lane < 4 * NT) ((float*)smem)[warp * PART + lane * PART_PITCH + D] = -INFINITE;
+}
+
+// Each warp has left its rows of results in `smem`, or nothing: join them, then those of the blocks, rotate back and store.
+__device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
+  const int tid = thread_number(), lane = tid % 32, index = p.by_blocks.divide(blockIdx.x), rank = blockIdx.x - index * p.blocks;
+  const int count = min(4 * NT, p.heads.rows - p.heads.first_row(index));
+  const u32 sent = shared_address(smem) + SENT;
+  float signs[OF_LANE];
+  load_part(signs, p.rotation);
+  if (p.blocks > 1) cluster_wait();  // all have begun
+  __syncthreads();
+#pragma unroll 1
+  for (int i = tid; i < count * (D / 2); i += THREADS) {
+    const int row = i / (D / 2), dim = i % (D / 2) * 2, group = p.by_blocks.divide(row) * p.blocks;
+    const float* mine = (const float*)smem + row * PART_PITCH;
+    float top = LOWEST, total = 0, x = 0, y = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) top = fmaxf(top, mine[w * PART + D]);
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float lse = mine[w * PART + D], weight = ex2(lse - top);
+      if (lse == -INFINITE) continue;  // saw no key
+      const float2 pair = *(const float2*)(mine + w * PART + dim);
+      total += weight, x += weight * pair.x, y += weight * pair.y;
+    }
+    const float inverse = total == 0 ? 0 : reciprocal(total), lse = total == 0 ? -INFINITE : top + lg2(total);
+    const u32 to = sent + ((group + rank) * PART_PITCH) * 4;
+    if (p.blocks > 1) {
+      sts2_of(to + dim * 4, row - group, x * inverse, y * inverse);
+      if (dim == 0) sts_of(to + D * 4, row - group, lse);
+    } else {
+      sts2(to + dim * 4, x * inverse, y * inverse);
+      if (dim == 0) sts(to + D * 4, lse);
+    }
+  }
+  if (p.blocks > 1) {
+    cluster_arrive();
+    cluster_wait();
+  } else {
+    __syncthreads();
+  }
+#pragma unroll 1
+  for (int i = rank + tid / 32 * p.blocks; i < count; i += WARPS * p.blocks) {
+    const QueryRow row = row_of(p, index, i);
+    const u32 at = sent + (i - rank) * PART_PITCH * 4;
+    const float lse = lane < p.blocks ? __uint_as_float(lds(at + (lane * PART_PITCH + D) * 4)) : -INFINITE;
+    float x[OF_LANE], top = fmaxf(LOWEST, warp_max(lse, 1));
+    const float weight = lse == -INFINITE ? 0 : ex2(lse - top);
+    float total = warp_sum(weight, 1);
+#pragma unroll
+    for (int j = 0; j < OF_LANE; j++) x[j] = 0;
+#pragma unroll 4
+    for (int block = 0; block < p.blocks; block++) {
+      const float share = __shfl_sync(~0u, weight, block);
+#pragma unroll
+      for (int j = 0; j < OF_LANE; j += 2) {
+        u32 pair[2];
+        lds2(pair, at + (block * PART_PITCH + lane * OF_LANE + j) * 4);
+        x[j] += share * __uint_as_float(pair[0]), x[j + 1] += share * __uint_as_float(pair[1]);
+      }
+    }
+    if (MASKED && p.sinks) {  // one more key, without a value
+      const float sink = p.sinks[row.head] * 1.4426950408889634f, higher = fmaxf(top, sink), keep = ex2(top - higher);
+      top = higher, total = total * keep + ex2(sink - higher);
+#pragma unroll
+      for (int j = 0; j < OF_LANE; j++) x[j] *= keep;
+    }
+    const float inverse = total == 0 ? 0 : reciprocal(total);
+#pragma unroll
+    for (int j = 0; j < OF_LANE; j++) x[j] *= inverse;
+    hadamard(x);
+    if (!row.there) continue;
+    u32* out = (u32*)p.out + (times(row.batch, p.out_b) + times(row.head, p.out_h) + times(row.token, p.out_n)) / 2;
+#pragma unroll
+    for (int j = 0; j < OF_LANE; j += 2)
+      out[(lane * OF_LANE + j) / 2] = half_pair(x[j] * signs[j], x[j + 1] * signs[j + 1], p.is_bf16);
+    if (lane == 0 && p.lse)
+      p.lse[times(row.batch, p.lse_b) + times(row.head, p.lse_h) + times(row.token, p.lse_n)] =
+          total == 0 ? -INFINITE : (top + lg2(total)) * 0.6931471805599453f;
+  }
+}
+#endif

@@ -1,0 +1,100 @@
+"""Native decoding in one launch, a cluster of blocks for each pass over the keys: what is launched for a call's sizes.
+
+``cluster.cuh`` says how the work is done. Rotations other than Hadamard matrices, and ranges of fixed length, are left to the
+line of tiles, and so are GPUs before compute capability 9.0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, lru_cache
+
+from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
+from turboquant_vllm.cuda.sources import params_of, source
+from turboquant_vllm.cuda.variants import (
+    Cluster,
+    Variant,
+    choose_cluster,
+    choose_variant,
+    device_limits,
+    divisor,
+    has_clusters,
+)
+
+__all__ = ["ClusterCall", "plan"]
+
+
+@dataclass(frozen=True)
+class ClusterCall:
+    """What of a call follows from its sizes alone.
+
+    Attributes:
+        kernel: the one that is launched.
+        passes: over the keys, each a cluster's.
+        cluster: blocks of each, and what is compiled.
+        layout: the numbers that the kernel takes about query rows and working warps.
+        last: those that it takes last.
+    """
+
+    kernel: Kernel
+    passes: int
+    cluster: Cluster
+    layout: tuple[int, ...]
+    last: tuple[int, ...]
+
+    def launch(self, args: tuple[int | float, ...]) -> None:
+        """Enqueue the kernel on PyTorch's current stream."""
+        blocks, variant = self.cluster.blocks, self.cluster.variant
+        launch(
+            self.kernel, (self.passes * blocks, 1, 1), (32 * variant.warps, 1, 1), variant.cluster_bytes(blocks), None, args,
+            cluster=(blocks, 1, 1) if blocks > 1 else None,
+        )  # fmt: skip
+
+
+@cache
+def _kernel(index: int, variant: Variant, pages: bool) -> Kernel:
+    ((name, codes),) = params_of(variant, pages).items()
+    defines = {**variant.defines, "PAGED": int(pages)}
+    return load_kernel(source(variant.cluster), name, device=index, params=codes, defines=defines)
+
+
+@cache
+def _fit(index: int, variant: Variant, pages: bool, blocks: int) -> int:
+    """Clusters of so many blocks that a device runs at once."""
+    return _kernel(index, variant, pages).clusters_at_once(32 * variant.warps, variant.cluster_bytes(blocks), blocks)
+
+
+@lru_cache(maxsize=1024)
+def plan(
+    index: int,
+    heads: int,
+    num_kv_heads: int,
+    group: int,
+    rows: int,
+    tiles: int,
+    head_dim: int,
+    masked: bool,
+    offsets: bool,
+    pages: bool,
+) -> ClusterCall | None:
+    """The launch for ``rows`` query rows of each of ``heads`` key/value heads of all sequences, over at most ``tiles`` tiles of
+    16 keys each, on device ``index``; None where the line of tiles is to do it."""
+    if not has_clusters(index):
+        return None
+    base = choose_variant(head_dim, rows, device_limits(index)[1], masked, offsets, hadamard=True, cluster=True)
+    chunks = -(-rows // (4 * base.row_tiles))
+    if pages and chunks > 1:
+        return None
+    passes = heads * chunks
+    multiprocessors, shared_limit = device_limits(index)
+
+    def fit(variant: Variant, blocks: int) -> int:
+        return _fit(index, variant, pages, blocks) if variant.cluster_bytes(blocks) <= shared_limit else 0
+
+    cluster = choose_cluster(passes, tiles, base, pages, multiprocessors, fit)
+    if cluster is None:
+        return None
+    variant, blocks = cluster.variant, cluster.blocks
+    layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks), variant.warps)
+    last = (blocks, *divisor(blocks), *divisor(blocks * variant.warps))
+    return ClusterCall(_kernel(index, variant, pages), passes, cluster, layout, last)

@@ -1,0 +1,108 @@
+"""Native decoding in one launch, run lane by lane on a CPU with clusters of several sizes, against float64."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+import kernel_lanes
+from attention_cases import check, random_case
+from kernel_lanes import LaneError, emulated_decode, few_objects, needs_compiler, run_pages  # noqa: F401
+from paged_cases import check_batch, random_batch
+from turboquant_vllm.cuda import cluster, decode, paged
+from turboquant_vllm.cuda.variants import Cluster
+
+pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_decode")]
+
+HALF, BF16 = torch.float16, torch.bfloat16
+
+
+@pytest.fixture
+def blocks() -> int:
+    return 2
+
+
+@pytest.fixture(autouse=True)
+def clusters(emulated_decode: None, monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:  # noqa: F811
+    """Clusters of ``blocks`` serve every call; one that takes the line of tiles after all fails."""
+    monkeypatch.setattr(cluster, "choose_cluster", lambda passes, tiles, variant, *_: Cluster(blocks, variant))
+    for module in (decode, paged):
+        monkeypatch.setattr(module.Call, "plan", None)
+    monkeypatch.setattr(paged, "decode_pages", functools.partial(paged.decode_pages, hadamard=True))
+
+
+def run(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return decode.decode(*args, hadamard=True)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "dtype", "head_dim", "group", "q_len", "kv_len", "causal"),
+    [
+        (1, HALF, 128, 4, 1, 100, False),
+        (2, HALF, 64, 5, 2, 77, True),
+        (4, BF16, 128, 4, 3, 150, True),
+        (2, HALF, 256, 3, 1, 33, False),
+        (2, HALF, 64, 16, 2, 32, True),
+        (8, HALF, 64, 4, 1, 17, False),
+    ],
+)
+def test_dense(generator, blocks, dtype, head_dim, group, q_len, kv_len, causal):
+    sizes = {"batch": 2, "group": group, "q_len": q_len, "kv_len": kv_len, "head_dim": head_dim, "is_causal": causal}
+    check(run, random_case(generator, dtype=dtype, device="cpu", **sizes))
+
+
+@pytest.mark.parametrize(
+    ("q_len", "kv_len", "window", "softcap", "with_sinks"),
+    [(1, 90, None, None, True), (2, 90, 33, None, False), (3, 70, None, 2.0, False), (5, 60, 40, 1.5, True)],
+)
+def test_masks(generator, q_len, kv_len, window, softcap, with_sinks):
+    sizes = {"batch": 2, "group": 4, "q_len": q_len, "kv_len": kv_len, "head_dim": 64, "is_causal": True}
+    case = random_case(generator, dtype=HALF, device="cpu", **sizes)
+    sinks = torch.randn(case.q.shape[1], generator=generator) + 1 if with_sinks else None
+    check(run, case.replace(sliding_window=window, softcap=softcap, sinks=sinks))
+
+
+@pytest.mark.parametrize(("head_dim", "group", "kv_len"), [(128, 4, 700), (64, 16, 130), (256, 4, 90)])
+def test_offsets(generator, head_dim, group, kv_len):
+    sizes = {"group": group, "kv_len": kv_len, "head_dim": head_dim, "num_kv_heads": 1}
+    check(run, random_case(generator, dtype=HALF, offsets=True, **sizes))
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "group", "page_size", "lengths", "options"),
+    [
+        (128, 4, 16, [(1, 37), (1, 100), (0, 20), (1, 1), (1, 32), (1, 0)], {}),
+        (64, 4, 48, [(1, 137), (3, 90), (2, 2), (5, 48), (0, 0)], {"sliding_window": 40}),
+        (64, 7, 64, [(1, 70), (2, 65), (1, 128)], {"causal": False}),
+        (64, 4, 64, [(1, 70), (2, 65), (1, 300)], {"offsets": True}),
+    ],
+)
+def test_pages(generator, head_dim, group, page_size, lengths, options):
+    sizes = {"head_dim": head_dim, "group": group, "page_size": page_size, **options}
+    check_batch(run_pages, random_batch(generator, lengths, dtype=HALF, device="cpu", **sizes))
+
+
+@pytest.mark.parametrize(
+    ("sound", "broken", "words"),
+    [
+        (
+            "    cluster_arrive();\n    cluster_wait();\n",
+            "    __syncthreads();\n",
+            "no barrier|may yet write|may have ended",
+        ),
+        ("  if (p.blocks > 1) cluster_wait();  // all have begun\n", "", "a block that may not have begun"),
+        ("  if (p.blocks > 1) cluster_arrive();\n", "", "does not arrive"),
+        ("// all have begun\n  __syncthreads();\n", "// all have begun\n", "no barrier between"),
+        ("  __syncthreads();  // table, rings and queries have served\n", "", "to __syncthreads|no barrier"),
+        ("#define SENT (RESULTS >", "#define SENT (RESULTS <", "no barrier between|another block wrote"),
+    ],
+)
+def test_what_clusters_must_wait_for(generator, monkeypatch, sound, broken, words):
+    text = kernel_lanes.decode_source(True)
+    assert text.count(sound) == 1
+    monkeypatch.setattr(kernel_lanes, "decode_source", lambda clusters: text.replace(sound, broken))
+    with pytest.raises(LaneError, match=words):
+        run(*random_case(generator, dtype=HALF, device="cpu", group=4, kv_len=100).arguments)
