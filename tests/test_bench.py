@@ -22,9 +22,9 @@ from turboquant_vllm.bench import PARTS, kernels, machine, others, parts, run, r
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 # Made before result files had the command that makes them; each loses its place here when it is made again.
 WITHOUT_COMMAND = {
-    "decode-contexts-h200", "decode-h200", "families", "hf-h200", "quality-demo", "quality-demo-greedy", "quality-keys-bias",
+    "decode-contexts-h200", "families", "hf-h200", "quality-demo", "quality-demo-greedy", "quality-keys-bias",
     "quality-keys-h200", "quality-keys-rules", "quality-real", "quality-recall", "quality-text", "sanitizer-lanes",
-    "serving-h200", "store-h200", "triton-h200", "vllm-soak-cpu",
+    "vllm-soak-cpu",
 }  # fmt: skip
 SMALL = machine.Machine("cpu", "a processor", torch.float32, 10.0, 10.0, 1)
 

@@ -65,7 +65,7 @@ def test_tables_of_the_performance_page(name: str, header: list[str], lines: lis
 
 def test_speeds_in_the_readme() -> None:
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
-    calls = {row["id"]: row for row in rows_of("decode-offsets-h200.json") if row["scope"] == "call"}
+    calls = {row["id"]: row for row in rows_of("decode-h200.json") if row["scope"] == "call"}
     a, g, f = (f"{calls[name]['ratio']:.1f}" for name in "agf")
     slower = [100 * (row["offsets_ratio"] - 1) for row in calls.values() if row["offsets_ratio"] > 1.005]
     assert f"decodes 16 sequences of 32768 tokens {a} times as fast, 64 of 1024 {g} times, and one of 8192 {f} times" in text
@@ -75,6 +75,16 @@ def test_speeds_in_the_readme() -> None:
     assert f"pages take {min(pages):.0f} to {max(pages):.0f} % longer than a dense cache" in text
     prompts = [row["ratio"] for row in serving if row["id"].startswith(("prefill", "chunk"))]
     assert f"long prompts are read at {min(prompts):.1f} to {max(prompts):.1f} times the speed of dense attention" in text
+
+
+def test_vllm_in_the_readme() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    rows = {row["id"]: row for row in rows_of("vllm-h200.json")}
+    middle, full = rows["b32-8k"], rows["capacity"]
+    assert f"takes {middle['against_bf16']:.2f} of bf16's time and {middle['against_fp8']:.2f} of fp8's" in text
+    assert f"it gives {full['against_bf16']:.1f} times bf16's tokens a second" in text
+    one, some = (f"{rows[name]['against_bf16']:.2f}" for name in ("short-1", "short-32"))
+    assert f"one request at 1024 takes {one} of bf16's time, and 32 took {some} in that run" in text
 
 
 def test_quality_in_the_readme() -> None:

@@ -42,7 +42,7 @@ def newest(pattern: str) -> tuple[str, dict[str, Any]]:
 
 def steps() -> dict[str, Any]:
     """Milliseconds a step of `generate` by cache, longest context last; compiled steps in the end."""
-    (name, found), (calls_name, calls) = newest("hf-*.json"), newest("decode-offsets-*.json")
+    (name, found), (calls_name, calls) = newest("hf-*.json"), newest("decode-h*.json")
     offsets = [row["offsets_ratio"] for row in calls["rows"] if "offsets_ratio" in row]
     rows = [
         {
