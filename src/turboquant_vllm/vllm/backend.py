@@ -13,7 +13,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 from turboquant_vllm.paged import MAX_PAGE_SIZE, MIN_PAGE_SIZE
 from turboquant_vllm.records import GROUP
 from turboquant_vllm.vllm import CACHE_DTYPE, why_not_layer
-from turboquant_vllm.vllm.impl import TQ4Impl, current_options
+from turboquant_vllm.vllm.impl import TQ4Impl, current_settings
 from turboquant_vllm.vllm.layer import place_of
 from turboquant_vllm.vllm.metadata import TQ4MetadataBuilder
 
@@ -42,7 +42,7 @@ class TQ4Backend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[Any]:
-        step = GROUP if _has_offsets(kv_cache_spec) else MIN_PAGE_SIZE
+        step = GROUP if not _is_dense(kv_cache_spec) and _has_offsets(kv_cache_spec) else MIN_PAGE_SIZE
         return list(range(step, MAX_PAGE_SIZE + 1, step))
 
     @classmethod
@@ -52,15 +52,17 @@ class TQ4Backend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Pages of codes and norms in place of keys and values; with offsets of keys 64 tokens are one state for vLLM."""
-        if spec.state_content_bytes is not None:
+        """Pages of codes and norms in place of keys and values; with offsets of keys 64 tokens are one state for vLLM. A layer
+        left dense has vLLM's own pages."""
+        if spec.state_content_bytes is not None or _is_dense(spec):
             return spec
         if reason := why_not_layer(spec.head_size, spec.head_size_v):
             raise ValueError(reason)
         tokens, width = place_of(spec.head_size, _has_offsets(spec))
         if spec.block_size == 1:
             # vLLM asks what a token takes, for blocks as large as another kind of state: rounded down, none is too small. But
-            # a size is never that of the other format.
+            # a size is never that of the other format. For a dense token the answer is the same: vLLM would make blocks of 4
+            # bits as large as dense ones, but pages of both sizes fit into one block.
             least = spec.head_size + 8 + (tokens > 1)
             return replace(spec, dtype=torch.uint8, state_content_bytes=max(width // tokens, least))
         if reason := _why_not_block_size(spec.block_size):
@@ -95,18 +97,29 @@ class TQ4Backend(AttentionBackend):
         return None if block_size is None else _why_not_block_size(block_size) or None
 
 
+def _is_dense(spec: object) -> bool:
+    """Whether this is the cache of a layer left dense, of blocks that have their size already."""
+    return (
+        isinstance(spec, AttentionSpec)
+        and spec.state_content_bytes is None
+        and spec.block_size > 1
+        and spec.dtype != torch.uint8
+        and current_settings().leaves_dense
+    )
+
+
 def _has_offsets(spec: object = None) -> bool:
     """Whether keys have offsets in such a cache; where it is not known yet, by the options."""
     if isinstance(spec, AttentionSpec) and spec.state_content_bytes is not None:
         return spec.state_content_bytes != place_of(spec.head_size, False)[1]
-    return current_options().key_offsets
+    return current_settings().options.key_offsets
 
 
 def _why_not_block_size(block_size: int) -> str:
     """Why pages cannot have so many tokens, and what to set; empty where they can."""
     if block_size % MIN_PAGE_SIZE:
         return f"expected a block size that is a multiple of {MIN_PAGE_SIZE}, got {block_size}"
-    if block_size % GROUP and current_options().key_offsets:
+    if block_size % GROUP and current_settings().options.key_offsets:
         return (
             f"keys with offsets need a block size that is a multiple of {GROUP}, got {block_size}: set --block-size {GROUP} or "
             """leave it out, or --additional-config '{"turboquant": {"key_offsets": false}}'"""
