@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import VllmConfig, get_current_vllm_config_or_none
+from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
@@ -18,7 +19,7 @@ from turboquant_vllm.vllm.metadata import TQ4Metadata
 from turboquant_vllm.vllm.options import Options
 from turboquant_vllm.vllm.scales import check_folder
 
-__all__ = ["Settings", "TQ4Impl", "current_settings"]
+__all__ = ["Settings", "TQ4Impl", "current_settings", "latest_impls"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +54,20 @@ class Settings:
 
 
 _latest = Settings(Options())
+_latest_model: weakref.ref[CompilationConfig] | None = None  # has the layers of the model that was made last
 
 
 def current_settings() -> Settings:
     """Those of vLLM's configuration; where it has set none, of the last layer: vLLM asks for a layer's cache without any."""
     config = get_current_vllm_config_or_none()
     return _latest if config is None else Settings.read(config)
+
+
+def latest_impls() -> list[TQ4Impl]:
+    """The layers of the model that was made last in this process, its drafts' among them."""
+    model = None if _latest_model is None else _latest_model()
+    impls = [] if model is None else [getattr(layer, "impl", None) for layer in model.static_forward_context.values()]
+    return [impl for impl in impls if isinstance(impl, TQ4Impl)]
 
 
 class TQ4Impl(AttentionImpl[TQ4Metadata]):
@@ -89,13 +98,18 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
         softcap = logits_soft_cap or None  # vLLM writes 0 for none
         config = get_current_vllm_config_or_none()
         settings = Settings(Options()) if config is None else Settings.read(config)
-        global _latest
-        _latest = settings
+        global _latest, _latest_model
+        _latest, _latest_model = settings, None if config is None else weakref.ref(config.compilation_config)
         options = settings.options
         masks: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "sinks": sinks}
         sizes = (num_heads, self.num_kv_heads, head_size, self.scale)
         self.layer: PagedLayer | DenseLayer
-        if _is_dense(settings, config, kv_cache_dtype, kv_sharing_target_layer_name):
+        if settings.leaves_dense and self.shares_cache:
+            raise ValueError(
+                "no layer can be left dense where layers share caches: vLLM groups those of one page size only; got "
+                f"a layer that reads the cache of {kv_sharing_target_layer_name}, and --kv-cache-dtype-skip-layers"
+            )
+        if settings.leaves_dense and kv_cache_dtype == "auto":
             self.layer = DenseLayer(*sizes, **masks, ops=choose_dense(head_size, sinks is not None))
         else:
             exact = choose_exact(head_size, sinks is not None) if options.exact_prefill else None
@@ -139,15 +153,6 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
         own = None if self.shares_cache else key
         self.layer.attend(query.view(shape), own, value, kv_cache, attn_metadata.runs, output.view(shape))
         return output
-
-
-def _is_dense(settings: Settings, config: VllmConfig | None, kv_cache_dtype: str, owner: str | None) -> bool:
-    """Whether a layer's cache is in the model's dtype: its own, or that of the layer ``owner`` whose cache it reads."""
-    if not settings.leaves_dense or config is None:
-        return False
-    if owner is not None:
-        return isinstance(config.compilation_config.static_forward_context[owner].impl.layer, DenseLayer)
-    return kv_cache_dtype == "auto"
 
 
 def _previous_slots(layer: Any) -> torch.Tensor | None:
