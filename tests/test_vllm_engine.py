@@ -30,7 +30,9 @@ from vllm_engine_cases import (  # isort: skip  (skips where there is no engine)
 )
 from engine_gate import Gate
 from hf_models import WINDOW
+from turboquant_vllm import PagedTQ4Cache
 from turboquant_vllm.vllm.batch import Kind, Run
+from turboquant_vllm.vllm.dense import DenseLayer
 from turboquant_vllm.vllm.layer import PagedLayer, exact_attention
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
@@ -90,25 +92,6 @@ def test_drafts_from_the_prompt(model, prompts):
     with Engine(speculative_config=drafts) as engine:
         Gate(model, exact_prefill=True).check(prompts, engine.answers(prompts))
         assert engine.counter("vllm:spec_decode_num_accepted_tokens") > 10
-
-
-@pytest.mark.parametrize("wrong", [False, True])
-def test_layers_left_dense(model, prompts, wrong):
-    """Two of six, with prefix hits, in chunks; the gate notices if one more were in 4 bits."""
-    left = [0] if wrong else [0, 5]
-    names = {"kv_cache_dtype": "tq4", "kv_cache_dtype_skip_layers": [str(layer) for layer in left]}
-    form = {"exact_prefill": False, "key_offsets": True}
-    gate = Gate(model, **form, skip_layers=[0, 5])
-    sizes = {"block_size": 64, "kv_cache_memory_bytes": 2**26}
-    with Engine(**form, **names, **sizes, enable_prefix_caching=True, max_num_batched_tokens=64) as engine:
-        page, dense = 2 * 64 * 297 // 4, 2 * 64 * 2 * 64 * 2  # of two heads
-        blocks = engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
-        assert blocks == 2**26 // ((6 - len(left)) * page + len(left) * dense)
-        some = [prompts[index] for index in (0, 3, 6)]
-        with noticed(wrong):
-            for _ in range(1 if wrong else 2):
-                gate.check(some, [engine.answers([one])[0] for one in some], cuts=lambda length: range(64, length, 64))
-        assert wrong or engine.counter("vllm:prefix_cache_hits") >= 256 + 192 + 64
 
 
 @pytest.mark.parametrize("wrong_by", [0, -1, 1])
@@ -188,3 +171,28 @@ def test_faults_are_noticed(fault, key_offsets, tmp_path, generator, monkeypatch
         answers = [engine.answers([prompt])[0] for prompt in prompts] if alone else engine.answers(prompts)
     with noticed(fault):
         Gate(model, **form).check(prompts, answers, cuts=lambda length: range(32, length, 32) if alone else ())
+
+
+@pytest.mark.parametrize("fault", [None, one_head_of_another])
+def test_layers_left_dense(fault, tmp_path, generator, monkeypatch):
+    """One of them all, behind prefixes and in chunks."""
+    model = random_model("llama")
+    model.save_pretrained(tmp_path)
+    prompts = random_prompts(generator, 100, 80, 70)
+    count = model.config.num_hidden_layers
+    if fault is not None:
+        right = DenseLayer.attend
+        monkeypatch.setattr(DenseLayer, "attend", lambda *args: fault(right, *args))
+    form = {"exact_prefill": False, "key_offsets": True}
+    names = {"kv_cache_dtype": "tq4", "kv_cache_dtype_skip_layers": ["1"]}
+    options = {"max_model_len": 128, "block_size": 64, "kv_cache_memory_bytes": 2**24, "enable_prefix_caching": True}
+    with Engine(model=tmp_path, **form, **names, **options, max_num_batched_tokens=64) as engine:
+        heads, dim = model.config.num_key_value_heads, model.config.head_dim
+        packed, dense = PagedTQ4Cache.page_bytes(64, heads, dim, True), 2 * 64 * heads * dim * 2
+        assert engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == 2**24 // ((count - 1) * packed + dense)
+        gate = Gate(model, **form, skip_layers=[1])
+        with noticed(fault):
+            for _ in range(1 if fault else 2):
+                answers = [engine.answers([prompt])[0] for prompt in prompts]
+                gate.check(prompts, answers, cuts=lambda length: range(64, length, 64))
+        assert fault or engine.counter("vllm:prefix_cache_hits") == 64 * len(prompts)
