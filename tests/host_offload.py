@@ -1,6 +1,6 @@
 """vLLM's offloading of blocks to host memory where there is no GPU: its own connectors with copies written in Python.
 
-vLLM decides which blocks go when and where, what bytes a block has, and when a request waits for them; the copies alone are ours,
+vLLM decides which blocks go when and where, what bytes a block has, and when a request waits for them; the copies are ours,
 which vLLM has for GPUs only.
 """
 
