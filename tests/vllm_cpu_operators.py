@@ -1,4 +1,4 @@
-"""The operators of a CPU that vLLM's engine needs, in Python: for its wheels for GPUs, which have none, on a machine without one.
+"""The operators of a CPU that vLLM's engine needs, in Python: its wheels for GPUs have none.
 
 VLLM_TARGET_DEVICE=cpu PYTHONPATH=tests python -m pytest -n 0 -p vllm_cpu_operators tests/test_vllm_engine.py
 """
