@@ -129,6 +129,35 @@ def _copy_and_expand(
             out_hidden_mapping[start:following] = out + torch.arange(following - start)
 
 
+@_operator("prepack_moe_weight(Tensor a, Tensor(b!) b, str c) -> ()")
+def _prepack(weight, out, isa):
+    out.copy_(weight)
+
+
+def _gated(x, act):
+    if act == "swigluoai":  # as in gpt-oss
+        gate, up = x[..., ::2].clamp(max=7.0), x[..., 1::2].clamp(-7.0, 7.0)
+        return gate * torch.sigmoid(1.702 * gate) * (up + 1)
+    assert act == "silu", act
+    gate, up = x.chunk(2, -1)
+    return torch.nn.functional.silu(gate) * up
+
+
+@_operator(
+    "cpu_fused_moe(Tensor(a!) a, Tensor b, Tensor c, Tensor d, Tensor? e, Tensor? f, Tensor g, Tensor h, bool i, str j, str k)"
+    " -> ()"
+)
+def _experts(out, x, w13, w2, w13_bias, w2_bias, weights, ids, skip_weights, act, isa):
+    total = torch.zeros_like(x, dtype=torch.float32)
+    for expert in ids.unique().tolist():
+        tokens, places = (ids == expert).nonzero(as_tuple=True)
+        hidden = torch.nn.functional.linear(x[tokens], w13[expert], None if w13_bias is None else w13_bias[expert].to(x.dtype))
+        bias = None if w2_bias is None else w2_bias[expert].to(x.dtype)
+        result = torch.nn.functional.linear(_gated(hidden, act).to(x.dtype), w2[expert], bias).float()
+        total.index_add_(0, tokens, result if skip_weights else result * weights[tokens, places, None].float())
+    out.copy_(total)
+
+
 from vllm.model_executor.custom_op import CustomOp  # noqa: E402  (needs the operators)
 
 CustomOp.dispatch_forward = lambda self, *args, **kwargs: self.forward_native
