@@ -158,6 +158,64 @@ def _experts(out, x, w13, w2, w13_bias, w2_bias, weights, ids, skip_weights, act
     out.copy_(total)
 
 
+@_operator(
+    "causal_conv1d_update_cpu_vec(Tensor a, Tensor(b!) b, Tensor c, Tensor? d, str? e, Tensor? f, Tensor? g, int h) -> Tensor"
+)
+def _update_conv(x, conv_state, weight, bias, activation, state_indices, query_start_loc, pad):
+    assert x.ndim == 2  # a token of each sequence
+    assert query_start_loc is None
+    out = torch.zeros_like(x)
+    for row, slot in enumerate(state_indices.flatten().tolist()):
+        if slot == pad:
+            continue
+        seen = torch.cat([conv_state[slot], x[row, :, None].to(conv_state.dtype)], -1)
+        result = (seen.float() * weight.float()).sum(-1) + (0 if bias is None else bias.float())
+        out[row] = torch.nn.functional.silu(result) if activation in ("silu", "swish") else result
+        conv_state[slot] = seen[:, 1:]
+    return out
+
+
+def _scan_step(state, x, dt, A, B, C):
+    """One token of a sequence: ``state [heads, dim, n]`` anew, and what comes of it; x, dt ``[heads, dim]``."""
+    B, C = (one.float().repeat_interleave(len(x) // len(one), 0) for one in (B, C))
+    state = state * torch.exp(dt[..., None] * A) + (dt * x)[..., None] * B[:, None]
+    return state, (state * C[:, None]).sum(-1)
+
+
+@_operator(
+    "mamba_chunk_scan_fwd_cpu(Tensor(a!) a, Tensor(b!) b, Tensor c, Tensor d, Tensor e, Tensor f, Tensor g, Tensor? h, "
+    "Tensor? i, Tensor j) -> ()"
+)
+def _scan(out, states, x, dt, A, B, C, D, z, cu_seqlens):
+    for row in range(len(cu_seqlens) - 1):
+        for token in range(int(cu_seqlens[row]), int(cu_seqlens[row + 1])):
+            own = x[token].float()
+            step = dt[token, :, None].expand_as(own)
+            states[row], y = _scan_step(states[row], own, step, A.float()[:, None, None], B[token], C[token])
+            y = y + (0 if D is None else D[:, None] * own)
+            out[token] = (y if z is None else y * torch.nn.functional.silu(z[token].float())).view_as(out[token])
+
+
+@_operator(
+    "selective_state_update_cpu(Tensor(a!) a, Tensor b, Tensor c, Tensor d, Tensor e, Tensor f, Tensor? g, Tensor? h, "
+    "Tensor? i, bool j, Tensor? k, Tensor? l, int m, Tensor(n!) n, Tensor? o, Tensor? p) -> ()"
+)
+def _update_state(state, x, dt, A, B, C, D, z, dt_bias, softplus, indices, targets, null, out, accepted, cu_seqlens):
+    assert accepted is None  # a token of each sequence
+    assert cu_seqlens is None
+    for row in range(len(x)):
+        slot = row if indices is None else int(indices[row].flatten()[0])
+        target = slot if targets is None else int(targets[row].flatten()[0])
+        if slot == null:
+            continue
+        step = dt[row].float() + (0 if dt_bias is None else dt_bias.float())
+        step = torch.nn.functional.softplus(step) if softplus else step
+        new, y = _scan_step(state[slot].float(), x[row].float(), step, A.float(), B[row], C[row])
+        state[target] = new
+        y = y + (0 if D is None else D.float() * x[row].float())
+        out[row] = y if z is None else y * torch.nn.functional.silu(z[row].float())
+
+
 from vllm.model_executor.custom_op import CustomOp  # noqa: E402  (needs the operators)
 
 CustomOp.dispatch_forward = lambda self, *args, **kwargs: self.forward_native
