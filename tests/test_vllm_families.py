@@ -42,13 +42,13 @@ MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 32, "mamba_d_state": 16, "mamba_n_g
 CONV = {"conv_dim": 128, "block_dim": 128, "block_multiple_of": 64, "block_ffn_dim_multiplier": 1.0, "norm_eps": 1e-5}
 GEMMA = {**HEADS, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": VOCABULARY}
 
-# Configuration, architecture; head dimensions of layers with a cache of their own; whether blocks have all layers' pages.
+# Configuration, architecture; head dimension of the largest page, how many of these a block has, whether pages of several sizes
+# stand side by side in it.
 MODELS = {
     "gpt_oss": (
         lambda: transformers.GptOssConfig(**HEADS, **MIXED, num_local_experts=4, num_experts_per_tok=2),
         "GptOssForCausalLM",
-        [64] * 4,
-        False,
+        (64, 1, False),
     ),
     "gemma3n": (
         lambda: transformers.Gemma3nTextConfig(
@@ -61,28 +61,24 @@ MODELS = {
             activation_sparsity_pattern=[0.0] * 6,
         ),
         "Gemma3nForCausalLM",
-        [64] * 4,
-        False,
+        (64, 2, False),
     ),
     "gemma4": (
         lambda: transformers.Gemma4TextConfig(
             **GEMMA, **MIXED, global_head_dim=128, num_global_key_value_heads=2, num_kv_shared_layers=0
         ),
         "Gemma4ForCausalLM",
-        [64, 64, 64, 128],
-        True,
+        (128, 1, True),
     ),
     "lfm2": (
         lambda: transformers.Lfm2Config(**SIZES, **CONV, layer_types=["conv", "full_attention", "conv", "full_attention"]),
         "Lfm2ForCausalLM",
-        [32] * 2,
-        False,
+        (32, 2, False),
     ),
     "falcon_h1": (
         lambda: transformers.FalconH1Config(**HEADS, **MAMBA, mamba_d_ssm=256),
         "FalconH1ForCausalLM",
-        [64] * 4,
-        False,
+        (64, 4, False),
     ),
     "granite4": (
         lambda: transformers.GraniteMoeHybridConfig(
@@ -96,8 +92,7 @@ MODELS = {
             position_embedding_type="rope",
         ),
         "GraniteMoeHybridForCausalLM",
-        [32],
-        False,
+        (32, 1, False),
     ),
 }
 
@@ -105,7 +100,7 @@ MODELS = {
 def make(family, folder):
     """A random model, saved for vLLM."""
     register()
-    build, architecture, *_ = MODELS[family]
+    build, architecture, _ = MODELS[family]
     config = build()
     config.initializer_range = 0.2
     torch.manual_seed(0)
@@ -129,13 +124,11 @@ def test_runs(family, tmp_path, generator):
     options = {"max_model_len": 192, "kv_cache_memory_bytes": memory, "block_size": 64}
     with Engine(model=tmp_path, dtype=torch.bfloat16, **form, **options) as engine:
         config = engine.llm.llm_engine.vllm_config
-        *_, dims, side_by_side = MODELS[family]
-        tokens = config.cache_config.block_size
-        pages = [PagedTQ4Cache.page_bytes(64, 2, dim, True) * (tokens // 64) for dim in dims]
-        # Groups have as many layers as the smallest, and share memory: no page is padded to the largest.
-        blocks, largest = config.cache_config.num_gpu_blocks, max(pages)
+        _, _, (dim, pages, side_by_side) = MODELS[family]
+        tokens, blocks = config.cache_config.block_size, config.cache_config.num_gpu_blocks
+        page = PagedTQ4Cache.page_bytes(64, 2, dim, True) * (tokens // 64)
+        assert page * 3.1 <= 2 * 4 * dim * tokens  # two heads in bf16
+        assert blocks == memory // (pages * page)
         assert (config.cache_config.kv_cache_layout == "BLHNC") == side_by_side
-        assert memory // (blocks + 1) < largest * len(dims)
-        assert largest * 3.1 <= 2 * 4 * max(dims) * tokens  # two heads in bf16
         answers = engine.answers(prompts)
     Gate(model, **form).check(prompts, answers)
