@@ -107,6 +107,10 @@ class TestBlocks:
             Runner([FULL] * 4, dense=[0], sharing={3: 1})
         Runner([(64, WINDOW), (128, None), (64, WINDOW), (128, None)], sharing={2: 0, 3: 1})  # two head dimensions
 
+    def test_recurrent_states(self):
+        with pytest.raises(ValueError, match="no layer can be left dense beside recurrent states"):
+            Runner([FULL] * 2, dense=[0], is_hybrid=True)
+
     def test_without_a_name_for_the_cache(self):
         config = VllmConfig(device_config=DeviceConfig("cpu"))
         config.cache_config.kv_cache_dtype_skip_layers = ["0", "31"]

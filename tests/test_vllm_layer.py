@@ -337,6 +337,8 @@ class TestOptions:
             Options.read({"turboquant": {"key_offsets": 1}})
         with pytest.raises(TypeError, match="key_scales must be the path of a file, got 3"):
             Options.read({"turboquant": {"key_scales": 3}})
+        with pytest.raises(ValueError, match=r"must not have dense_layers: vLLM .* --kv-cache-dtype-skip-layers .* got \[0\]"):
+            Options.read({"turboquant": {"dense_layers": [0]}})
         with pytest.raises(ValueError, match="key_scales must come with key_offsets true, got false"):
             Options.read({"turboquant": {"key_scales": "a", "key_offsets": False}})
         with pytest.raises(TypeError, match="must be a dict of options, got str"):

@@ -49,7 +49,9 @@ class Runner:
     ``dense``: what --kv-cache-dtype-skip-layers has. ``memory``: bytes of the cache.
     """
 
-    def __init__(self, kinds, block_size=64, drafts=0, layout=None, sharing=None, dense=(), memory=2**21, **options):
+    def __init__(
+        self, kinds, block_size=64, drafts=0, layout=None, sharing=None, dense=(), memory=2**21, is_hybrid=False, **options
+    ):
         plugin.register()
         dtypes = {"cache_dtype": "tq4", "kv_cache_dtype_skip_layers": [str(one) for one in dense]} if dense else {}
         self.config = VllmConfig(
@@ -65,7 +67,7 @@ class Runner:
             is_mm_prefix_lm=False,
             model="no folder",
             revision=None,
-            is_hybrid=False,
+            is_hybrid=is_hybrid,
             use_mla=False,
             get_num_kv_heads=lambda parallel_config: 2,
             get_head_size=lambda: kinds[0][0],

@@ -47,7 +47,7 @@ class Settings:
             return cls(options)
         if cache_config.cache_dtype != CACHE_DTYPE:
             raise ValueError(
-                f"kv_cache_dtype_skip_layers {', '.join(skipped)} must come with --kv-cache-dtype {CACHE_DTYPE} (vLLM 0.33 and "
+                f"kv_cache_dtype_skip_layers {', '.join(skipped)} must come with --kv-cache-dtype tq4 (vLLM 0.33 and "
                 f"later), or the layers cannot be told from others; got {cache_config.cache_dtype}"
             )
         return cls(options, leaves_dense=True)
@@ -108,6 +108,11 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
             raise ValueError(
                 "no layer can be left dense where layers share caches: vLLM groups those of one page size only; got "
                 f"a layer that reads the cache of {kv_sharing_target_layer_name}, and --kv-cache-dtype-skip-layers"
+            )
+        if settings.leaves_dense and config is not None and getattr(config.model_config, "is_hybrid", False):
+            raise ValueError(
+                "no layer can be left dense beside recurrent states: vLLM makes all their pages as large as dense ones, got "
+                "--kv-cache-dtype-skip-layers"
             )
         if settings.leaves_dense and kv_cache_dtype == "auto":
             self.layer = DenseLayer(*sizes, **masks, ops=choose_dense(head_size, sinks is not None))
