@@ -173,24 +173,28 @@ def test_faults_are_noticed(fault, key_offsets, tmp_path, generator, monkeypatch
         Gate(model, **form).check(prompts, answers, cuts=lambda length: range(32, length, 32) if alone else ())
 
 
-@pytest.mark.parametrize("fault", [None, one_head_of_another])
-def test_layers_left_dense(fault, tmp_path, generator, monkeypatch):
-    """One of them all, behind prefixes and in chunks."""
-    model = random_model("llama")
+@pytest.mark.parametrize(
+    ("family", "left", "fault"),
+    [("llama", "1", None), ("llama", "1", one_head_of_another), ("gemma2", "sliding_window", None)],
+)
+def test_layers_left_dense(family, left, fault, tmp_path, generator, monkeypatch):
+    """One of two, by number or by its window, behind prefixes and in chunks."""
+    model = random_model(family)
     model.save_pretrained(tmp_path)
     prompts = random_prompts(generator, 100, 80, 70)
-    count = model.config.num_hidden_layers
     if fault is not None:
         right = DenseLayer.attend
         monkeypatch.setattr(DenseLayer, "attend", lambda *args: fault(right, *args))
     form = {"exact_prefill": False, "key_offsets": True}
-    names = {"kv_cache_dtype": "tq4", "kv_cache_dtype_skip_layers": ["1"]}
+    names = {"kv_cache_dtype": "tq4", "kv_cache_dtype_skip_layers": [left]}
     options = {"max_model_len": 128, "block_size": 64, "kv_cache_memory_bytes": 2**24, "enable_prefix_caching": True}
-    with Engine(model=tmp_path, **form, **names, **options, max_num_batched_tokens=64) as engine:
+    with Engine(model=tmp_path, dtype=FAMILIES[family], **form, **names, **options, max_num_batched_tokens=64) as engine:
         heads, dim = model.config.num_key_value_heads, model.config.head_dim
         packed, dense = PagedTQ4Cache.page_bytes(64, heads, dim, True), 2 * 64 * heads * dim * 2
-        assert engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == 2**24 // ((count - 1) * packed + dense)
-        gate = Gate(model, **form, skip_layers=[1])
+        # Of a block, layers with a window have what those without have in another block.
+        block = packed + dense if family == "llama" else max(packed, dense)
+        assert engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == 2**24 // block
+        gate = Gate(model, **form, skip_layers=[1 if family == "llama" else 0])
         with noticed(fault):
             for _ in range(1 if fault else 2):
                 answers = [engine.answers([prompt])[0] for prompt in prompts]
