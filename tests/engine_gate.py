@@ -49,14 +49,19 @@ class Gate:
 
     Args:
         model: in the engine's dtype, with "tq4" attention.
-        exact_prefill, key_offsets: as in ``TurboQuantCache``; with offsets, keys have the scales of the model's weights.
+        exact_prefill, key_offsets, skip_layers: as in ``TurboQuantCache``; with offsets, keys have the scales of the model's
+            weights.
     """
 
-    def __init__(self, model: Any, *, exact_prefill: bool, key_offsets: bool = False) -> None:
+    def __init__(self, model: Any, *, exact_prefill: bool, key_offsets: bool = False, skip_layers: Iterable[int] = ()) -> None:
         self._pairs = [(copy.deepcopy(model).float(), model)]
         # A group's offset follows from the call that begins it: the engine's are of one token.
         self._token_by_token = key_offsets
-        self._format: dict[str, Any] = {"exact_prefill": exact_prefill, "key_offsets": key_offsets}
+        self._format: dict[str, Any] = {
+            "exact_prefill": exact_prefill,
+            "key_offsets": key_offsets,
+            "skip_layers": tuple(skip_layers),
+        }
         if key_offsets:
             self._format["key_scales"] = key_scales_from_model(model)
 

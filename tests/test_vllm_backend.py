@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("vllm.v1.attention.backend", exc_type=ImportError)
 
 import vllm
-from vllm.config import DeviceConfig, VllmConfig, cache, set_current_vllm_config
+from vllm.config import DeviceConfig, KVTransferConfig, VllmConfig, cache, set_current_vllm_config
 from vllm.platforms.interface import DeviceCapability
 from vllm.utils.torch_utils import kv_cache_dtype_str_to_dtype
 from vllm.v1.attention.backend import AttentionBackend, AttentionType
@@ -155,6 +155,7 @@ class TestValidation:
             {"has_sink": True},
             {"has_sliding_window": True},
             {"block_size": 64},
+            {"use_kv_connector": True},
         ]
         + [{"head_size": size} for size in (64, 80, 96, 192, 256, 512)],
     )
@@ -177,7 +178,6 @@ class TestValidation:
             ({"attn_type": AttentionType.ENCODER_DECODER}, "attention type"),
             ({"use_non_causal": True}, "non-causal"),
             ({"use_batch_invariant": True}, "batch invariance"),
-            ({"use_kv_connector": True}, "KV connector"),
             ({"use_pcp": True}, "PCP"),
             ({"use_dcp": True}, "DCP"),
             ({"use_adaptive_verification": True}, "mismatch"),
@@ -200,6 +200,28 @@ class TestValidation:
             short, long = self.reasons(block_size=block_size)
         assert short == "block_size not supported"
         assert what_to_do in long
+
+    @pytest.mark.parametrize(
+        ("connector", "several", "refused"),
+        [
+            ("OffloadingConnector", [], ""),
+            ("SimpleCPUOffloadConnector", [], ""),
+            ("NixlConnector", [], ""),
+            ("MultiConnector", ["NixlConnector", "OffloadingConnector"], ""),
+            ("LMCacheConnectorV1", [], "LMCacheConnectorV1"),
+            ("ExampleConnector", [], "ExampleConnector"),
+            ("MultiConnector", ["NixlConnector", "LMCacheConnectorV1", "MooncakeConnector"], "LMCacheConnectorV1, Mooncake"),
+        ],
+    )
+    def test_connectors(self, connector, several, refused):
+        extra = {"connectors": [{"kv_connector": one, "kv_role": "kv_both"} for one in several]}
+        with configured() as config:
+            config.kv_transfer_config = KVTransferConfig(
+                kv_connector=connector, kv_role="kv_both", kv_connector_extra_config=extra
+            )
+            reasons = self.reasons(use_kv_connector=True)
+        assert len(reasons) == bool(refused)
+        assert all(f"of these; got {refused}" in reason for reason in reasons)
 
     def test_what_only_the_layer_knows(self):
         with pytest.raises(ValueError, match="no ALiBi"):
@@ -225,10 +247,10 @@ class TestValidation:
     @pytest.mark.parametrize("dtype", ["auto", "tq4"])
     def test_layers_to_be_skipped(self, dtype):
         config = VllmConfig(device_config=DeviceConfig("cpu"))
-        config.cache_config.kv_cache_dtype_skip_layers = ["0", "31"]
+        config.cache_config.kv_cache_dtype_skip_layers, config.cache_config.cache_dtype = ["0", "31"], dtype
         with set_current_vllm_config(config):
             if dtype == "auto":
-                with pytest.raises(ValueError, match="got kv_cache_dtype_skip_layers 0, 31; leave layers"):
+                with pytest.raises(ValueError, match="kv_cache_dtype_skip_layers 0, 31 must come with --kv-cache-dtype tq4"):
                     make_impl(kv_cache_dtype=dtype)
             else:
                 make_impl(kv_cache_dtype=dtype)

@@ -11,126 +11,31 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import gc
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 
-pytest.importorskip("vllm", exc_type=ImportError)
-pytest.importorskip("transformers")
-
-import transformers
-import vllm
-from tokenizers import Tokenizer
-from vllm.distributed import cleanup_dist_env_and_memory
-from vllm.platforms import current_platform
-from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
-
-import turboquant_vllm.vllm as plugin
-from engine_gate import Answer, Gate
-from hf_models import VOCABULARY, WINDOW, make_config
-from turboquant_vllm.demo.compare import held_out_windows
-from turboquant_vllm.demo.run import MODEL
-from turboquant_vllm.hf import register
+from vllm_engine_cases import (  # isort: skip  (skips where there is no engine)
+    DEVICE,
+    FAMILIES,
+    Engine,
+    noticed,
+    held_out_prompts,  # noqa: F401  (fixture "prompts")
+    one_process,  # noqa: F401  (fixture)
+    random_model,
+    random_prompts,
+    small_model,  # noqa: F401  (fixture "model")
+)
+from engine_gate import Gate
+from hf_models import WINDOW
+from turboquant_vllm import PagedTQ4Cache
 from turboquant_vllm.vllm.batch import Kind, Run
+from turboquant_vllm.vllm.dense import DenseLayer
 from turboquant_vllm.vllm.layer import PagedLayer, exact_attention
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-if not (torch.cuda.is_available() or current_platform.is_cpu()):
-    pytest.skip("needs a GPU, or vLLM for CPUs", allow_module_level=True)
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NEW_TOKENS = 24
-
-
-@pytest.fixture(autouse=True)
-def one_process(monkeypatch):
-    """What is tested is the engine, and a failure shows its own traceback."""
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    plugin.register()
-    if DEVICE == "cpu":  # there vLLM takes one backend, whatever it is asked for
-        register_backend(AttentionBackendEnum.CPU_ATTN, plugin.BACKEND)
-    yield
-    AttentionBackendEnum.CPU_ATTN.clear_override()
-
-
-@pytest.fixture(scope="module")
-def model():
-    register()
-    one = transformers.AutoModelForCausalLM.from_pretrained(MODEL, attn_implementation="tq4", dtype=torch.float16)
-    return one.to(DEVICE).eval()
-
-
-@pytest.fixture(scope="module")
-def prompts():
-    """Held-out text: ten prompts of 3 to 320 tokens."""
-    windows = held_out_windows(Tokenizer.from_file(str(MODEL / "tokenizer.json")), 320, 10)
-    lengths = (320, 3, 17, 210, 64, 65, 100, 33, 180, 7)
-    return [window[:length].tolist() for window, length in zip(windows, lengths, strict=True)]
-
-
-class Engine:
-    """An engine over the small model; graphs of decoding, nothing compiled by torch."""
-
-    def __init__(self, *, model=MODEL, dtype=torch.float16, exact_prefill=True, key_offsets=False, **options):
-        given = {
-            "max_num_batched_tokens": 8192,
-            "enable_prefix_caching": False,
-            "max_num_seqs": 16,
-            "block_size": None if key_offsets else 16,
-            "max_model_len": 400,
-            "compilation_config": {
-                "mode": 0,
-                "cudagraph_mode": "FULL_DECODE_ONLY" if DEVICE == "cuda" else "NONE",
-                "cudagraph_capture_sizes": [1, 2, 4, 8, 16],
-            },
-            "kv_cache_memory_bytes": 2**28,
-            "max_logprobs": -1,
-            "gpu_memory_utilization": 0.1,  # must be free at the start; others may use the card
-            **options,
-        }
-        self.llm = vllm.LLM(
-            model=str(model),
-            skip_tokenizer_init=True,
-            dtype=dtype,
-            attention_backend="CUSTOM",
-            additional_config={"turboquant": {"exact_prefill": exact_prefill, "key_offsets": key_offsets}},
-            disable_log_stats=False,
-            seed=0,
-            **given,
-        )
-
-    def answers(self, prompts: Sequence[list[int]]) -> list[Answer]:
-        """Greedy answers, all prompts at once."""
-        params = vllm.SamplingParams(
-            temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True
-        )
-        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        return [_answer(output.outputs[0]) for output in outputs]
-
-    def counter(self, name):
-        return sum(metric.value for metric in self.llm.get_metrics() if metric.name == name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        del self.llm
-        cleanup_dist_env_and_memory()
-        gc.collect()
-
-
-def _answer(output: Any) -> Answer:
-    tokens, flat = list(output.token_ids), output.logprobs
-    assert len(tokens) == len(flat) == NEW_TOKENS
-    # The token chosen, then all tokens.
-    ids = torch.tensor(flat.token_ids).view(NEW_TOKENS, -1)[:, 1:]
-    log_probs = torch.tensor(flat.logprobs).view(NEW_TOKENS, -1)[:, 1:]
-    return Answer(tokens, torch.full_like(log_probs, float("nan")).scatter(1, ids, log_probs))
 
 
 def test_prompts_alone_and_together(model, prompts):
@@ -187,31 +92,6 @@ def test_drafts_from_the_prompt(model, prompts):
     with Engine(speculative_config=drafts) as engine:
         Gate(model, exact_prefill=True).check(prompts, engine.answers(prompts))
         assert engine.counter("vllm:spec_decode_num_accepted_tokens") > 10
-
-
-# No windows; windows in all layers; in every other, and soft caps (vLLM refuses this model in float16).
-FAMILIES = {"llama": torch.float16, "mistral": torch.float16, "gemma2": torch.bfloat16}
-
-
-def random_model(family: str) -> Any:
-    """What is seen decides what it says, each key as much as any other."""
-    register()
-    config = make_config(family)
-    config.initializer_range = 0.3
-    torch.manual_seed(0)
-    build = transformers.AutoModelForCausalLM.from_config
-    model = build(config, attn_implementation="tq4", dtype=FAMILIES[family]).to(DEVICE).eval()
-    model.get_input_embeddings().weight.data.mul_(0.05)  # tied, or not: a token must not just repeat itself
-    return model
-
-
-def random_prompts(generator: torch.Generator, *lengths: int) -> list[list[int]]:
-    return [torch.randint(3, VOCABULARY, (length,), generator=generator).tolist() for length in lengths]
-
-
-def noticed(fault: object) -> AbstractContextManager[object]:
-    """Where a gate is to fail, if there is a fault."""
-    return pytest.raises(AssertionError, match="of a right run's") if fault else nullcontext()
 
 
 @pytest.mark.parametrize("wrong_by", [0, -1, 1])
@@ -291,3 +171,32 @@ def test_faults_are_noticed(fault, key_offsets, tmp_path, generator, monkeypatch
         answers = [engine.answers([prompt])[0] for prompt in prompts] if alone else engine.answers(prompts)
     with noticed(fault):
         Gate(model, **form).check(prompts, answers, cuts=lambda length: range(32, length, 32) if alone else ())
+
+
+@pytest.mark.parametrize(
+    ("family", "left", "fault"),
+    [("llama", "1", None), ("llama", "1", one_head_of_another), ("gemma2", "sliding_window", None)],
+)
+def test_layers_left_dense(family, left, fault, tmp_path, generator, monkeypatch):
+    """One of two, by number or by its window, behind prefixes and in chunks."""
+    model = random_model(family)
+    model.save_pretrained(tmp_path)
+    prompts = random_prompts(generator, 100, 80, 70)
+    if fault is not None:
+        right = DenseLayer.attend
+        monkeypatch.setattr(DenseLayer, "attend", lambda *args: fault(right, *args))
+    form = {"exact_prefill": False, "key_offsets": True}
+    names = {"kv_cache_dtype": "tq4", "kv_cache_dtype_skip_layers": [left]}
+    options = {"max_model_len": 128, "block_size": 64, "kv_cache_memory_bytes": 2**24, "enable_prefix_caching": True}
+    with Engine(model=tmp_path, dtype=FAMILIES[family], **form, **names, **options, max_num_batched_tokens=64) as engine:
+        heads, dim = model.config.num_key_value_heads, model.config.head_dim
+        packed, dense = PagedTQ4Cache.page_bytes(64, heads, dim, True), 2 * 64 * heads * dim * 2
+        # Of a block, layers with a window have what those without have in another block.
+        block = packed + dense if family == "llama" else max(packed, dense)
+        assert engine.llm.llm_engine.vllm_config.cache_config.num_gpu_blocks == 2**24 // block
+        gate = Gate(model, **form, skip_layers=[1 if family == "llama" else 0])
+        with noticed(fault):
+            for _ in range(1 if fault else 2):
+                answers = [engine.answers([prompt])[0] for prompt in prompts]
+                gate.check(prompts, answers, cuts=lambda length: range(64, length, 64))
+        assert fault or engine.counter("vllm:prefix_cache_hits") == 64 * len(prompts)

@@ -21,7 +21,8 @@ from turboquant_vllm.cuda.variants import choose_variant
 from turboquant_vllm.lengths import HostLengths
 from turboquant_vllm.limits import MANY_PAIRS, MANY_ROWS
 from turboquant_vllm.pieces import native_calls
-from turboquant_vllm.vllm.batch import Kind, plan_runs
+from turboquant_vllm.vllm.batch import Kind, Run, plan_runs
+from turboquant_vllm.vllm.dense import DenseLayer, reference_ops
 from turboquant_vllm.vllm.layer import PagedLayer, chunks_of_all_kinds, codec_for, place_of
 from turboquant_vllm.vllm.options import Options
 from turboquant_vllm.vllm.previous import PreviousSlots
@@ -201,6 +202,40 @@ class TestAttention:
             torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-5)
 
 
+class TestDense:
+    """Layers left dense: all of a step is one run, and every sequence sees exact keys and values."""
+
+    def attend(self, layer, step):
+        totals = torch.tensor([keys for _, keys in step.lengths], dtype=torch.int32)
+        on_device = {"block_table": step.block_table, "seq_lens": totals, "cu_seqlens_q": torch.from_numpy(step.starts)}
+        run = Run(kind=DECODE, tokens=slice(0, len(step.q)), max_query_len=70, **on_device)
+        layer.store(step.k, step.v, step.kv_cache, step.slots)
+        out = torch.full_like(step.q, float("nan"))
+        layer.attend(step.q, None, None, step.kv_cache, [run], out)
+        return out
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("masks", [{}, {"sliding_window": 9}, {"softcap": 2.0}, {"sinks": torch.tensor([0.5, -1, 2, 0])}])
+    def test_mixed_batch(self, generator, masks, dtype):
+        layer = DenseLayer(4, 2, 64, 64**-0.5, ops=reference_ops(), **masks)
+        step = random_step(generator, MIXED, layer, page_size=32, dtype=dtype)
+        out = self.attend(layer, step)
+        for index in range(len(MIXED)):
+            step.check(out, index, exact=True)
+
+    def test_padding_has_no_slot(self, generator):
+        layer = DenseLayer(4, 2, 64, 64**-0.5, ops=reference_ops())
+        step = random_step(generator, [(3, 20)], layer)
+        before = step.kv_cache.clone()
+        layer.store(step.k, step.v, step.kv_cache, torch.full_like(step.slots, -1))
+        assert torch.equal(before.isnan(), step.kv_cache.isnan())
+
+    def test_another_cache_is_refused(self):
+        layer = DenseLayer(4, 2, 64, 64**-0.5, ops=reference_ops())
+        with pytest.raises(ValueError, match=r"\[num_pages, 2, page_size, 128\], got \[3, 2, 16, 72\]"):
+            layer.attend(torch.zeros(1, 4, 64), None, None, torch.zeros(3, 2, 16, 72), [], torch.zeros(1, 4, 64))
+
+
 class TestWarmUp:
     @pytest.mark.parametrize("head_dim", [64, 256])
     @pytest.mark.parametrize("group", [1, 3, 4, 8, 16])
@@ -302,6 +337,8 @@ class TestOptions:
             Options.read({"turboquant": {"key_offsets": 1}})
         with pytest.raises(TypeError, match="key_scales must be the path of a file, got 3"):
             Options.read({"turboquant": {"key_scales": 3}})
+        with pytest.raises(ValueError, match=r"must not have dense_layers: vLLM .* --kv-cache-dtype-skip-layers .* got \[0\]"):
+            Options.read({"turboquant": {"dense_layers": [0]}})
         with pytest.raises(ValueError, match="key_scales must come with key_offsets true, got false"):
             Options.read({"turboquant": {"key_scales": "a", "key_offsets": False}})
         with pytest.raises(TypeError, match="must be a dict of options, got str"):

@@ -243,6 +243,18 @@ def test_layers_with_keys_have_finite_scales(family: str, caplog: pytest.LogCapt
     assert not [record for record in caplog.records if record.name.startswith("turboquant")]
 
 
+def test_layers_of_two_head_dimensions(caplog: pytest.LogCaptureFixture) -> None:
+    """transformers answers no question about the sizes of all of them."""
+    if not hasattr(transformers, "Gemma4TextConfig"):
+        pytest.skip("this release has no such model")
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 64, "num_global_key_value_heads": 1}
+    more = {"attention_k_eq_v": True, "hidden_size_per_layer_input": 16, "vocab_size_per_layer_input": 97}
+    config = transformers.Gemma4TextConfig(**_HEADS, **layers, **more, num_kv_shared_layers=0)
+    scales = key_scales_from_model(transformers.AutoModelForCausalLM.from_config(config))
+    assert [tuple(scales[layer].shape) for layer in range(2)] == [(2, 32), (1, 64)]
+    assert all(w.isfinite().all() and w.std() > 0 for w in scales.values()), caplog.text
+
+
 def test_latent_attention_has_no_scales() -> None:
     assert key_scales_from_model(transformers.AutoModelForCausalLM.from_config(make_config("deepseek_v3"))) == {}
 

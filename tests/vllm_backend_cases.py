@@ -13,6 +13,7 @@ from vllm.v1.kv_cache_interface import (
 )
 
 from turboquant_vllm.vllm.backend import TQ4Backend
+from turboquant_vllm.vllm.impl import Settings
 from turboquant_vllm.vllm.layer import exact_attention
 from turboquant_vllm.vllm.metadata import TQ4MetadataBuilder
 from turboquant_vllm.vllm.options import Options
@@ -30,7 +31,7 @@ def configured(**options):
 
 @pytest.fixture(autouse=True)
 def no_layers_yet(monkeypatch):
-    monkeypatch.setattr("turboquant_vllm.vllm.impl._latest", Options())
+    monkeypatch.setattr("turboquant_vllm.vllm.impl._latest", Settings(Options()))
 
 
 @pytest.fixture(params=FORMATS)

@@ -12,6 +12,7 @@ import torch
 import oracle
 from turboquant_vllm import PagedTQ4Cache, TQ4Keys, tq4_store
 from turboquant_vllm.vllm.batch import Run, plan_runs
+from turboquant_vllm.vllm.dense import DenseLayer
 from turboquant_vllm.vllm.layer import PagedLayer, place_of
 from turboquant_vllm.vllm.previous import PreviousSlots
 
@@ -23,7 +24,7 @@ class Step:
     ``q [T, H_q, D]``, ``k, v [T, H_kv, D]`` and ``slots [T]`` are the step's own; ``keys, values`` all tokens of each sequence.
     """
 
-    layer: PagedLayer
+    layer: PagedLayer | DenseLayer
     lengths: Sequence[tuple[int, int]]
     kv_cache: torch.Tensor
     block_table: torch.Tensor
@@ -45,7 +46,7 @@ class Step:
 
     @property
     def page_size(self) -> int:
-        return self.kv_cache.shape[2] * place_of(self.layer.head_dim, self.layer.key_offsets)[0]
+        return self.kv_cache.shape[2] * _place_of(self.layer)[0]
 
     def store(self) -> None:
         totals = torch.tensor([keys for _, keys in self.lengths], dtype=torch.int32)
@@ -55,9 +56,9 @@ class Step:
 
     def expected(self, index: int, *, exact: bool) -> torch.Tensor:
         """The result ``[tokens, H_q, D]`` of one sequence in float64."""
-        layer, codec = self.layer, self.layer.codec_on(self.q.device)
-        keys, values = self.keys[index], self.values[index]
-        if not exact:
+        layer, keys, values = self.layer, self.keys[index], self.values[index]
+        if not exact and isinstance(layer, PagedLayer):
+            codec = layer.codec_on(self.q.device)
             # What a sequence reads is what was written for it, rounded to no dtype.
             values = oracle.decompress(*codec.compress(values), codec.centroids, codec.rotation)
             if layer.key_offsets:
@@ -88,22 +89,28 @@ def written_alone(layer: PagedLayer, keys: torch.Tensor, cuts: Sequence[int]) ->
     return codec.decompress(TQ4Keys(*(x[0] for x in whole)), torch.float64).transpose(0, 1)
 
 
+def _place_of(layer: PagedLayer | DenseLayer) -> tuple[int, int]:
+    """Tokens that a layer's cache has in one place of a head, and elements of such a place."""
+    return (1, 2 * layer.head_dim) if isinstance(layer, DenseLayer) else place_of(layer.head_dim, layer.key_offsets)
+
+
 def random_step(
     generator: torch.Generator,
     lengths: Sequence[tuple[int, int]],
-    layer: PagedLayer,
+    layer: PagedLayer | DenseLayer,
     *,
     page_size: int | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Step:
     """A step whose sequences' pages lie in random order; unused slots and the rest of the block table are poison."""
     heads, head_dim = layer.num_kv_heads, layer.head_dim
-    tokens_of_place, width = place_of(head_dim, layer.key_offsets)
+    tokens_of_place, width = _place_of(layer)
     page_size = page_size or max(16, tokens_of_place)
     used = [-(-keys // page_size) for _, keys in lengths]
     num_pages = sum(used) + 2
     shape = (num_pages, heads, page_size // tokens_of_place, width)
-    kv_cache = torch.full(shape, 255, dtype=torch.uint8)
+    dense = isinstance(layer, DenseLayer)
+    kv_cache = torch.full(shape, float("nan"), dtype=dtype) if dense else torch.full(shape, 255, dtype=torch.uint8)
     order = torch.randperm(num_pages, generator=generator).int()
     block_table = torch.full((len(lengths), max(used) + 1), -1, dtype=torch.int32)
 

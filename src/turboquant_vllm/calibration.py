@@ -29,6 +29,7 @@ __all__ = [
     "KeyStatistics",
     "channel_scales",
     "find_key_scales",
+    "kv_heads_of",
     "load_key_scales",
     "model_identity",
     "save_key_scales",
@@ -110,7 +111,7 @@ def _residual_squares(groups: torch.Tensor) -> torch.Tensor:
 
 
 def model_identity(config: Any) -> dict[str, Any]:
-    """What of a model's configuration decides which scales fit its keys: type, sizes, heads, and RoPE.
+    """What of a model's configuration decides which scales fit its keys: type, sizes, heads, and RoPE; heads of layer 0.
 
     Args:
         config: of transformers, or any object with its attributes.
@@ -119,9 +120,21 @@ def model_identity(config: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"model_type": str(getattr(text, "model_type", ""))}
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
         found[name] = int(getattr(text, name))
-    heads = getattr(text, "num_key_value_heads", None) or found["num_attention_heads"]
-    dim = getattr(text, "head_dim", None) or found["hidden_size"] // found["num_attention_heads"]
-    return {**found, "num_key_value_heads": int(heads), "head_dim": int(dim), "rope": rope_of(text)}
+    return {**found, **kv_heads_of(text, 0), "rope": rope_of(text)}
+
+
+def kv_heads_of(text: Any, layer: int) -> dict[str, int]:
+    """How many key/value heads a layer of a text configuration has, and their dimension."""
+
+    def given(name: str) -> Any:
+        try:
+            return getattr(text, name, None)
+        except RuntimeError:  # layers differ: transformers refuses one answer for all
+            return getattr(text.per_layer_config[layer], name, None)
+
+    heads, dim = given("num_key_value_heads"), given("head_dim")
+    attention_heads = int(text.num_attention_heads)
+    return {"num_key_value_heads": int(heads or attention_heads), "head_dim": int(dim or text.hidden_size // attention_heads)}
 
 
 def rope_of(config: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 
-from turboquant_vllm.calibration import FILE_NAME, channel_scales, model_identity
+from turboquant_vllm.calibration import FILE_NAME, channel_scales, kv_heads_of, model_identity
 from turboquant_vllm.records import GROUP
 
 __all__ = ["index_weights", "key_scales_from_safetensors", "key_scales_from_weights", "why_taken_for_weights"]
@@ -101,11 +101,11 @@ def key_scales_from_weights(names: Iterable[str], get: Callable[[str], torch.Ten
     for layer in range(count - (getattr(text, "num_kv_shared_layers", None) or 0)):
         if _NO_KEYS.search(kinds[layer]):
             continue
-        rope = identity["rope"]
+        rope, own = identity["rope"], kv_heads_of(text, layer)
         try:
-            scales[layer] = _Layer(layers.get(layer, {}), get, identity).scales(rope.get(kinds[layer], rope))
+            scales[layer] = _Layer(layers.get(layer, {}), get, {**identity, **own}).scales(rope.get(kinds[layer], rope))
         except _UnknownError as error:
-            scales[layer] = torch.ones(identity["num_key_value_heads"], identity["head_dim"])
+            scales[layer] = torch.ones(own["num_key_value_heads"], own["head_dim"])
             unknown.setdefault(str(error), []).append(layer)
     for reason, numbers in unknown.items():
         which = f"all {count} layers" if len(numbers) == count else f"layers {', '.join(map(str, numbers))}"

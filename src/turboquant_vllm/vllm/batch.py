@@ -38,6 +38,7 @@ class Run:
         cu_seqlens_q: int32 ``[S + 1]``, from 0.
         max_query_len: no sequence has more query tokens.
         seq_lens_cpu, cu_seqlens_q_cpu: the same for the host, which does not know them where sequences decode.
+        max_seq_len: no sequence has more keys; given where a layer is dense.
     """
 
     kind: Kind
@@ -48,6 +49,7 @@ class Run:
     max_query_len: int
     seq_lens_cpu: tuple[int, ...] | None = None
     cu_seqlens_q_cpu: tuple[int, ...] | None = None
+    max_seq_len: int | None = None
 
 
 def plan_runs(

@@ -2,28 +2,72 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.config import get_current_vllm_config_or_none
+from vllm.config import CompilationConfig, VllmConfig, get_current_vllm_config_or_none
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from turboquant_vllm.vllm.flash import choose_exact
+from turboquant_vllm.vllm import CACHE_DTYPE
+from turboquant_vllm.vllm.dense import DenseLayer
+from turboquant_vllm.vllm.flash import choose_dense, choose_exact
 from turboquant_vllm.vllm.layer import PagedLayer
 from turboquant_vllm.vllm.metadata import TQ4Metadata
 from turboquant_vllm.vllm.options import Options
 from turboquant_vllm.vllm.scales import check_folder
 
-__all__ = ["TQ4Impl", "current_options"]
-
-_latest = Options()
+__all__ = ["Settings", "TQ4Impl", "current_settings", "latest_impls"]
 
 
-def current_options() -> Options:
+@dataclass(frozen=True)
+class Settings:
+    """What the backend takes from vLLM's configuration.
+
+    Attributes:
+        options: the plugin's own.
+        leaves_dense: some layers are left dense by number or by window. Their cache dtype is "auto", all others' is "tq4".
+    """
+
+    options: Options
+    leaves_dense: bool = False
+
+    @classmethod
+    def read(cls, config: VllmConfig) -> Settings:
+        """Those of a configuration.
+
+        Raises:
+            TypeError, ValueError: an option is none, or layers are to be skipped that cannot be told from others.
+        """
+        options, cache_config = Options.read(config.additional_config), config.cache_config
+        skipped = getattr(cache_config, "kv_cache_dtype_skip_layers", None)
+        if not skipped:
+            return cls(options)
+        if cache_config.cache_dtype != CACHE_DTYPE:
+            raise ValueError(
+                f"kv_cache_dtype_skip_layers {', '.join(skipped)} must come with --kv-cache-dtype tq4 (vLLM 0.33 and "
+                f"later), or the layers cannot be told from others; got {cache_config.cache_dtype}"
+            )
+        return cls(options, leaves_dense=True)
+
+
+_latest = Settings(Options())
+_latest_model: weakref.ref[CompilationConfig] | None = None  # has the layers of the model that was made last
+
+
+def current_settings() -> Settings:
     """Those of vLLM's configuration; where it has set none, of the last layer: vLLM asks for a layer's cache without any."""
     config = get_current_vllm_config_or_none()
-    return _latest if config is None else Options.read(config.additional_config)
+    return _latest if config is None else Settings.read(config)
+
+
+def latest_impls() -> list[TQ4Impl]:
+    """The layers of the model that was made last in this process, its drafts' among them."""
+    model = None if _latest_model is None else _latest_model()
+    impls = [] if model is None else [getattr(layer, "impl", None) for layer in model.static_forward_context.values()]
+    return [impl for impl in impls if isinstance(impl, TQ4Impl)]
 
 
 class TQ4Impl(AttentionImpl[TQ4Metadata]):
@@ -53,28 +97,30 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
         self.shares_cache = kv_sharing_target_layer_name is not None
         softcap = logits_soft_cap or None  # vLLM writes 0 for none
         config = get_current_vllm_config_or_none()
-        options = Options() if config is None else Options.read(config.additional_config)
-        global _latest
-        _latest = options
-        skipped = getattr(config and config.cache_config, "kv_cache_dtype_skip_layers", None)
-        if skipped and kv_cache_dtype == "auto":  # the layer may be one of those: vLLM asks for them in the same words
+        settings = Settings(Options()) if config is None else Settings.read(config)
+        global _latest, _latest_model
+        _latest, _latest_model = settings, None if config is None else weakref.ref(config.compilation_config)
+        options = settings.options
+        masks: dict[str, Any] = {"sliding_window": sliding_window, "softcap": softcap, "sinks": sinks}
+        sizes = (num_heads, self.num_kv_heads, head_size, self.scale)
+        self.layer: PagedLayer | DenseLayer
+        if settings.leaves_dense and self.shares_cache:
             raise ValueError(
-                "the TQ4 backend has every layer that it is given in 4 bits, got kv_cache_dtype_skip_layers "
-                f"{', '.join(skipped)}; leave layers to another backend by kind (backend_per_kind)"
+                "no layer can be left dense where layers share caches: vLLM groups those of one page size only; got "
+                f"a layer that reads the cache of {kv_sharing_target_layer_name}, and --kv-cache-dtype-skip-layers"
             )
-        self.layer = PagedLayer(
-            num_heads,
-            self.num_kv_heads,
-            head_size,
-            self.scale,
-            sliding_window=sliding_window,
-            softcap=softcap,
-            sinks=sinks,
-            exact=choose_exact(head_size, sinks is not None) if options.exact_prefill else None,
-            key_offsets=options.key_offsets,
-        )
-        if options.key_offsets and config is not None:
-            check_folder(config.model_config)
+        if settings.leaves_dense and config is not None and getattr(config.model_config, "is_hybrid", False):
+            raise ValueError(
+                "no layer can be left dense beside recurrent states: vLLM makes all their pages as large as dense ones, got "
+                "--kv-cache-dtype-skip-layers"
+            )
+        if settings.leaves_dense and kv_cache_dtype == "auto":
+            self.layer = DenseLayer(*sizes, **masks, ops=choose_dense(head_size, sinks is not None))
+        else:
+            exact = choose_exact(head_size, sinks is not None) if options.exact_prefill else None
+            self.layer = PagedLayer(*sizes, **masks, exact=exact, key_offsets=options.key_offsets)
+            if options.key_offsets and config is not None:
+                check_folder(config.model_config)
         self._max_seqs = 1 if config is None else config.scheduler_config.max_num_seqs
 
     def do_kv_cache_update(

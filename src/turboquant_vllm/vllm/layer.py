@@ -20,12 +20,12 @@ from turboquant_vllm.records import GROUP, NO_TABLES, Masks, Operand
 from turboquant_vllm.store import tq4_store
 from turboquant_vllm.vllm.batch import Kind, Run
 
-__all__ = ["Exact", "PagedLayer", "codec_for", "exact_attention", "place_of"]
+__all__ = ["Exact", "LayerShape", "PagedLayer", "codec_for", "exact_attention", "place_of"]
 
 _MANY_SPLITS = 16
 
 # (layer, q, k, v, run, out): causal attention of a run's tokens to their own keys and values, into out. All [tokens, heads, D].
-Exact = Callable[["PagedLayer", torch.Tensor, torch.Tensor, torch.Tensor, Run, torch.Tensor], None]
+Exact = Callable[["LayerShape", torch.Tensor, torch.Tensor, torch.Tensor, Run, torch.Tensor], None]
 
 
 @cache
@@ -40,7 +40,7 @@ def place_of(head_dim: int, key_offsets: bool) -> tuple[int, int]:
     return tokens, chunk_bytes(tokens, head_dim, key_offsets)
 
 
-def exact_attention(layer: PagedLayer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run, out: torch.Tensor) -> None:
+def exact_attention(layer: LayerShape, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, run: Run, out: torch.Tensor) -> None:
     """:data:`Exact` on any device, one sequence after the other."""
     assert run.cu_seqlens_q_cpu is not None
     for first, stop in itertools.pairwise(run.cu_seqlens_q_cpu):
@@ -64,8 +64,8 @@ def chunks_of_all_kinds(group: int, head_dim: int) -> list[tuple[int, int]]:
     return [*((tokens, tokens + 1) for tokens in (*few, most + 1, many)), (many, -(-MANY_PAIRS // (many * group)))]
 
 
-class PagedLayer:
-    """One layer's sizes and masks, its pages once they are known, and its attention.
+class LayerShape:
+    """One layer's sizes and masks.
 
     Args:
         num_heads, num_kv_heads: of queries, and of keys and values.
@@ -73,6 +73,34 @@ class PagedLayer:
         sm_scale: factor on the scores.
         sliding_window, softcap: as in :func:`turboquant_vllm.tq4_attention`.
         sinks: as there, in any dtype; read at each call, since a server may change its weights in place.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        sm_scale: float,
+        *,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        masks = check_masks(True, sliding_window, softcap, None, num_heads, torch.device("cpu"))
+        self.sliding_window, self.softcap = masks.get("sliding_window"), masks.get("softcap")
+        self.sm_scale, self.sinks = check_sm_scale(sm_scale, head_dim), sinks
+
+    def sinks_now(self) -> torch.Tensor | None:
+        """The sinks in float32."""
+        return None if self.sinks is None else self.sinks.detach().float()
+
+
+class PagedLayer(LayerShape):
+    """One layer's sizes and masks, its pages once they are known, and its attention.
+
+    Args:
+        num_heads, num_kv_heads, head_dim, sm_scale, sliding_window, softcap, sinks: as for :class:`LayerShape`.
         exact: attends to dense keys and values; None: whole prompts read the pages like all others.
         key_offsets: whether keys are kept around offsets of groups of 64 tokens.
     """
@@ -90,10 +118,8 @@ class PagedLayer:
         exact: Exact | None = exact_attention,
         key_offsets: bool = True,
     ) -> None:
-        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        masks = check_masks(True, sliding_window, softcap, None, num_heads, torch.device("cpu"))
-        self.sliding_window, self.softcap = masks.get("sliding_window"), masks.get("softcap")
-        self.sm_scale, self.sinks = check_sm_scale(sm_scale, head_dim), sinks
+        sizes = (num_heads, num_kv_heads, head_dim, sm_scale)
+        super().__init__(*sizes, sliding_window=sliding_window, softcap=softcap, sinks=sinks)
         self.exact, self.key_offsets = exact, key_offsets
         self._scaled: TQ4Codec | None = None  # the codec with the layer's key scales
         self._pages: tuple[weakref.ref[torch.Tensor], PagedTQ4Cache] | None = None
@@ -149,10 +175,6 @@ class PagedLayer:
     def codec_on(self, device: torch.device) -> TQ4Codec:
         """What writes and reads the layer's keys and values."""
         return codec_for(self.head_dim, device) if self._scaled is None else self._scaled
-
-    def sinks_now(self) -> torch.Tensor | None:
-        """The sinks in float32."""
-        return None if self.sinks is None else self.sinks.detach().float()
 
     def store(
         self,

@@ -17,7 +17,8 @@ from vllm.v1.kv_cache_interface import AttentionSpec
 
 from turboquant_vllm.paged import PagedTQ4Cache
 from turboquant_vllm.vllm.batch import Kind, Run, plan_runs
-from turboquant_vllm.vllm.layer import codec_for, place_of
+from turboquant_vllm.vllm.dense import DenseLayer
+from turboquant_vllm.vllm.layer import PagedLayer, codec_for, place_of
 from turboquant_vllm.vllm.previous import PreviousSlots
 from turboquant_vllm.vllm.scales import use_key_scales
 
@@ -50,28 +51,33 @@ class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        spec = kv_cache_spec
         context = vllm_config.compilation_config.static_forward_context
         layers = [context[name].impl.layer for name in layer_names]
-        key_offsets = layers[0].key_offsets
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self._previous_slots: PreviousSlots | None = None
+        self._is_dense = isinstance(layers[0], DenseLayer)
+        if not self._is_dense:
+            self._prepare_packed(kv_cache_spec, dict(zip(layer_names, layers, strict=True)))
+
+    def _prepare_packed(self, spec: AttentionSpec, layers: dict[str, PagedLayer]) -> None:
+        """Check the cache of layers in 4 bits, and make what they need before any graph is captured."""
+        names, key_offsets = list(layers), next(iter(layers.values())).key_offsets
         expected = place_of(spec.head_size, key_offsets)
         if (spec.tokens_per_state, spec.state_content_bytes) != expected:
             raise ValueError(
-                f"the cache of {layer_names} must have {expected[1]} bytes for {expected[0]} tokens of a head, got "
+                f"the cache of {names} must have {expected[1]} bytes for {expected[0]} tokens of a head, got "
                 f"{spec.state_content_size_bytes} for {spec.tokens_per_state}"
             )
         page_bytes = PagedTQ4Cache.page_bytes(spec.block_size, spec.num_kv_heads, spec.head_size, key_offsets)
         assert spec.real_page_size_bytes == page_bytes, (spec, page_bytes)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
-        codec_for(spec.head_size, device)  # before any graph is captured
-        self._previous_slots: PreviousSlots | None = None
+        codec_for(spec.head_size, self.device)
         if key_offsets:
-            use_key_scales(layer_names, vllm_config, device)
-            self._previous_slots = PreviousSlots(_most_tokens(vllm_config), spec.block_size, device)
+            use_key_scales(names, self.vllm_config, self.device)
+            self._previous_slots = PreviousSlots(_most_tokens(self.vllm_config), spec.block_size, self.device)
             self._previous_slots.warm_up()
-        for layer in {layer.kind: layer for layer in layers}.values():
-            if device.type != "cpu":  # there nothing is compiled
-                layer.warm_up(spec.block_size, vllm_config.model_config.dtype, device)
+        for layer in {layer.kind: layer for layer in layers.values()}.values():
+            if self.device.type != "cpu":  # there nothing is compiled
+                layer.warm_up(spec.block_size, self.vllm_config.model_config.dtype, self.device)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -79,6 +85,8 @@ class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
         """Sort the sequences by the lengths that the host knows; nothing waits for the device."""
         step = common_attn_metadata
         _check_causal(step)
+        if self._is_dense:
+            return TQ4Metadata([_whole_step(step)])
         count, decode_len = step.num_reqs, self.reorder_batch_threshold
         assert decode_len is not None
         lengths = step.seq_lens_cpu_upper_bound
@@ -95,16 +103,7 @@ class TQ4MetadataBuilder(AttentionMetadataBuilder[TQ4Metadata]):
             raise ValueError(
                 f"graphs are captured of up to {self.reorder_batch_threshold} query tokens, got {step.max_query_len}"
             )
-        cu_seqlens_q, seq_lens, block_table = _on_device(step)
-        run = Run(
-            kind=Kind.DECODE,
-            tokens=slice(0, step.num_actual_tokens),
-            block_table=block_table,
-            seq_lens=seq_lens,
-            cu_seqlens_q=cu_seqlens_q,
-            max_query_len=step.max_query_len,
-        )
-        return TQ4Metadata([run], self._find_previous_slots(step))
+        return TQ4Metadata([_whole_step(step)], self._find_previous_slots(step))
 
     def _find_previous_slots(self, step: CommonAttentionMetadata) -> torch.Tensor | None:
         """In memory that a graph will find again, like vLLM's own; nothing waits for the device."""
@@ -117,6 +116,20 @@ def _on_device(step: CommonAttentionMetadata) -> tuple[torch.Tensor, torch.Tenso
     """Views of vLLM's persistent tensors, which a graph will find again: cu_seqlens_q, seq_lens, block_table."""
     count = step.num_reqs
     return step.query_start_loc[: count + 1], step.seq_lens[:count], step.block_table_tensor[:count]
+
+
+def _whole_step(step: CommonAttentionMetadata) -> Run:
+    """All of its sequences as one run, with nothing for the host to know."""
+    cu_seqlens_q, seq_lens, block_table = _on_device(step)
+    return Run(
+        kind=Kind.DECODE,
+        tokens=slice(0, step.num_actual_tokens),
+        block_table=block_table,
+        seq_lens=seq_lens,
+        cu_seqlens_q=cu_seqlens_q,
+        max_query_len=step.max_query_len,
+        max_seq_len=step.max_seq_len,
+    )
 
 
 def _most_tokens(config: VllmConfig) -> int:

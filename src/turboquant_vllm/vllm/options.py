@@ -36,6 +36,11 @@ class Options:
         if not isinstance(given, Mapping):
             raise TypeError(f"additional_config['turboquant'] must be a dict of options, got {type(given).__name__}")
         values: dict[str, Any] = dict(given)
+        if "dense_layers" in values:
+            raise ValueError(
+                "additional_config['turboquant'] must not have dense_layers: vLLM leaves layers dense by --kv-cache-dtype tq4 "
+                f"--kv-cache-dtype-skip-layers and their numbers, got {values['dense_layers']!r}"
+            )
         names = [field.name for field in fields(cls)]
         if unknown := sorted(set(values) - set(names)):
             raise ValueError(f"additional_config['turboquant'] may have {', '.join(names)}, got {', '.join(unknown)}")
