@@ -83,7 +83,8 @@ def measure(cache: str, connector: str, options: argparse.Namespace) -> dict[str
             kv_transfer_config=KVTransferConfig(kv_connector=connector, kv_role="kv_both", kv_connector_extra_config=extra),
             **CACHES[cache],
         )
-    timer, times = Timer(llm), {"new": [], "cached": [], "reloaded": []}
+    timer = Timer(llm)
+    times: dict[str, list[float]] = {"new": [], "cached": [], "reloaded": []}
     for _ in range(4):
         prompt = torch.randint(10, VOCABULARY, (options.context,)).tolist()
         times["new"].append(first_token_ms(timer, prompt))
@@ -115,7 +116,8 @@ def main() -> None:
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_FLASHINFER_SAMPLER="0", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1"
     )
     if options.measure:
-        print("FOUND", json.dumps(measure(*options.measure, options)), flush=True)
+        cache, connector = options.measure
+        print("FOUND", json.dumps(measure(cache, connector, options)), flush=True)
         return
     rows = []
     for connector in options.connectors:
