@@ -63,6 +63,9 @@ def test_command_fails_above_the_limit(verify_text: Path, tmp_path: Path, monkey
     assert 1 <= len(advice["dense_layers"]) <= 3
     assert advice["cache"] == f"TurboQuantCache(model, key_offsets=False, seed=2, skip_layers={advice['dense_layers']})"
     assert f"{'use' if advice['within_limit'] else 'loses least'}: {advice['cache']}\n" in result.stdout
+    numbers = " ".join(map(str, advice["dense_layers"]))
+    assert advice["dense_layers"]
+    assert f"--kv-cache-dtype tq4 --kv-cache-dtype-skip-layers {numbers}\n" in result.stdout
     if not advice["within_limit"]:
         assert advice["text"].startswith("not for this text: with layers ")
         assert len(advice["dense_layers"]) == 3

@@ -93,5 +93,10 @@ def print_report(console: Console, figures: dict[str, Any]) -> None:
     console.print(f"recommendation: {advice['text']}{measured if changed else ''}; {figures['seconds']} s")
     if advice["cache"]:
         console.print(f"{'use' if advice['within_limit'] else 'loses least'}: {advice['cache']}", soft_wrap=True)
+    if advice["cache"] and (dense := advice["dense_layers"]):
+        numbers = " ".join(map(str, dense))
+        console.print(
+            f"in vLLM: --attention-backend CUSTOM --kv-cache-dtype tq4 --kv-cache-dtype-skip-layers {numbers}", soft_wrap=True
+        )
     if unused := figures["unused_weights"]:
         console.print(f"note: the model has no place for {len(unused):,} tensors of its files, such as {unused[0]}")
