@@ -270,6 +270,7 @@ def emulate_decode(monkeypatch: pytest.MonkeyPatch, shared_limit: int = SHARED_L
         monkeypatch.setattr(module, "device_limits", lambda index: (3, shared_limit))
     for plan in (decode.Call.plan, paged.Call.plan, cluster.plan):
         plan.cache_clear()
+    monkeypatch.setattr(cluster, "_load_all", lambda *args: None)  # building takes longer than there is to run
     monkeypatch.setattr(cluster, "has_clusters", lambda index: shared_limit == SHARED_LIMIT)
     monkeypatch.setattr(cluster, "_fit", lambda index, variant, pages, blocks: 4 // blocks)
 

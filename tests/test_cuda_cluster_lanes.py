@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -69,6 +70,15 @@ def test_masks(generator, q_len, kv_len, window, softcap, with_sinks):
 def test_offsets(generator, head_dim, group, kv_len):
     sizes = {"group": group, "kv_len": kv_len, "head_dim": head_dim, "num_kv_heads": 1}
     check(run, random_case(generator, dtype=HALF, offsets=True, **sizes))
+
+
+@pytest.mark.parametrize("blocks", [1])
+@pytest.mark.parametrize(("head_dim", "offsets"), [(128, True), (64, True), (128, False)])
+def test_blocks_that_share_a_multiprocessor(generator, monkeypatch, head_dim, offsets):
+    small = kernel_lanes.small_variant
+    changes = {"ahead": False, "stages": 2, "resident": 2}
+    monkeypatch.setattr(cluster, "choose_variant", lambda *args: dataclasses.replace(small(*args), **changes))
+    check(run, random_case(generator, dtype=HALF, batch=2, group=4, kv_len=600, head_dim=head_dim, offsets=offsets))
 
 
 @pytest.mark.parametrize(

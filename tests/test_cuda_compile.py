@@ -9,7 +9,7 @@ import pytest
 
 from turboquant_vllm.cuda import runtime
 from turboquant_vllm.cuda.sources import source
-from turboquant_vllm.cuda.variants import MOST_BLOCKS, Division, choose_cluster, choose_variant
+from turboquant_vllm.cuda.variants import MOST_BLOCKS, Division, choose_cluster, choose_variant, cluster_variants
 from turboquant_vllm.limits import MAX_SEQUENCES
 
 pytest.importorskip("cuda.core")
@@ -98,11 +98,7 @@ def test_compiles_with_offsets_without_spills(arch, head_dim, pages, masked):
 )
 def test_compiles_as_a_cluster_without_spills(arch, head_dim, rows, pages, masked, offsets):
     alone = choose_variant(head_dim, rows, SHARED[arch], masked, offsets, hadamard=True, cluster=True)
-    variants = [alone]
-    if alone.warps == 16:
-        found = choose_cluster(256, 64, alone, False, 132, lambda variant, blocks: 132 * variant.resident)
-        if found is not None:
-            variants.append(found.variant)
+    variants = [variant for variant in cluster_variants(alone, bool(pages)) if variant is not None]
     for variant in variants:
         assert variant.cluster_bytes(MOST_BLOCKS) <= SHARED[arch], variant
         defines = {**variant.defines, "PAGED": pages}
@@ -110,6 +106,7 @@ def test_compiles_as_a_cluster_without_spills(arch, head_dim, rows, pages, maske
         (used,) = usage.values()
         assert stays_in_registers("tq4_decode", used), (variant, used)
         assert used.registers * 32 * variant.warps * variant.resident <= REGISTERS, (variant, used)
+        assert variant.resident * (variant.cluster_bytes(1) + 1024) <= SHARED[arch] + 1024, variant
         assert used.static_shared == 0
 
 

@@ -50,6 +50,12 @@ class FakeDriver:
         self.limits.append(value)
         return (self.real.CUresult(0 if value <= 227 * 1024 else 1),)
 
+    def cuOccupancyMaxActiveClusters(self, function: int, config: Any) -> tuple[Any, int]:  # noqa: N802
+        (cluster,) = config.attrs
+        assert cluster.id == self.real.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        assert (config.gridDimX, config.blockDimX, config.sharedMemBytes) == (cluster.value.clusterDim.x, 256, 100_000)
+        return self.real.CUresult(0), 132 // cluster.value.clusterDim.x
+
     def cuLaunchKernelEx(self, config: Any, function: int, arguments: int, extra: int) -> tuple[Any]:  # noqa: N802
         addresses = ctypes.cast(arguments, ctypes.POINTER(ctypes.c_void_p))[: len(PARAMS)]
         values = [
@@ -123,6 +129,13 @@ def test_launch_attributes(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) 
     assert driver.launches[-1].count == 0
     with pytest.raises(ValueError, match=r"cluster needs compute capability 9\.0"):
         runtime.launch(older, (4, 1, 1), (32, 1, 1), 0, None, VALUES, cluster=(2, 1, 1))
+
+
+def test_clusters_at_once(driver: FakeDriver, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [fake_kernel(SEPARATE).clusters_at_once(256, 100_000, blocks) for blocks in (1, 4, 8)] == [132, 33, 16]
+    assert driver.limits == [100_000] * 3
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert fake_kernel(SEPARATE).clusters_at_once(256, 100_000, 1) == 0
 
 
 def test_the_shared_memory_limit_is_raised_once(driver: FakeDriver) -> None:

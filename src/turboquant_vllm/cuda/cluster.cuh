@@ -1,14 +1,14 @@
-// Attention in one launch: a cluster of `blocks` blocks has one pass, whose tiles its warps share evenly. It needs a rotation by a
-// Hadamard matrix (hadamard.cuh), a row of which one warp can turn.
+// Attention in one launch: a cluster of `blocks` blocks has one pass, whose tiles its warps share evenly. It needs a rotation
+// by a Hadamard matrix (hadamard.cuh), where one warp can turn a row.
 //
 //   block 0   |  rotate  |  tiles of warp 0, 1, ...  |  join warps, send rows  |  join rows 0, blocks, ...       rotate back  |
 //   block 1   |  rotate  |  tiles                    |  join warps, send rows  |       rows 1, blocks + 1, ...   rotate back  |
 //             ^ all have begun                                                 ^ all have sent
 //
-// Warps are joined in their order in shared memory. Row i is sent to block i % blocks, which joins the blocks in their order. So
-// the bits repeat; they depend on how many blocks and warps share a pass, which follows from the sizes of a call.
+// Warps are joined in their order in shared memory. Row i is sent to block i % blocks, which joins the blocks in their order.
+// So the bits repeat; they depend on how many blocks and warps share a pass, which follows from the sizes of a call.
 #if CLUSTER
-// Rows that were sent, behind all else that a block has in shared memory: at (row / blocks * blocks + sender) * PART_PITCH floats.
+// Rows that were sent, behind all else in a block's shared memory: at (row / blocks * blocks + sender) * PART_PITCH floats.
 #define RESULTS (WARPS * PART * 4)
 #define SENT (RESULTS > ROW_SCALE + 16 * NT ? RESULTS : ROW_SCALE + 16 * NT)
 
@@ -54,7 +54,8 @@ __device__ __forceinline__ void leave_nothing(char* smem) {
 
 // Each warp has left its rows of results in `smem`, or nothing: join them, then those of the blocks, rotate back and store.
 __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
-  const int tid = thread_number(), lane = tid % 32, index = p.by_blocks.divide(blockIdx.x), rank = blockIdx.x - index * p.blocks;
+  const int index = p.by_blocks.divide(blockIdx.x), rank = blockIdx.x - index * p.blocks;
+  const int tid = thread_number(), lane = tid % 32;
   const int count = min(4 * NT, p.heads.rows - p.heads.first_row(index));
   const u32 sent = shared_address(smem) + SENT;
   float signs[OF_LANE];

@@ -6,8 +6,10 @@ line of tiles, and so are GPUs before compute capability 9.0.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
+from typing import Any
 
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 from turboquant_vllm.cuda.sources import params_of, source
@@ -16,6 +18,7 @@ from turboquant_vllm.cuda.variants import (
     Variant,
     choose_cluster,
     choose_variant,
+    cluster_variants,
     device_limits,
     divisor,
     has_clusters,
@@ -64,6 +67,15 @@ def _fit(index: int, variant: Variant, pages: bool, blocks: int) -> int:
     return _kernel(index, variant, pages).clusters_at_once(32 * variant.warps, variant.cluster_bytes(blocks), blocks)
 
 
+def _load_all(index: int, alone: Variant, line: Variant, pages: bool, kernels: Callable[[int, Variant], Any]) -> None:
+    """Load all that other lengths of the same call may take, so that a new length compiles nothing, in a graph's capture above
+    all."""
+    kernels(index, line)
+    for variant in cluster_variants(alone, pages):
+        if variant is not None:
+            _kernel(index, variant, pages)
+
+
 @lru_cache(maxsize=1024)
 def plan(
     index: int,
@@ -76,22 +88,24 @@ def plan(
     masked: bool,
     offsets: bool,
     pages: bool,
+    kernels: Callable[[int, Variant], Any],
 ) -> ClusterCall | None:
     """The launch for ``rows`` query rows of each of ``heads`` key/value heads of all sequences, over at most ``tiles`` tiles of
-    16 keys each, on device ``index``; None where the line of tiles is to do it."""
+    16 keys each, on device ``index``; None where the line of tiles is to do it. ``kernels`` loads what the line takes."""
     if not has_clusters(index):
         return None
-    base = choose_variant(head_dim, rows, device_limits(index)[1], masked, offsets, hadamard=True, cluster=True)
-    chunks = -(-rows // (4 * base.row_tiles))
+    multiprocessors, shared_limit = device_limits(index)
+    line, alone = (choose_variant(head_dim, rows, shared_limit, masked, offsets, True, one) for one in (False, True))
+    chunks = -(-rows // (4 * alone.row_tiles))
     if pages and chunks > 1:
         return None
     passes = heads * chunks
-    multiprocessors, shared_limit = device_limits(index)
+    _load_all(index, alone, line, pages, kernels)
 
     def fit(variant: Variant, blocks: int) -> int:
         return _fit(index, variant, pages, blocks) if variant.cluster_bytes(blocks) <= shared_limit else 0
 
-    cluster = choose_cluster(passes, tiles, base, pages, multiprocessors, fit)
+    cluster = choose_cluster(passes, tiles, alone, pages, multiprocessors, fit)
     if cluster is None:
         return None
     variant, blocks = cluster.variant, cluster.blocks

@@ -128,8 +128,10 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
     load_part(x, merged + i * ROW_PITCH);
     hadamard(x);
 #pragma unroll
-    for (int j = 0; j < OF_LANE; j += 2)
-      if (at.there) ((u32*)p.out)[(at.out + lane * OF_LANE + j) / 2] = half_pair(x[j] * signs[j], x[j + 1] * signs[j + 1], p.is_bf16);
+    for (int j = 0; j < OF_LANE; j += 2) {
+      const u32 pair = half_pair(x[j] * signs[j], x[j + 1] * signs[j + 1], p.is_bf16);
+      if (at.there) ((u32*)p.out)[(at.out + lane * OF_LANE + j) / 2] = pair;
+    }
   }
 #else
   for (int n0 = warp * 8; n0 < D; n0 += COMBINE_THREADS / 4) {

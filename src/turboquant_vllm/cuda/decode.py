@@ -1,7 +1,8 @@
-"""The native decode: attention of up to 32 query rows per key/value head over packed keys and values, in two launches.
+"""The native decode: attention of up to 32 query rows per key/value head over packed keys and values, in one launch or two.
 
-The first kernel attends to parts of the keys, the second joins the parts; both are in ``decode.cu``. What is compiled
-depends on the device, the head dimension and the number of rows, never on a length.
+Of two, the first kernel attends to parts of the keys, which form one line, and the second joins the parts. Where there is
+little to do for each head, or many heads, a cluster of blocks does all of it (:mod:`turboquant_vllm.cuda.cluster`). What is
+compiled depends on the device, the head dimension, the number of rows and on which of these serves, which sizes decide.
 """
 
 from __future__ import annotations
@@ -293,7 +294,17 @@ class Operands:
         if hadamard and not split_len:
             heads, group = shape[0] * self.num_kv_heads, shape[1] // self.num_kv_heads
             one = cluster.plan(
-                device, heads, self.num_kv_heads, group, group * shape[2], -(-kv_len // 16), head_dim, masked, offsets, False
+                device,
+                heads,
+                self.num_kv_heads,
+                group,
+                group * shape[2],
+                -(-kv_len // 16),
+                head_dim,
+                masked,
+                offsets,
+                False,
+                _kernels,
             )
             if one is not None:
                 places = (out.data_ptr(), 0 if lse is None else lse.data_ptr(), sinks_at)

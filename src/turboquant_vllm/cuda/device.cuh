@@ -1,8 +1,7 @@
 // What both kernels share: single instructions, sums over lanes, the rotation of 16 rows, and how work is divided.
 //
-// The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES, PASSES, RESIDENT (blocks that are to share
-// a multiprocessor), and as 0 or 1 PAGED, MASKED, OFFSETS, AHEAD, CLUSTER and
-// HADAMARD, which CLUSTER needs.
+// The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES, PASSES, RESIDENT (blocks that are to
+// share a multiprocessor), and as 0 or 1 PAGED, MASKED, OFFSETS, AHEAD, CLUSTER and HADAMARD, which CLUSTER needs.
 typedef unsigned u32;
 typedef long long i64;
 
@@ -89,8 +88,8 @@ __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // Store at `at` in the shared memory of block `rank` of the cluster.
 __device__ __forceinline__ void sts_of(u32 at, int rank, float x) {
-  asm volatile("{.reg .u32 t; mapa.shared::cluster.u32 t, %0, %1; st.shared::cluster.f32 [t], %2;}" :: "r"(at), "r"(rank), "f"(x)
-               : "memory");
+  asm volatile("{.reg .u32 t; mapa.shared::cluster.u32 t, %0, %1; st.shared::cluster.f32 [t], %2;}"
+               :: "r"(at), "r"(rank), "f"(x) : "memory");
 }
 __device__ __forceinline__ void sts2_of(u32 at, int rank, float x, float y) {
   asm volatile("{.reg .u32 t; mapa.shared::cluster.u32 t, %0, %1; st.shared::cluster.v2.f32 [t], {%2, %3};}"

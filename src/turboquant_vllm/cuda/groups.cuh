@@ -123,7 +123,7 @@ __device__ __forceinline__ void enter_groups(const DecodeParams& p, u32 ring, co
   const u32 ahead = ring + GROUP_ROWS;
 #if AHEAD
   if (n0 < (tile0 + STAGES) * 16) {  // later ones have landed with a tile that has been waited for
-    if (!CLUSTER && n0 == tile0 * 16) copy_groups(p, ahead, pass, first, true), commit_copies();  // a cluster has done it before
+    if (!CLUSTER && n0 == tile0 * 16) copy_groups(p, ahead, pass, first, true), commit_copies();  // a cluster has asked
     wait_copies<0>();
     __syncwarp();
   }

@@ -1,5 +1,5 @@
-// Rotation by a Sylvester-Hadamard matrix times signs, by additions: a row of D coordinates in one warp. Nothing of the rotation is
-// read but its row 0, the signs over sqrt(D), since row 0 of the Hadamard matrix is all ones.
+// Rotation by a Sylvester-Hadamard matrix times signs, by additions: a row of D coordinates in one warp. Nothing of the matrix
+// is read but its row 0, the signs over sqrt(D), since row 0 of the Hadamard matrix is all ones.
 #if HADAMARD
 #define OF_LANE (D / 32)  // coordinates of a row that a lane has: lane * OF_LANE and the next ones
 #define ROWS_HELD ((4 * NT + WARPS - 1) / WARPS)  // rows of the query that a warp loads at a time
@@ -30,17 +30,18 @@ __device__ __forceinline__ void load_part(float* x, const float* row) {
   for (int j = 0; j < OF_LANE; j++) x[j] = row[(threadIdx.x & 31) * OF_LANE + j];
 }
 
-// Row i of the passes from `first` on: of which pass, whether there is such a query, of which sequence and head, at which token.
-struct QueryRow { int pass, row; bool there; int batch, kv_head, head, token; };
+// Row i of the passes from `first` on: whether there is such a query, of which sequence and head, at which token.
+struct QueryRow { bool there; int batch, kv_head, head, token; };
 __device__ __forceinline__ QueryRow row_of(const DecodeParams& p, int first, int i) {
-  const int pass = first + i / (4 * NT), of_all = p.heads.head_of(pass), b = p.heads.batch(of_all), kv_head = of_all - b * p.heads.kv_heads;
+  const int pass = first + i / (4 * NT), of_all = p.heads.head_of(pass), b = p.heads.batch(of_all);
+  const int kv_head = of_all - b * p.heads.kv_heads;
   const int row = p.heads.first_row(pass) + i % (4 * NT), position = p.heads.position(row);
   const int head = kv_head * p.heads.group + p.heads.member(row);
 #if PAGED
   const int token = first_token_of(p.starts, b, p.tokens), tokens = first_token_of(p.starts, b + 1, p.tokens) - token;
-  return {pass, i % (4 * NT), position < tokens, 0, kv_head, head, token + position};
+  return {position < tokens, 0, kv_head, head, token + position};
 #else
-  return {pass, i % (4 * NT), row < p.heads.rows, b, kv_head, head, position};
+  return {row < p.heads.rows, b, kv_head, head, position};
 #endif
 }
 
@@ -61,7 +62,8 @@ __device__ __forceinline__ void load_rows(Rows& rows, const DecodeParams& p, int
     const unsigned short* from = (const unsigned short*)p.q + times(row.batch, p.q_b) + times(row.token, p.q_n) +
                                  times(row.head, p.q_h) + times(lane * OF_LANE, p.q_d);
 #pragma unroll
-    for (int j = 0; j < OF_LANE / 2; j++) rows.at[i][j] = row.there ? from[2 * j * p.q_d] | (u32)from[(2 * j + 1) * p.q_d] << 16 : 0;
+    for (int j = 0; j < OF_LANE / 2; j++)
+      rows.at[i][j] = row.there ? from[2 * j * p.q_d] | (u32)from[(2 * j + 1) * p.q_d] << 16 : 0;
 #if OFFSETS
     if (p.key_scales) load_part(rows.scales[i], p.key_scales + row.kv_head * D);
 #endif
@@ -74,8 +76,8 @@ __device__ __forceinline__ void ask_for_query(Rows& rows, const DecodeParams& p,
   if ((threadIdx.x >> 5) < all) load_part(rows.signs, p.rotation);
 }
 
-// Rotate the queries of the passes from `first` on, `all` rows, scale each into fp16 and leave them as fragments of Q K^T. `rows`
-// holds the first of them.
+// Rotate the queries of the passes from `first` on, `all` rows, scale each into fp16 and leave them as fragments of Q K^T.
+// `rows` holds the first of them.
 __device__ __forceinline__ void rotate_query(const DecodeParams& p, char*, Rows& rows, int first, int all, float scale,
                                              char* fragments, float* row_scales) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

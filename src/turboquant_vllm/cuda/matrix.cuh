@@ -40,8 +40,8 @@ __device__ __forceinline__ void ask_for_query(Rows& rows, const DecodeParams& p,
     if ((warp + i * WARPS) * 8 < D) load_turn(rows.turn[i], p.rotation, (warp + i * WARPS) * 8, 0, false, p.pre_rotated);
 }
 
-// Rotate the queries of the passes from `first` on, `all` rows, scale each into fp16 and leave them as fragments of Q K^T. `rows`
-// holds the first of them.
+// Rotate the queries of the passes from `first` on, `all` rows, scale each into fp16 and leave them as fragments of Q K^T.
+// `rows` holds the first of them.
 __device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, Rows& rows, int first, int all, float scale,
                                              char* fragments, float* row_scales) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;

@@ -1,4 +1,4 @@
-"""The native decode over pages: attention of sequences with few query rows, in three launches.
+"""The native decode over pages: attention of sequences with few query rows, in one launch or three.
 
 The kernels are those of :mod:`turboquant_vllm.cuda.decode`, compiled with PAGED: one rotates the queries of all sequences
 before, and the line of work is planned on the device from the sequences' lengths, so that a CUDA graph may be replayed with
@@ -165,7 +165,9 @@ def decode_pages(
     index, offsets = q.get_device(), cache.has_offsets
     if hadamard and longest:
         tiles = -(-longest // 16)
-        one = cluster.plan(index, count * num_kv_heads, num_kv_heads, group, rows, tiles, head_dim, masked, offsets, True)
+        one = cluster.plan(
+            index, count * num_kv_heads, num_kv_heads, group, rows, tiles, head_dim, masked, offsets, True, _kernels
+        )
         if one is not None:
             of_out = (0, result.stride(1), result.stride(0), 0, 1, num_heads)
             places = (result.data_ptr(), lse.data_ptr(), sinks_at)

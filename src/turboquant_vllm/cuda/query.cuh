@@ -1,5 +1,4 @@
-// What the first kernel takes, how its shared memory is laid out, and its query: rotated, scaled into fp16, laid out as its matrix
-// instructions want it.
+// What the first kernel takes, and how its shared memory is laid out.
 //
 //   shared memory of a block        table   256 entries of half2 (level of the high nibble, of the low nibble), each
 //                                           32 times side by side: entry b, copy of lane l at b * 256 + l * 4
@@ -101,7 +100,7 @@ __device__ __forceinline__ int place(int p, int token) {
   return D == 256 ? p ^ ((token & 1) << 2 | (token & 2)) : D == 128 ? p ^ (token & 2) : p;
 }
 
-// Fill the table; `level`: that of lane % 16 in both halves. A warp writes four entries at a time, each lane four copies of one.
+// Fill the table; `level`: that of lane % 16 in both halves. A warp writes four entries at a time, a lane four copies of one.
 __device__ __forceinline__ void fill_table(char* smem, u32 level) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
 #pragma unroll

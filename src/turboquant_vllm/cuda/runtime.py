@@ -31,6 +31,8 @@ from typing import Any
 
 import torch
 
+from turboquant_vllm.cuda.usage import ResourceUsage, resource_usage
+
 __all__ = [
     "Compiled",
     "Kernel",
@@ -69,17 +71,6 @@ class Compiled:
     log: str
     arch: str
     key: str
-
-
-@dataclass(frozen=True)
-class ResourceUsage:
-    """Registers per thread; spills and stack frame in bytes per thread; static shared memory in bytes per block."""
-
-    registers: int
-    spill_stores: int
-    spill_loads: int
-    stack_frame: int
-    static_shared: int
 
 
 @functools.cache
@@ -153,30 +144,6 @@ def _run_nvrtc(
         raise RuntimeError(f"NVRTC could not compile {name} for {arch}: {message}") from error
     lowered = {expression: symbol.decode() for expression, symbol in code.symbol_mapping.items()}
     return bytes(code.code), log.getvalue().replace("\0", "").strip(), lowered
-
-
-def resource_usage(compiled: Compiled) -> dict[str, ResourceUsage]:
-    """What each entry point needs, as ptxas reported it; RuntimeError if the log lacks a number.
-
-    Spills of device functions that were not inlined count for every kernel: the log does not say who calls them.
-    """
-    frame = r"Function properties for (\S+)\n\D*(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill"
-    frames = {symbol: [int(number) for number in numbers] for symbol, *numbers in re.findall(frame, compiled.log)}
-    used = r"(?s)Compiling entry function '([^']+)'.*?Used (\d+) registers([^\n]*)"
-    registers = {symbol: (int(count), rest) for symbol, count, rest in re.findall(used, compiled.log)}
-    symbols = set(compiled.kernels.values())
-    outlined = [numbers for symbol, numbers in frames.items() if symbol not in symbols]
-    usage = {}
-    for name, symbol in compiled.kernels.items():
-        if symbol not in frames or symbol not in registers:
-            raise RuntimeError(f"the compile log has no resource usage for {symbol}:\n{compiled.log}")
-        count, rest = registers[symbol]
-        shared = re.search(r"(\d+) bytes smem", rest)
-        stack, stores, loads = frames[symbol]
-        stores += sum(numbers[1] for numbers in outlined)
-        loads += sum(numbers[2] for numbers in outlined)
-        usage[name] = ResourceUsage(count, stores, loads, stack, int(shared[1]) if shared else 0)
-    return usage
 
 
 def cache_dir() -> Path | None:

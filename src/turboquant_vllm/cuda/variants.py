@@ -11,8 +11,8 @@ from functools import cache
 import torch
 
 __all__ = [
-    "COMBINE_THREADS", "Cluster", "Division", "Variant", "choose_cluster", "choose_variant", "device_limits", "divisor",
-    "has_clusters", "rows_at_once",
+    "COMBINE_THREADS", "Cluster", "Division", "Variant", "choose_cluster", "choose_variant", "cluster_variants",
+    "device_limits", "divisor", "has_clusters", "rows_at_once",
 ]  # fmt: skip
 
 COMBINE_THREADS = {64: 256, 128: 512, 256: 512}  # of a block of the second kernel, by head_dim
@@ -135,7 +135,7 @@ def choose_variant(
     most = 4 if head_dim == 256 else 8  # the sums of more rows do not fit the registers
     row_tiles = next(n for n in (1, 2, 4, 8) if n == most or 4 * n >= rows)
     sums = row_tiles * head_dim  # what a warp keeps in registers
-    many_warps = 16 if sums <= 256 else 12 if sums <= 512 else 8
+    many_warps = 16 if sums <= 256 else 12 if sums <= 512 and not (cluster and row_tiles == 8) else 8
     in_registers = head_dim < 256 and row_tiles <= 2
     candidates = (
         Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked, offsets, ahead, cluster, hadamard)
@@ -184,6 +184,17 @@ class Cluster:
     variant: Variant
 
 
+def cluster_variants(alone: Variant, pages: bool) -> tuple[Variant, Variant | None, Variant | None]:
+    """What may be compiled for clusters: ``alone``, of a block that has a multiprocessor to itself; the same with half as many
+    warps, if these are many; and a block of two that share one, if the table fits twice and sequences are equally long."""
+    if alone.warps <= 8:
+        return alone, None, None
+    few = dataclasses.replace(alone, warps=8)
+    if alone.head_dim == 256 or alone.row_tiles > 2 or pages:
+        return alone, few, None
+    return alone, few, dataclasses.replace(few, stages=256 // alone.head_dim, ahead=False, resident=2)
+
+
 def choose_cluster(
     passes: int, tiles: int, variant: Variant, pages: bool, multiprocessors: int, fit: Callable[[Variant, int], int]
 ) -> Cluster | None:
@@ -192,26 +203,23 @@ def choose_cluster(
     Args:
         passes: over the keys.
         tiles: of each; over pages, of the longest.
-        variant: what is compiled where a block has a multiprocessor to itself.
-        pages: whether sequences may differ in length. Then there must be few, since a cluster does not help others.
+        variant: the first of :func:`cluster_variants`.
+        pages: whether sequences may differ in length. Then there must be few, since no cluster helps another.
         multiprocessors: of the device.
         fit: clusters of so many blocks that run at once.
 
-    Numbers were measured on an H200 (``docs/performance.md``).
+    The limits were measured on an H200 (``docs/performance.md``).
     """
     work = passes * tiles * variant.head_dim // 128
-    pair = dataclasses.replace(variant, warps=8, stages=2 * 128 // max(variant.head_dim, 64), ahead=False, resident=2)
-    if passes > multiprocessors and variant.warps == 16 and variant.head_dim < 256 and not pages and work <= MOST_WORK_OF_PAIRS:
-        at_once = fit(pair, 1)
-        return Cluster(1, pair) if passes >= 0.9 * at_once * -(-passes // at_once) else None
-    for blocks in (MOST_BLOCKS,) if pages else (MOST_BLOCKS, 4, 2, 1):
-        if passes > fit(variant, blocks):
-            continue
-        if work > (MOST_WORK if passes * blocks >= 0.9 * multiprocessors else MOST_WORK_OF_FEW):
-            return None
-        few = variant.warps > 8 and tiles <= 32 * blocks
-        return Cluster(blocks, dataclasses.replace(variant, warps=8) if few else variant)
-    return None
+    alone, few, pair = cluster_variants(variant, pages)
+    if passes > multiprocessors:
+        at_once = 0 if pair is None or work > MOST_WORK_OF_PAIRS else fit(pair, 1)
+        full = at_once > 0 and passes >= 0.9 * at_once * -(-passes // at_once)
+        return Cluster(1, pair) if full and pair is not None else None
+    blocks = next((n for n in ((MOST_BLOCKS,) if pages else (MOST_BLOCKS, 4, 2, 1)) if passes <= fit(alone, n)), 0)
+    if blocks == 0 or work > (MOST_WORK if passes * blocks >= 0.9 * multiprocessors else MOST_WORK_OF_FEW):
+        return None
+    return Cluster(blocks, few if few is not None and tiles <= 32 * blocks else alone)
 
 
 @cache
