@@ -22,7 +22,7 @@ from turboquant_vllm.bench import PARTS, kernels, machine, others, parts, run, r
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 # Made before result files had the command that makes them; each loses its place here when it is made again.
 WITHOUT_COMMAND = {
-    "decode-contexts-h200", "families", "hf-h200", "quality-demo", "quality-demo-greedy", "quality-keys-bias",
+    "decode-contexts-h200", "hf-h200", "quality-demo", "quality-demo-greedy", "quality-keys-bias",
     "quality-keys-h200", "quality-keys-rules", "quality-real", "quality-recall", "quality-text", "sanitizer-lanes",
     "vllm-soak-cpu",
 }  # fmt: skip
