@@ -29,7 +29,7 @@ from hf_models import (
 from oracle import assert_close
 from turboquant_vllm import TQ4Codec
 from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache, TurboQuantStaticCache, attention_forward
-from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, SpanMask, find_spans, read_spans
+from turboquant_vllm.hf.pages import PAGE_SIZE, PagedTensor, find_spans
 from turboquant_vllm.hf.static import MAX_CHUNK, DenseStaticLayer, PagedLayer
 from turboquant_vllm.hf.tensors import additive
 
@@ -383,28 +383,6 @@ def test_what_a_model_makes_of_keys_or_values_is_what_it_gets(changed, states, r
     got, _ = attention_forward(torch.nn.Module(), query, keys, values, find_spans(sees, torch.float32))
     want = torch.nn.functional.scaled_dot_product_attention(query, keys + 0, values + 0, attn_mask=sees)
     assert_close(got.transpose(1, 2), want.double())
-
-
-def test_spans_stand_for_masks():
-    sees = torch.zeros(4, 1, 1, 9, dtype=torch.bool)
-    sees[0, ..., 2:7] = sees[1, ..., :9] = sees[2, ..., 8:] = True  # the last sequence sees nothing
-    mask = find_spans(sees, torch.bfloat16)
-    stops, rows, counts = read_spans(mask.spans)
-    assert (stops.tolist(), rows.tolist(), counts.tolist()) == ([7, 9, 9, 0], [0, 1, 2, 3, 4], [5, 9, 1, 0])
-    assert mask.spans.shape == (3, 4, 2)
-    assert torch.equal(mask.written(), sees)
-    assert (mask.shape, mask.dtype) == (sees.shape, torch.bfloat16)
-    assert torch.equal(mask + 0, torch.zeros(()).bfloat16().where(sees, torch.finfo(torch.bfloat16).min))
-    moved = mask.to("meta")
-    assert isinstance(moved, SpanMask)
-    assert moved.spans.device.type == "meta"
-    assert find_spans(sees[[1, 3]], torch.float32).spans.shape[0] == 3
-    mask = find_spans(sees[[1, 3]], torch.float32, windows=False)
-    stops, rows, counts = read_spans(mask.spans)
-    assert (stops.tolist(), rows.tolist(), counts) == ([9, 0], [0, 1, 2], None)
-    assert torch.equal(mask.written(), sees[[1, 3]])
-    sees[0, ..., 4] = False
-    assert find_spans(sees, torch.float32) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8], ids=str)

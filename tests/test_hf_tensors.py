@@ -15,7 +15,7 @@ import torch
 pytest.importorskip("transformers")
 
 from turboquant_vllm import TQ4Codec
-from turboquant_vllm.hf.pages import PagedTensor, find_spans
+from turboquant_vllm.hf.pages import PagedTensor, SpanMask, find_spans, read_spans
 from turboquant_vllm.hf.static import PagedLayer
 from turboquant_vllm.hf.tensors import CausalMask, DeferredTensor, PackedTensor
 
@@ -129,3 +129,25 @@ def test_a_deep_copy_is_its_own(x: torch.Tensor) -> None:
     tensor.codes.zero_()
     assert isinstance(again, PackedTensor)
     assert torch.equal(again.dense(), before)
+
+
+def test_spans_stand_for_masks():
+    sees = torch.zeros(4, 1, 1, 9, dtype=torch.bool)
+    sees[0, ..., 2:7] = sees[1, ..., :9] = sees[2, ..., 8:] = True  # the last sequence sees nothing
+    mask = find_spans(sees, torch.bfloat16)
+    stops, rows, counts = read_spans(mask.spans)
+    assert (stops.tolist(), rows.tolist(), counts.tolist()) == ([7, 9, 9, 0], [0, 1, 2, 3, 4], [5, 9, 1, 0])
+    assert mask.spans.shape == (3, 4, 2)
+    assert torch.equal(mask.written(), sees)
+    assert (mask.shape, mask.dtype) == (sees.shape, torch.bfloat16)
+    assert torch.equal(mask + 0, torch.zeros(()).bfloat16().where(sees, torch.finfo(torch.bfloat16).min))
+    moved = mask.to("meta")
+    assert isinstance(moved, SpanMask)
+    assert moved.spans.device.type == "meta"
+    assert find_spans(sees[[1, 3]], torch.float32).spans.shape[0] == 3
+    mask = find_spans(sees[[1, 3]], torch.float32, windows=False)
+    stops, rows, counts = read_spans(mask.spans)
+    assert (stops.tolist(), rows.tolist(), counts) == ([9, 0], [0, 1, 2], None)
+    assert torch.equal(mask.written(), sees[[1, 3]])
+    sees[0, ..., 4] = False
+    assert find_spans(sees, torch.float32) is None
