@@ -305,6 +305,24 @@ def compare(
     assert error <= limit, f"{what}: error {error:.3e} above {limit:.3e}, largest magnitude {largest:.3e}"  # NaN fails too
 
 
+def check_replays(run: Run, case: Case, other: Case) -> None:
+    """A CUDA graph of ``run(*case.operator_arguments)`` gives what its arguments hold at each replay: case's, then other's."""
+    run(*case.operator_arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = run(*case.operator_arguments)
+    for contents in (case, other):
+        for name in ("q", "k", "k_norms", "v", "v_norms"):
+            getattr(case, name).copy_(getattr(contents, name))
+        out.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        want, want_lse = expected(contents)
+        compare(out, want, case.q.dtype)
+        compare(lse, want_lse, case.q.dtype, at_least=1.0, what="lse")
+
+
 def check_gate(out: torch.Tensor, want: torch.Tensor, pytorch: torch.Tensor, dtype: torch.dtype) -> None:
     """The error of ``out`` is at most twice that of ``pytorch``, both computed in ``dtype``; ``want`` in float64."""
     floor = GATE_FLOOR[dtype] * torch.finfo(dtype).eps

@@ -7,7 +7,7 @@ import functools
 import pytest
 import torch
 
-from attention_cases import check, compare, expected, poisoned_memory, random_case
+from attention_cases import check, check_replays, compare, expected, poisoned_memory, random_case
 from attention_contract import AttentionContract
 from mask_contract import MaskContract
 from offset_contract import OffsetContract, PagedOffsetContract
@@ -152,24 +152,7 @@ def test_bits_repeat(monkeypatch, generator, size):
 def test_graph_replays_with_other_contents(blocks, generator, q_len):
     sizes = {"dtype": HALF, "device": "cuda", "batch": 2, "group": 4, "q_len": q_len, "kv_len": 1299, "is_causal": True}
     case, other = random_case(generator, **sizes), random_case(generator, **sizes)
-
-    def run():
-        return torch.ops.turboquant.cuda_decode(*case.operator_arguments, hadamard=True)
-
-    run()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = run()
-    for contents in (case, other):
-        for name in ("q", "k", "k_norms", "v", "v_norms"):
-            getattr(case, name).copy_(getattr(contents, name))
-        out.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        want, want_lse = expected(contents)
-        compare(out, want, HALF)
-        compare(lse, want_lse, HALF, at_least=1.0, what="lse")
+    check_replays(functools.partial(torch.ops.turboquant.cuda_decode, hadamard=True), case, other)
 
 
 @pytest.mark.parametrize(("batch", "kv_len"), [(1, 1024), (1, 8192), (1, 40001), (32, 4096), (64, 1024)])

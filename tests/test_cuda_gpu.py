@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_cases import check, compare, expected, poisoned_memory, random_case
+from attention_cases import check, check_replays, compare, expected, poisoned_memory, random_case
 from attention_contract import AttentionContract, check_causal_sizes
 from mask_contract import MaskContract
 from turboquant_vllm import TQ4Codec, tq4_attention
@@ -177,21 +177,7 @@ def test_split_length_that_does_not_fit(run, generator, split_len):
 def test_graph_replays_with_other_contents(generator, q_len):
     sizes = {"dtype": HALF, "device": "cuda", "batch": 2, "group": 4, "q_len": q_len, "kv_len": 1299, "is_causal": True}
     case, other = random_case(generator, **sizes), random_case(generator, **sizes)
-    run = torch.ops.turboquant.cuda_decode
-    run(*case.operator_arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = run(*case.operator_arguments)
-    for contents in (case, other):
-        for name in ("q", "k", "k_norms", "v", "v_norms"):
-            getattr(case, name).copy_(getattr(contents, name))
-        out.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        want, want_lse = expected(contents)
-        compare(out, want, HALF)
-        compare(lse, want_lse, HALF, at_least=1.0, what="lse")
+    check_replays(torch.ops.turboquant.cuda_decode, case, other)
 
 
 def test_operator_is_registered_right(generator):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_cases import check, compare, expected, poisoned_memory, random_case
+from attention_cases import check, check_replays, poisoned_memory, random_case
 from attention_contract import AttentionContract, check_causal_sizes
 from mask_contract import MaskContract
 from offset_contract import OffsetContract
@@ -231,21 +231,7 @@ def test_device_that_is_not_current(run, generator):
 def test_graph_replays_with_other_contents(generator, q_len):
     sizes = {"dtype": HALF, "device": "cuda", "batch": 2, "group": 4, "q_len": q_len, "kv_len": 299, "is_causal": True}
     case, other = random_case(generator, **sizes), random_case(generator, **sizes)
-    run = torch.ops.turboquant.triton_attention
-    run(*case.operator_arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out, lse = run(*case.operator_arguments)
-    for contents in (case, other):
-        for name in ("q", "k", "k_norms", "v", "v_norms"):
-            getattr(case, name).copy_(getattr(contents, name))
-        out.fill_(float("nan"))
-        graph.replay()
-        torch.cuda.synchronize()
-        want, want_lse = expected(contents)
-        compare(out, want, HALF)
-        compare(lse, want_lse, HALF, at_least=1.0, what="lse")
+    check_replays(torch.ops.turboquant.triton_attention, case, other)
 
 
 @pytest.mark.parametrize("packed", [PACKED, PACKED_KEYS, DENSE], ids=_name)
