@@ -1,5 +1,6 @@
 """Rows of ``benchmarks/serving.py`` about pages: decode against our own dense call, prompts whose lengths the host knows
-against PyTorch's best dense attention, and a mixed batch against its two parts.
+against PyTorch's best dense attention, a mixed batch against its two parts, and a step that stores its own keys and values
+against two calls.
 
 Both sides of a row read the same bytes, the pages in random order. Answers are checked against the reference in float64, and
 whole public calls are timed, replayed from CUDA graphs.
@@ -13,7 +14,7 @@ import torch
 
 import common
 from triton_attention import HEAD_DIM, error, random_cache
-from turboquant_vllm import PagedTQ4Cache, TQ4Codec, TQ4Tensor, reference, tq4_attention, tq4_paged_attention
+from turboquant_vllm import PagedTQ4Cache, TQ4Codec, TQ4Tensor, reference, tq4_attention, tq4_paged_attention, tq4_store
 from turboquant_vllm.records import GROUP, Masks, Sequences
 
 # id, sequences, query heads, kv heads, keys of each sequence
@@ -23,6 +24,15 @@ DECODE = [
     ("paged-c", 8, 32, 32, 8192),
     ("paged-d", 32, 32, 8, 4096),
     ("paged-e", 16, 64, 8, 32768),
+    ("paged-f", 1, 32, 8, 8192),
+    ("paged-f1", 1, 32, 8, 1024),
+]
+# The same, of a step that stores a token of each sequence first.
+STEPS = [
+    ("step-1x1024", 1, 32, 8, 1024),
+    ("step-1x32768", 1, 32, 8, 32768),
+    ("step-32x1024", 32, 32, 8, 1024),
+    ("step-32x8192", 32, 32, 8, 8192),
 ]
 # id, query heads, kv heads, query tokens, keys
 PROMPTS = [("prefill", 32, 8, 8192, 8192), ("chunk512", 32, 8, 512, 32768 + 512)]
@@ -65,9 +75,9 @@ class Batch:
             self.bounds = {"seq_lens_cpu": self.seq_lens.tolist(), "cu_seqlens_q_cpu": self.cu_seqlens_q.tolist()}
         self.q = torch.randn(sum(queries), heads, HEAD_DIM, dtype=torch.float16, device="cuda")
 
-    def __call__(self) -> torch.Tensor:
-        index = (self.block_table, self.seq_lens, self.cu_seqlens_q)
-        return tq4_paged_attention(self.q, self.cache, self.codec, *index, **self.bounds)
+    def __call__(self, **new: Any) -> torch.Tensor:
+        index, options = (self.block_table, self.seq_lens, self.cu_seqlens_q), {**self.bounds, **new}
+        return tq4_paged_attention(self.q, self.cache, self.codec, *index, **options)
 
     def _put_offsets(self) -> None:
         """Random ones, as long as keys are, and an outlier in most groups."""
@@ -200,9 +210,47 @@ def mixed_row(page: int, codec: TQ4Codec, known: bool) -> dict[str, Any]:
     }
 
 
+def step_row(case: tuple[str, int, int, int, int], codec: TQ4Codec) -> dict[str, Any]:
+    """``ratio`` is the time of a store and of attention behind it over that of one call, keys with offsets, timed in turns."""
+    name, sequences, heads, kv_heads, kv_len = case
+    k, v = (random_cache(sequences, kv_heads, kv_len, HEAD_DIM) for _ in range(2))
+    batch = Batch(codec, [(k, v)], [1], heads, GROUP, offsets=True)
+    page, place = divmod(kv_len - 1, GROUP)  # of the last token, which goes on in a group
+    slots = batch.block_table[:, page].long() * GROUP + place
+    keys, values = torch.randn(2, sequences, kv_heads, HEAD_DIM, dtype=torch.float16, device="cuda")
+    new: dict[str, Any] = {"slot_mapping": slots, "previous_slots": slots - 1}
+
+    def two_calls() -> torch.Tensor:
+        tq4_store(keys, values, batch.cache, codec, **new)
+        return batch()
+
+    before = batch.cache.buffer.clone()
+    results = []
+    for call in (two_calls, lambda: batch(k=keys, v=values, **new)):
+        batch.cache.buffer.copy_(before)
+        results.append((call(), batch.cache.buffer.clone()))
+    if not all(torch.equal(x, y) for x, y in zip(*results, strict=True)):
+        raise AssertionError(f"{name}: one call does not give the bits of two")
+    worst = batch.error()
+    calls = [common.graphed(two_calls), common.graphed(lambda: batch(k=keys, v=values, **new))]
+    turns = [[common.median_ms(call) for call in calls] for _ in range(3)]
+    apart, ours = (sorted(times)[1] for times in zip(*turns, strict=True))
+    return {
+        "id": name,
+        "scope": "call",
+        "shape": {"sequences": sequences, "heads": heads, "kv_heads": kv_heads, "kv_len": kv_len, "head_dim": HEAD_DIM},
+        "page_size": GROUP,
+        "dtype": "fp16",
+        "ours_ms": round(ours, 5),
+        "two_calls_ms": round(apart, 5),
+        "ratio": round(apart / ours, 3),
+        "max_abs_err": worst,
+    }
+
+
 def rows(codec: TQ4Codec, bandwidth: float) -> list[dict[str, Any]]:
     """All rows, for page sizes 16 and 64."""
-    result = []
+    result = [step_row(case, codec) for case in STEPS]
     for page in (16, 64):
         for case in DECODE:
             result.append(decode_row(case, page, codec, bandwidth))

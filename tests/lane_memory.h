@@ -2,7 +2,8 @@
 // accesses that nothing puts in order. Shared memory is full of NaN at first, as some of it may be read for nothing.
 //
 // Two accesses to a word, one of them a write, are in order if one lane made both; if a barrier of the warp, the block or the
-// cluster lies between them; or if they belong to different kernels and the lane has waited for the kernel before. Shuffles and matrix
+// cluster lies between them; or if they belong to different kernels, of which one had ended: the kernel before once the lane has
+// waited for it, an earlier one also if the kernel before let this one start only after that. Shuffles and matrix
 // instructions bring lanes together, but order no memory. Who runs first in the emulator does not matter: every access is
 // held against those that the word has seen.
 #pragma once
@@ -30,9 +31,13 @@ struct Access {
 struct Word { Access write, read; bool in_flight; };
 struct Page { Word words[1024]; };
 
+// Launches up to these had ended when this one began, and when the one before ended.
+inline unsigned ended_at_start = 0, ended_before_previous = 0;
+
 inline bool ordered(const Access& past, const Access& now, bool waited) {
   if (past.launch == 0) return true;
-  if (past.launch != now.launch) return waited;
+  if (past.launch != now.launch)
+    return past.launch <= ended_at_start || (waited && (past.launch + 1 == now.launch || past.launch <= ended_before_previous));
   if (past.cluster != now.cluster) return false;
   if (past.cluster_arrivals < now.cluster_waits) return true;
   if (past.block != now.block) return false;

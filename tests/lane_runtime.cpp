@@ -44,6 +44,7 @@ std::vector<Lane> lanes;
 Lane* current = nullptr;
 jmp_buf scheduler;
 unsigned launches = 0;
+bool let_start_early, some_waited;  // a lane of the launch let the next one start before it waited itself; one has waited
 Index grid;
 Access last_to[MOST_BLOCKS];  // that another block made, to each block's shared memory
 char* stacks = nullptr;  // behind them the kernel's parameters
@@ -230,7 +231,15 @@ const Failure* run_grid(void (*lane)(const void*), const void* params, int param
                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   memcpy(stacks + MOST_THREADS * STACK, params, param_bytes);
   memory.launch = &launch, memory.static_begin = (uintptr_t)static_begin, memory.static_end = (uintptr_t)static_end;
-  if (!launch.before_previous_ends) memory.forget_all();
+  if (launch.before_previous_ends) {
+    const unsigned at_start = ended_at_start, for_waiting = ended_before_previous + 2 >= launches ? launches - 1 : ended_before_previous;
+    ended_before_previous = some_waited ? for_waiting : at_start;
+    ended_at_start = some_waited && !let_start_early ? for_waiting : at_start;
+  } else {
+    memory.forget_all();
+    ended_at_start = ended_before_previous = launches;
+  }
+  let_start_early = false, some_waited = !launch.before_previous_ends;
   body = lane, failure = {}, launches++, grid = {(unsigned)launch.columns, (unsigned)launch.rows, 1};
   for (int i = 0; i < launch.columns * launch.rows / launch.cluster && !failure.what; i++) {
     memory.forget_shared();
@@ -308,8 +317,8 @@ void land_copies(int pending) {
     groups.erase(groups.begin());
   }
 }
-void let_next_start() {}
-void wait_for_previous() { current->waited = true; }
+void let_next_start() { let_start_early |= !current->waited; }
+void wait_for_previous() { current->waited = some_waited = true; }
 float fma_towards_zero(float x, float y, float z) {
   fesetround(FE_TOWARDZERO);
   volatile float a = x, b = y, sum = fmaf(a, b, z);

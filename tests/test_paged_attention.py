@@ -130,6 +130,17 @@ WRONG = {
     "sinks": ({"sinks": torch.zeros(2)}, ValueError, r"sinks must have shape \[4\], got \[2\]"),
     "query-bound": ({"max_query_len": 2.0}, TypeError, "max_query_len must be an int, got float"),
     "key-bound": ({"max_seq_len": -1}, ValueError, "max_seq_len must be at least 0, got -1"),
+    "keys-alone": ({"k": torch.zeros(24, 2, 64)}, ValueError, "k, v and slot_mapping must come together, got k alone"),
+    "no-slots": (
+        {"k": torch.zeros(24, 2, 64), "v": torch.zeros(24, 2, 64)},
+        ValueError,
+        "k, v and slot_mapping must come together, got k, v alone",
+    ),
+    "new-shape": (
+        {"k": torch.zeros(24, 3, 64), "v": torch.zeros(24, 2, 64), "slot_mapping": torch.zeros(24).int()},
+        ValueError,
+        r"k must have shape \[tokens, 2, 64\], got \[24, 3, 64\]",
+    ),
     "scale": ({"sm_scale": "1"}, TypeError, "sm_scale must be a float or None, got str"),
 }
 

@@ -92,9 +92,12 @@ class TestForward:
 
         query, key, value = (pad(x, float("nan")) for x in (step.q, step.k, step.v))
         output = torch.full_like(query, 7.0)
-        with set_forward_context({"layer": metadata}, VllmConfig(device_config=DeviceConfig("cpu"))):
-            impl.do_kv_cache_update(SimpleNamespace(layer_name="layer"), key, value, kv_cache, pad(step.slots, -1))
-        assert impl.forward(None, query, key, value, kv_cache, metadata, output=output) is output
+        slots, config, layer = {"layer": pad(step.slots, -1)}, VllmConfig(device_config=DeviceConfig("cpu")), SimpleNamespace()
+        layer.layer_name = "layer"
+        with set_forward_context({"layer": metadata}, config, slot_mapping=slots):
+            if impl.shares_cache:
+                impl.do_kv_cache_update(layer, key, value, kv_cache, slots["layer"])
+            assert impl.forward(layer, query, key, value, kv_cache, metadata, output=output) is output
         assert (output[len(step.q) :] == 7.0).all()
         return output[: len(step.q)]
 

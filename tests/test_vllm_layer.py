@@ -50,10 +50,13 @@ def layer(request, generator):
     return make
 
 
-def attend(step, runs, k="own", v="own"):
+def attend(step, runs, k="own", v="own", *, at_once=False):
+    """A step's attention behind its store, or with it in one call."""
     out = torch.full_like(step.q, float("nan"))
-    step.store()
-    step.layer.attend(step.q, step.k if k == "own" else k, step.v if v == "own" else v, step.kv_cache, runs, out)
+    if not at_once:
+        step.store()
+    k, v = (own if given == "own" else given for own, given in ((step.k, k), (step.v, v)))
+    step.layer.attend(step.q, k, v, step.kv_cache, runs, out, **(step.where if at_once else {}))
     return out
 
 
@@ -112,6 +115,20 @@ class TestAttention:
         out = attend(step, step.runs())
         for index, kind in enumerate(KINDS):
             step.check(out, index, exact=kind == EXACT)
+
+    @pytest.mark.parametrize("numbers", [range(10), [2, 3, 0], [0, 8], [2], []])
+    def test_a_store_and_attention_at_once(self, generator, numbers, layer):
+        lengths, kinds = [MIXED[i] for i in numbers], [KINDS[i] for i in numbers]
+        step = random_step(generator, [*lengths, (1, 2)][: max(len(numbers), 1)], layer())
+        runs, before = step.runs() if numbers else [], step.kv_cache.clone()
+        out = attend(step, runs, at_once=True)
+        for index, kind in enumerate(kinds):
+            step.check(out, index, exact=kind == EXACT)
+        found = step.kv_cache.clone()
+        step.kv_cache.copy_(before)
+        step.store()
+        assert torch.equal(found, step.kv_cache)
+        assert not torch.equal(found, before)
 
     def test_exact_and_packed_differ_by_more_than_the_tolerance(self, generator, layer):
         step = random_step(generator, MIXED, layer())

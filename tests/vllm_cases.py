@@ -48,11 +48,16 @@ class Step:
     def page_size(self) -> int:
         return self.kv_cache.shape[2] * _place_of(self.layer)[0]
 
-    def store(self) -> None:
+    @property
+    def where(self) -> dict[str, torch.Tensor]:
+        """Where the step's own tokens go."""
         totals = torch.tensor([keys for _, keys in self.lengths], dtype=torch.int32)
         find = PreviousSlots(len(self.slots), self.page_size, self.q.device).find
         previous = find(torch.from_numpy(self.starts), totals, self.block_table, self.slots)
-        self.layer.store(self.k, self.v, self.kv_cache, self.slots, previous)
+        return {"slot_mapping": self.slots, "previous_slots": previous}
+
+    def store(self) -> None:
+        self.layer.store(self.k, self.v, self.kv_cache, **self.where)
 
     def expected(self, index: int, *, exact: bool) -> torch.Tensor:
         """The result ``[tokens, H_q, D]`` of one sequence in float64."""

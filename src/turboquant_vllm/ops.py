@@ -11,6 +11,7 @@ with ``torch.compile`` and importing this package load neither Triton nor a comp
     turboquant::reference_paged     the same                            the reference, which asks tensors for lengths
     turboquant::cuda_decode         attention of few rows, packed K, V  CUDA C++, compiled at first use
     turboquant::cuda_paged          the same over pages                 CUDA C++
+    turboquant::cuda_store_paged    the same, behind a store            CUDA C++
 """
 
 from __future__ import annotations
@@ -301,6 +302,11 @@ for _name, _run, _options in (
     )
 for _name, _run, _options in (
     ("cuda_paged", _paged_call("turboquant_vllm.cuda.paged:decode_pages"), ", *, bool hadamard=False"),
+    (
+        "cuda_store_paged",
+        _paged_call("turboquant_vllm.cuda.paged:store_and_decode_pages"),
+        ", *, Tensor k, Tensor v, Tensor slot_mapping, Tensor companding, str scale, Tensor? previous_slots=None",
+    ),
     ("reference_paged", _paged_call("turboquant_vllm.reference:fill_paged_attention"), ""),
     (
         "triton_paged",
@@ -311,7 +317,8 @@ for _name, _run, _options in (
     define_operator(
         _LIBRARY,
         _name,
-        "(Tensor q, Tensor pages, int page_size, int num_kv_heads, Tensor block_table, Tensor seq_lens, Tensor cu_seqlens_q, "
+        f"(Tensor q, Tensor{'(c!)' if 'store' in _name else ''} pages, int page_size, int num_kv_heads, Tensor block_table, "
+        "Tensor seq_lens, Tensor cu_seqlens_q, "
         "Tensor centroids, Tensor rotation, float sm_scale, bool causal, int max_query_len, int max_seq_len, Tensor(a!) out, "
         "Tensor(b!) lse, int? sliding_window=None, float? softcap=None, Tensor? sinks=None, Tensor? windows=None, "
         f"bool has_offsets=False, Tensor? key_scales=None{_options}) -> ()",

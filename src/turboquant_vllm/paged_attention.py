@@ -25,8 +25,10 @@ from turboquant_vllm.environment import checks_contents
 from turboquant_vllm.lengths import HostLengths
 from turboquant_vllm.limits import most_rows_over_pages, why_not_decode_pages
 from turboquant_vllm.paged import PagedTQ4Cache
-from turboquant_vllm.pieces import cut_sequences, native_calls, rows_left
+from turboquant_vllm.pieces import NativeCall, cut_sequences, native_calls, rows_left
 from turboquant_vllm.records import Sequences
+from turboquant_vllm.store import check_store, tq4_store
+from turboquant_vllm.store import why_not_backend as why_not_store_by
 
 __all__ = ["choose_paged_backend", "tq4_paged_attention", "why_not_paged"]
 
@@ -54,6 +56,10 @@ def tq4_paged_attention(
     cu_seqlens_q_cpu: Sequence[int] | torch.Tensor | None = None,
     backend: str = "auto",
     out: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
+    previous_slots: torch.Tensor | None = None,
 ) -> torch.Tensor: ...
 
 
@@ -78,6 +84,10 @@ def tq4_paged_attention(
     cu_seqlens_q_cpu: Sequence[int] | torch.Tensor | None = None,
     backend: str = "auto",
     out: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
+    previous_slots: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -101,13 +111,17 @@ def tq4_paged_attention(
     cu_seqlens_q_cpu: Sequence[int] | torch.Tensor | None = None,
     backend: str = "auto",
     out: torch.Tensor | None = None,
+    k: torch.Tensor | None = None,
+    v: torch.Tensor | None = None,
+    slot_mapping: torch.Tensor | None = None,
+    previous_slots: torch.Tensor | None = None,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of a batch of sequences over a paged cache: decode, prefill, continued prefixes, verification, in any order.
 
-    The new tokens' keys and values are in the cache already. Nothing waits for the GPU, and grids follow from shapes and from
-    ``max_query_len`` and ``max_seq_len`` alone: a CUDA graph may be replayed with other contents within these bounds. With
-    ``seq_lens_cpu`` and ``cu_seqlens_q_cpu`` the work follows from these: long prompts are faster, and a graph may be replayed
-    with these lengths only.
+    The new tokens' keys and values are in the cache already, or are given and stored first. Nothing waits for the GPU, and
+    grids follow from shapes and from ``max_query_len`` and ``max_seq_len`` alone: a CUDA graph may be replayed with other
+    contents within these bounds. With ``seq_lens_cpu`` and ``cu_seqlens_q_cpu`` the work follows from these: long prompts are
+    faster, and a graph may be replayed with these lengths only.
 
     Args:
         q: ``[T, H_q, D]``, fp16, bf16 or fp32, any strides: the query tokens of all sequences one after the other.
@@ -129,6 +143,9 @@ def tq4_paged_attention(
             query rows (tokens x heads of a group) ``seq_lens_cpu`` may be more than the truth.
         backend: "auto", "cuda", "triton" or "reference"; a named backend that cannot run raises and never falls back.
         out: where the result goes, ``[T, H_q, D]`` in q's dtype, any strides.
+        k, v, slot_mapping, previous_slots: as for :func:`turboquant_vllm.tq4_store`, which is called with them first. Where
+            the native kernels do both, attention begins while the store runs: a step costs two launches in place of four, or
+            four that overlap.
 
     Returns:
         ``[T, H_q, D]`` in q's dtype, ``out`` if that was given; with ``return_lse`` also float32 ``[T, H_q]``, natural
@@ -182,6 +199,8 @@ def tq4_paged_attention(
     name, reason = choose_paged_backend(q, shape, backend, bounds[0])
     if reason:
         raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+    calls = list(native_calls(shape, bounds[0], lengths)) if name == "cuda" else []
+    stored = _store_first(cache, codec, calls, k=k, v=v, slot_mapping=slot_mapping, previous_slots=previous_slots)
 
     host = (None, None) if lengths is None else (lengths.seq_lens, lengths.cu_seqlens_q)
     sequences = Sequences(block_table, seq_lens, cu_seqlens_q, bounds[0], bounds[1], *host)
@@ -194,18 +213,38 @@ def tq4_paged_attention(
         least = 1  # rows of a sequence that is Triton's
         if name == "cuda":
             least, native = rows_left(shape, bounds[0], lengths), {**offsets, "hadamard": codec.rotation_kind == "hadamard"}
-            for call in native_calls(shape, bounds[0], lengths):
+            for call in calls:
                 some = slice(call.first, call.stop)
                 where = (block_table[some], seq_lens[some], cu_seqlens_q[call.first : call.stop + 1])
                 windows = masks.get("windows")
                 own = masks if windows is None else {**masks, "windows": windows[some].repeat_interleave(call.pieces)}
                 if call.pieces > 1:
                     where = cut_sequences(*where, call.tokens, call.pieces, causal, cache.page_size)
-                torch.ops.turboquant.cuda_paged(q, *pages, *where, *how, call.tokens, bounds[1], out, lse, **own, **native)
+                arguments = (q, *pages, *where, *how, call.tokens, bounds[1], out, lse)
+                if stored and call is calls[0]:
+                    torch.ops.turboquant.cuda_store_paged(*arguments, **own, **offsets, **stored)
+                else:
+                    torch.ops.turboquant.cuda_paged(*arguments, **own, **native)
         if bounds[0] * shape.group >= least:
             more = {"min_rows": least, "seq_lens_cpu": host[0], "cu_seqlens_q_cpu": host[1]}
             torch.ops.turboquant.triton_paged(q, *pages, *sequences[:3], *how, *bounds, out, lse, **masks, **offsets, **more)
     return (out, lse) if return_lse else out
+
+
+def _store_first(
+    cache: PagedTQ4Cache, codec: TQ4Codec, calls: Sequence[NativeCall], **new: torch.Tensor | None
+) -> dict[str, object]:
+    """Store a step's own keys and values, if there are any; or what the first of ``calls`` takes in order to do it."""
+    k, v, slot_mapping, previous_slots = new.values()
+    if k is None or v is None or slot_mapping is None:
+        if given := ", ".join(name for name, x in new.items() if x is not None):
+            raise ValueError(f"k, v and slot_mapping must come together, got {given} alone")
+        return {}
+    check_store(k, v, cache, codec, slot_mapping, previous_slots)
+    if not calls or calls[0].pieces > 1 or k.numel() == 0 or why_not_store_by("cuda", k, v, cache, codec):
+        tq4_store(k, v, cache, codec, slot_mapping, previous_slots=previous_slots)
+        return {}
+    return {**new, "companding": codec.companding, "scale": codec.scale}
 
 
 def choose_paged_backend(q: torch.Tensor, shape: PagedShape, backend: str = "auto", max_query_len: int = 1) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from turboquant_vllm.codec import TQ4Codec
 from turboquant_vllm.limits import why_not_store, why_not_store_triton
 from turboquant_vllm.paged import PagedTQ4Cache
 
-__all__ = ["tq4_store", "why_not_backend"]
+__all__ = ["check_store", "tq4_store", "why_not_backend"]
 
 BACKENDS = ("cuda", "triton", "reference")  # in the order of "auto"
 
@@ -52,6 +52,26 @@ def tq4_store(
         TypeError, ValueError: an argument does not fit; names it, what was expected and what came.
         RuntimeError: ``backend`` cannot serve the call; says why.
     """
+    check_store(k, v, cache, codec, slot_mapping, previous_slots)
+    if backend == "auto":
+        backend = next(name for name in BACKENDS if not why_not_backend(name, k, v, cache, codec))
+    elif backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
+    elif reason := why_not_backend(backend, k, v, cache, codec):
+        raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
+    offsets = (True, codec.key_scales, previous_slots) if cache.has_offsets else ()
+    torch.ops.turboquant.store(k, v, cache.buffer, slot_mapping, *codec.writing, cache.page_size, backend, *offsets)
+
+
+def check_store(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: PagedTQ4Cache,
+    codec: TQ4Codec,
+    slot_mapping: torch.Tensor,
+    previous_slots: torch.Tensor | None = None,
+) -> None:
+    """TypeError or ValueError unless these are the arguments of :func:`tq4_store`."""
     if not isinstance(cache, PagedTQ4Cache):
         raise TypeError(f"cache must be a PagedTQ4Cache, got {type(cache).__name__}")
     if not isinstance(codec, TQ4Codec):
@@ -73,14 +93,6 @@ def tq4_store(
     for name, device in (("k", k.device), ("v", v.device), ("slot_mapping", slot_mapping.device), ("codec", codec.device)):
         if device != cache.device:
             raise ValueError(f"{name} must be on the cache's device {cache.device}, got {device}")
-    if backend == "auto":
-        backend = next(name for name in BACKENDS if not why_not_backend(name, k, v, cache, codec))
-    elif backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {('auto', *BACKENDS)}, got {backend!r}")
-    elif reason := why_not_backend(backend, k, v, cache, codec):
-        raise RuntimeError(f"backend={backend!r} cannot run: {reason}")
-    offsets = (True, codec.key_scales, previous_slots) if cache.has_offsets else ()
-    torch.ops.turboquant.store(k, v, cache.buffer, slot_mapping, *codec.writing, cache.page_size, backend, *offsets)
 
 
 def why_not_backend(backend: str, k: torch.Tensor, v: torch.Tensor, cache: PagedTQ4Cache, codec: TQ4Codec) -> str:

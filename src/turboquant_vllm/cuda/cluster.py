@@ -45,12 +45,12 @@ class ClusterCall:
     layout: tuple[int, ...]
     last: tuple[int, ...]
 
-    def launch(self, args: tuple[int | float, ...]) -> None:
-        """Enqueue the kernel on PyTorch's current stream."""
+    def launch(self, args: tuple[int | float, ...], *, pdl: bool = False) -> None:
+        """Enqueue the kernel on PyTorch's current stream; ``pdl``: behind a native store, and to start while that runs."""
         blocks, variant = self.cluster.blocks, self.cluster.variant
         launch(
             self.kernel, (self.passes * blocks, 1, 1), (32 * variant.warps, 1, 1), variant.cluster_bytes(blocks), None, args,
-            cluster=(blocks, 1, 1) if blocks > 1 else None,
+            pdl=pdl, cluster=(blocks, 1, 1) if blocks > 1 else None,
         )  # fmt: skip
 
 

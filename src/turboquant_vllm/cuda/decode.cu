@@ -7,7 +7,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
 #if CLUSTER
   const int index = p.by_blocks.divide(blockIdx.x), worker = (blockIdx.x - index * p.blocks) * p.active + warp;
   auto locate = [&](int) { return pass_of(p, index); };
-  if (!is_served(p, index)) return;
+  if (!is_served(p, index)) {
+    wait_for_previous();  // or what follows might start before that ends
+    return;
+  }
   if (p.blocks > 1) cluster_arrive();
   const int first_pass = index, rows = 4 * NT;
   const Share work = share_of(p, locate(0));
@@ -37,6 +40,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
 #if ROTATES  // what that waits for is asked for before the keys and values, which would delay it
   Rows query_rows;
   ask_for_query(query_rows, p, first_pass, rows);
+#endif
+#if PAGED && CLUSTER
+  wait_for_previous();  // the store of the step's own keys and values
 #endif
   const u32 base = shared_address(smem);
   const u32 ring = base + RING + warp * WARP_BYTES;

@@ -7,8 +7,10 @@ others.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 
@@ -18,11 +20,12 @@ from turboquant_vllm.cuda import cluster
 from turboquant_vllm.cuda.decode import mask_args
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
 from turboquant_vllm.cuda.sources import params_of, source
+from turboquant_vllm.cuda.store import store
 from turboquant_vllm.cuda.variants import COMBINE_THREADS, Variant, choose_variant, device_limits, divisor, rows_at_once
 from turboquant_vllm.paged import PagedTQ4Cache, chunk_bytes
 from turboquant_vllm.records import GROUP, Masks, Sequences, Tables
 
-__all__ = ["Call", "decode_pages"]
+__all__ = ["Call", "decode_pages", "store_and_decode_pages"]
 
 
 @cache
@@ -115,18 +118,22 @@ def decode_pages(
     lse: torch.Tensor,
     *,
     hadamard: bool = False,
+    before: Callable[[], None] | None = None,
 ) -> None:
     """Fill the rows of ``out`` and ``lse`` of sequences with at most 32 query rows per key/value head; leave the others alone.
 
     Args as in :func:`turboquant_vllm.tq4_paged_attention`, which has checked them: q fp16 or bf16 ``[T, H_q, D]``, D 64, 128 or
     256 (there up to 16 rows), out like q, lse float32 ``[T, H_q]`` contiguous. ``hadamard``: as in
-    :func:`turboquant_vllm.cuda.decode.decode`.
+    :func:`turboquant_vllm.cuda.decode.decode`. ``before`` launches the native store, and nothing behind it: the first kernel
+    starts while that runs.
     """
     tokens, num_heads, head_dim = q.shape
     pages, page_size, num_kv_heads = cache.buffer, cache.page_size, cache.num_kv_heads
     count, max_pages = sequences.block_table.shape
     group = num_heads // num_kv_heads
     if tokens == 0 or count == 0:
+        if before is not None:
+            before()
         return
     block_table, seq_lens, cu_seqlens_q, max_query_len, max_seq_len, *_ = sequences.contiguous()
     causal, sliding_window, softcap, sinks, windows = masks
@@ -171,7 +178,10 @@ def decode_pages(
         if one is not None:
             of_out = (0, result.stride(1), result.stride(0), 0, 1, num_heads)
             places = (result.data_ptr(), lse.data_ptr(), sinks_at)
-            one.launch((*operands, 0, *strides, *lie, 0, 0, 0, *sizes, *one.layout, *how, *places, *of_out, *one.last))
+            args = (*operands, 0, *strides, *lie, 0, 0, 0, *sizes, *one.layout, *how, *places, *of_out, *one.last)
+            if before is not None:
+                before()
+            one.launch(args, pdl=before is not None)
             if result is not out:
                 out.copy_(result)
             return
@@ -185,7 +195,40 @@ def decode_pages(
         result.stride(0), result.stride(1), count, tokens, call.workers, *call.combine, bf16, 0,
         *((sinks_at,) if masked else ()),
     )  # fmt: skip
+    if before is not None:
+        before()
     for i, (kernel, arguments) in enumerate(zip(call.kernels, (args, args, combine_args), strict=True)):
-        launch(kernel, (call.grids[i], 1, 1), (call.blocks[i], 1, 1), call.shared_bytes[i], None, arguments, pdl=i > 0)
+        pdl = i > 0 or before is not None
+        launch(kernel, (call.grids[i], 1, 1), (call.blocks[i], 1, 1), call.shared_bytes[i], None, arguments, pdl=pdl)
     if result is not out:
         out.copy_(result)
+
+
+def store_and_decode_pages(
+    q: torch.Tensor,
+    cache: PagedTQ4Cache,
+    sequences: Sequences,
+    tables: Tables,
+    sm_scale: float,
+    masks: Masks,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    *,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    companding: torch.Tensor,
+    scale: str,
+    previous_slots: torch.Tensor | None = None,
+) -> None:
+    """:func:`turboquant_vllm.cuda.store.store`, and behind it :func:`decode_pages`, which finds what that wrote.
+
+    Two launches, or four: attention begins while the store runs, and waits for its end before it reads a page. Tables are of a
+    rotation by a Hadamard matrix.
+    """
+    rotation, centroids = tables.rotation, tables.centroids
+    assert rotation is not None
+    assert centroids is not None
+    how = (rotation, companding, centroids, scale, cache.page_size, cache.has_offsets, tables.key_scales, previous_slots)
+    before = functools.partial(store, k, v, cache.buffer, slot_mapping, *how)
+    decode_pages(q, cache, sequences, tables, sm_scale, masks, out, lse, hadamard=True, before=before)

@@ -33,9 +33,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) tq4_rotate(const __grid
   extern __shared__ __align__(1024) char smem[];
   const int each = PASSES_A_BLOCK, first = blockIdx.x * each;
   const int all = min(each, p.sequences * p.heads.kv_heads - first) * (4 * NT);
-  let_next_start();
   Rows rows;
   ask_for_query(rows, p, first, all);
+  wait_for_previous();  // the store of the step's own keys and values, which the next kernel must find done
+  let_next_start();
   const float level_scale = power_below(warp_max(fabsf(p.centroids[threadIdx.x & 15]), 1));
   rotate_query(p, smem, rows, first, all, level_scale * p.scale_log2, p.fragments, p.row_scales);
 }

@@ -129,6 +129,7 @@ __device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tq4_store(const __grid_constant__ StoreParams p) {
+  let_next_start();
 #if OFFSETS
   if (blockIdx.x >= p.value_blocks) return store_groups(p, blockIdx.x - p.value_blocks);
   store_vectors(p, true, blockIdx.x, p.value_blocks);

@@ -74,6 +74,12 @@ __device__ __forceinline__ float reciprocal(float x) {
 }
 // The block's number, read anew rather than kept in a register.
 __device__ __forceinline__ u32 block_number() { u32 d; asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(d)); return d; }
+// The next kernel of the stream may start before this one has ended.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 // ---- end of PTX
 
 // Quotient of x < 2^31 by the number whose inverse and shift the host computed.

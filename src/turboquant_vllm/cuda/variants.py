@@ -22,6 +22,7 @@ MOST_BLOCKS = 8  # of a cluster, on every device that has clusters
 # Tiles of head_dim 128, of all passes, up to which clusters gain more by one launch than they lose to the line of tiles: where
 # they leave multiprocessors idle, where they do not, and where two blocks share one and none joins another's results.
 MOST_WORK_OF_FEW, MOST_WORK, MOST_WORK_OF_PAIRS = 10_000, 64_000, 140_000
+MOST_WORK_OF_PAGES = 20_000  # over pages the line takes a launch more
 _LEAST_TILES = 4  # a warp's fewest, where there are enough for all
 
 
@@ -217,7 +218,8 @@ def choose_cluster(
         full = at_once > 0 and passes >= 0.9 * at_once * -(-passes // at_once)
         return Cluster(1, pair) if full and pair is not None else None
     blocks = next((n for n in ((MOST_BLOCKS,) if pages else (MOST_BLOCKS, 4, 2, 1)) if passes <= fit(alone, n)), 0)
-    if blocks == 0 or work > (MOST_WORK if passes * blocks >= 0.9 * multiprocessors else MOST_WORK_OF_FEW):
+    of_few = MOST_WORK_OF_PAGES if pages else MOST_WORK_OF_FEW
+    if blocks == 0 or work > (MOST_WORK if passes * blocks >= 0.9 * multiprocessors else of_few):
         return None
     return Cluster(blocks, few if few is not None and tiles <= 32 * blocks else alone)
 

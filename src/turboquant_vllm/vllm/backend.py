@@ -28,7 +28,7 @@ class TQ4Backend(AttentionBackend):
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16]
     supported_kv_cache_dtypes: ClassVar[list[Any]] = ["auto", CACHE_DTYPE]
-    forward_includes_kv_cache_update = False
+    forward_includes_kv_cache_update = True  # in one call, attention begins while the store runs
 
     @staticmethod
     def get_name() -> str:

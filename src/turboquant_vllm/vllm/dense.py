@@ -91,9 +91,15 @@ class DenseLayer(LayerShape):
         kv_cache: torch.Tensor,
         runs: Sequence[Run],
         out: torch.Tensor,
+        *,
+        slot_mapping: torch.Tensor | None = None,
+        previous_slots: torch.Tensor | None = None,
     ) -> None:
-        """Attention of a step's tokens ``q [T, H_q, D]`` into ``out``; ``k, v`` are in the pages already."""
+        """Attention of a step's tokens ``q [T, H_q, D]`` into ``out``; ``k, v`` are in the pages already, or go into these
+        slots first."""
         self._check(kv_cache)
+        if slot_mapping is not None and k is not None and v is not None:
+            self.store(k, v, kv_cache, slot_mapping)
         for run in runs:
             self.ops.read(self, q[run.tokens], kv_cache, run, out[run.tokens])
 

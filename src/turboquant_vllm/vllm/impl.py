@@ -131,7 +131,7 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Compress the step's keys and values into their slots."""
+        """Compress keys and values into their slots outside of :meth:`forward`, as models that draft ask for some."""
         if kv_cache.numel():
             self.layer.store(key, value, kv_cache, slot_mapping, _previous_slots(layer))
 
@@ -147,7 +147,7 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attention of the step's tokens into ``output``."""
+        """Store the step's keys and values, and attend to all of its tokens into ``output``."""
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("the TQ4 backend does not quantize its output, got output_scale")
         if attn_metadata is None:  # vLLM measures memory: the scratch of a real step must be part of it
@@ -155,9 +155,20 @@ class TQ4Impl(AttentionImpl[TQ4Metadata]):
             return output.zero_()
         shape: tuple[Any, ...] = (query.shape[0], self.num_heads, self.head_size)
         # A layer that reads another's cache must see what that layer has stored.
-        own = None if self.shares_cache else key
-        self.layer.attend(query.view(shape), own, value, kv_cache, attn_metadata.runs, output.view(shape))
+        own, slots = (None, None) if self.shares_cache or not kv_cache.numel() else (key, _slot_mapping(layer))
+        where = {"slot_mapping": slots, "previous_slots": attn_metadata.previous_slots}
+        self.layer.attend(query.view(shape), own, value, kv_cache, attn_metadata.runs, output.view(shape), **where)
         return output
+
+
+def _slot_mapping(layer: Any) -> torch.Tensor | None:
+    """The step's, which a graph will find again; None where nothing is to be stored."""
+    if not is_forward_context_available():
+        return None
+    mappings = get_forward_context().slot_mapping
+    if isinstance(mappings, list):  # of microbatches, as below
+        mappings = mappings[0]
+    return mappings.get(layer.layer_name)
 
 
 def _previous_slots(layer: Any) -> torch.Tensor | None:

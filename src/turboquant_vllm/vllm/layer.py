@@ -6,6 +6,7 @@ import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from functools import cache
+from typing import Any
 
 import torch
 
@@ -190,9 +191,15 @@ class PagedLayer(LayerShape):
         look at them.
         """
         cache = self.pages(kv_cache)
+        tq4_store(cache=cache, codec=self.codec_on(cache.device), **self._stored(k, v, slot_mapping, previous_slots))
+
+    def _stored(
+        self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor, previous_slots: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """What a store takes of a step's tokens, padding left out."""
         count = slot_mapping.shape[0]
         before = previous_slots[:count] if self.key_offsets and previous_slots is not None else None
-        tq4_store(k[:count], v[:count], cache, self.codec_on(cache.device), slot_mapping, previous_slots=before)
+        return {"k": k[:count], "v": v[:count], "slot_mapping": slot_mapping, "previous_slots": before}
 
     def attend(
         self,
@@ -202,21 +209,35 @@ class PagedLayer(LayerShape):
         kv_cache: torch.Tensor,
         runs: Sequence[Run],
         out: torch.Tensor,
+        *,
+        slot_mapping: torch.Tensor | None = None,
+        previous_slots: torch.Tensor | None = None,
     ) -> None:
         """Attention of a step's tokens into ``out``; rows that belong to no sequence are left alone.
 
         Args:
             q, out: ``[T, H_q, D]``.
-            k, v: ``[T, H_kv, D]``, stored already; None: read all from the pages.
+            k, v: ``[T, H_kv, D]``; None: read all from the pages.
             kv_cache: as in :meth:`pages`.
             runs: of all sequences.
+            slot_mapping, previous_slots: as for :meth:`store`, which then comes first, in one call with the first run's
+                attention if that reads the pages. None: k and v are stored already.
         """
         cache = self.pages(kv_cache)
         codec = self.codec_on(cache.device)
+        exact = self.exact if k is not None and v is not None else None
+        stored: dict[str, Any] = {}
+        if slot_mapping is not None and k is not None and v is not None:
+            stored = self._stored(k, v, slot_mapping, previous_slots)
+            if not runs or (exact is not None and runs[0].kind == Kind.EXACT):
+                tq4_store(cache=cache, codec=codec, **stored)
+                stored = {}
         for run in runs:
             rows = run.tokens
-            if run.kind == Kind.EXACT and self.exact is not None and k is not None and v is not None:
-                self.exact(self, q[rows], k[rows], v[rows], run, out[rows])
+            if run.kind == Kind.EXACT and exact is not None:
+                assert k is not None
+                assert v is not None
+                exact(self, q[rows], k[rows], v[rows], run, out[rows])
                 continue
             tq4_paged_attention(
                 q[rows],
@@ -233,7 +254,9 @@ class PagedLayer(LayerShape):
                 seq_lens_cpu=run.seq_lens_cpu,
                 cu_seqlens_q_cpu=run.cu_seqlens_q_cpu,
                 out=out[rows],
+                **stored,
             )
+            stored = {}
 
     @property
     def kind(self) -> tuple[object, ...]:

@@ -1,0 +1,113 @@
+"""A step that stores its own keys and values and attends in one call, run lane by lane on a CPU: it writes and gives what two
+calls do, and attention waits for the store."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import kernel_lanes
+from kernel_lanes import LaneError, emulated_decode, emulated_store, few_objects, needs_compiler  # noqa: F401
+from turboquant_vllm import ops, tq4_paged_attention
+from turboquant_vllm.cuda import cluster
+from turboquant_vllm.cuda.variants import Cluster
+from turboquant_vllm.vllm.layer import PagedLayer
+from vllm_cases import Step, random_step
+
+pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_store", "emulated_decode")]
+
+LENGTHS = [(1, 70), (2, 65), (1, 2), (3, 130)]  # query tokens, keys
+
+
+@pytest.fixture(params=["line", "clusters"], autouse=True)
+def launches(request: pytest.FixtureRequest, emulated_decode: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
+    """Names of the kernels that have run."""
+    found: list[str] = []
+    launch = kernel_lanes.Library.launch
+
+    def counted(library: Any, name: str, *args: Any, **options: Any) -> None:
+        found.append(name)
+        launch(library, name, *args, **options)
+
+    monkeypatch.setattr(kernel_lanes.Library, "launch", counted)
+    chosen = (lambda passes, tiles, variant, *_: Cluster(2, variant)) if request.param == "clusters" else lambda *_: None
+    monkeypatch.setattr(cluster, "choose_cluster", chosen)
+    return found
+
+
+def step_of(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, key_offsets: bool, head_dim: int = 64) -> Step:
+    """Its earlier tokens are stored by the reference; from then on the native kernels say that they run here."""
+    layer = PagedLayer(4, 2, head_dim, head_dim**-0.5, exact=None, key_offsets=key_offsets)
+    if key_offsets:
+        layer.use_key_scales(torch.exp(0.4 * torch.randn(2, head_dim, generator=generator)), torch.device("cpu"))
+    step = random_step(generator, LENGTHS, layer, dtype=torch.float16)
+    monkeypatch.setattr(ops, "why_not_cuda", lambda device: "")
+    return step
+
+
+def attend(step: Step, at_once: bool) -> torch.Tensor:
+    if not at_once:
+        step.store()
+    out, where = torch.full_like(step.q, float("nan")), step.where if at_once else {}
+    step.layer.attend(step.q, step.k, step.v, step.kv_cache, step.runs(decode_len=3), out, **where)
+    return out
+
+
+@pytest.mark.parametrize(("key_offsets", "head_dim"), [(False, 64), (True, 64), (True, 128)])
+def test_the_same_as_two_calls(generator, monkeypatch, launches, key_offsets, head_dim):
+    step = step_of(generator, monkeypatch, key_offsets, head_dim)
+    before = step.kv_cache.clone()
+    want = attend(step, at_once=False)
+    stored = step.kv_cache.clone()
+    step.kv_cache.copy_(before)
+    first = len(launches)
+    got = attend(step, at_once=True)
+    assert not got.isnan().any()
+    assert torch.equal(got, want)
+    assert torch.equal(step.kv_cache, stored)
+    assert not torch.equal(stored, before)
+    assert launches[:first] == launches[first:]
+    rest = ["tq4_rotate", "tq4_decode", "tq4_combine"] if "tq4_combine" in launches else ["tq4_decode"]
+    assert launches[first:] == ["tq4_store", *rest]
+
+
+@pytest.mark.parametrize("key_offsets", [False, True])
+def test_attention_waits_for_the_store(generator, monkeypatch, launches, key_offsets, request):
+    text = kernel_lanes.decode_source("clusters" in request.node.name)
+    sound = "  wait_for_previous();  // the store of the step's own keys and values"
+    assert text.count(sound) == (1 if "clusters" in request.node.name else 2)
+    monkeypatch.setattr(kernel_lanes, "decode_source", lambda clusters: text.replace(sound, "//"))
+    step = step_of(generator, monkeypatch, key_offsets)
+    attend(step, at_once=False)
+    with pytest.raises(LaneError, match="a kernel before wrote, without having waited"):
+        attend(step, at_once=True)
+
+
+def test_a_step_without_sequences_is_stored(generator, monkeypatch, launches):
+    step = step_of(generator, monkeypatch, key_offsets=True)
+    cache, before = step.layer.pages(step.kv_cache), step.kv_cache.clone()
+    starts, slots = torch.zeros(1, dtype=torch.int32), step.where["slot_mapping"]
+    sequences = (step.block_table[:0], starts[:0], starts)
+    tq4_paged_attention(step.q, cache, step.layer.codec_on(cache.device), *sequences, k=step.k, v=step.v, slot_mapping=slots)
+    assert launches == ["tq4_store"]
+    assert not torch.equal(step.kv_cache, before)
+
+
+def test_it_compiles_into_one_graph(generator, monkeypatch, launches):
+    step = step_of(generator, monkeypatch, key_offsets=True)
+    cache = step.layer.pages(step.kv_cache)
+    codec, (run,), before = step.layer.codec_on(cache.device), step.runs(decode_len=3), step.kv_cache.clone()
+    want = attend(step, at_once=True)
+    step.kv_cache.copy_(before)
+    expected, launches[:] = launches[:], []
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def call(q, k, v, slot_mapping, previous_slots):
+        sequences = (run.block_table, run.seq_lens, run.cu_seqlens_q)
+        new = {"k": k, "v": v, "slot_mapping": slot_mapping, "previous_slots": previous_slots[:-1]}
+        return tq4_paged_attention(1 * q, cache, codec, *sequences, sm_scale=64**-0.5, max_query_len=3, **new)
+
+    assert torch.equal(call(step.q, step.k, step.v, **step.where), want)
+    assert launches == expected
