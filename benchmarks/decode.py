@@ -5,7 +5,8 @@ case once and measures nothing, for a profiler.
 
 Scope "kernel": the first kernel alone, attending with queries that were rotated before, without joining and rotating back.
 Scope "call": the whole operator; `offsets_ms` is that over keys with offsets, timed in turns with plain ones. Both sides run in
-CUDA graphs, in the same dtype, with a cold L2. Each case is checked against float64 before it is timed.
+CUDA graphs, in the same dtype, with a cold L2. Each case is checked against float64 before it is timed. `empty_launch_ms` of
+the environment is what the same clock says of a kernel that does nothing.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from common import (
 )
 from turboquant_vllm import TQ4Codec, reference
 from turboquant_vllm.cuda.decode import prepare
+from turboquant_vllm.cuda.runtime import launch, load_kernel
 from turboquant_vllm.records import GROUP, Masks, Operand
 
 DTYPE = torch.float16
@@ -171,6 +173,12 @@ def measure(case: Case, bandwidth: float, rep: int, scopes: tuple[str, ...] = ("
     return rows
 
 
+def empty_launch_ms(rep: int) -> float:
+    """Median time of a kernel that does nothing, one block, replayed from a graph as the calls are."""
+    kernel = load_kernel('extern "C" __global__ void nothing(int) {}', "nothing", device=torch.cuda.current_device(), params="i")
+    return median_ms(graphed(lambda: launch(kernel, (1, 1, 1), (32, 1, 1), 0, None, (0,))), rep)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the result file")
@@ -201,7 +209,8 @@ def main() -> None:
             )
         torch.cuda.empty_cache()
     name = "decode-contexts-h200.json" if options.contexts else "decode-h200.json"
-    write_results(options.out / name, environment(read_bandwidth_gb_per_s=round(bandwidth, 1)), rows)
+    floors = {"read_bandwidth_gb_per_s": round(bandwidth, 1), "empty_launch_ms": round(empty_launch_ms(options.rep), 5)}
+    write_results(options.out / name, environment(**floors), rows)
 
 
 if __name__ == "__main__":

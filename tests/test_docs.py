@@ -226,7 +226,7 @@ def test_the_command_draws_all_pictures(
         assert re.findall(r"\b[0-9a-f]{64}\b", path.read_text(encoding="utf-8")) == re.findall(r"\b[0-9a-f]{64}\b", committed)
 
 
-@pytest.mark.parametrize("name", ["steps", "quality", "decode"])
+@pytest.mark.parametrize("name", ["steps", "quality", "decode", "roofline"])
 def test_measured_pictures_follow_the_result_files(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     show = pictures.PICTURES[name].show
     before = show()

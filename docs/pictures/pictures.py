@@ -55,6 +55,7 @@ PICTURES = {
     "vllm": Picture(pictures_measured.vllm, pictures_measured.draw_vllm, pictures_measured.say_vllm),
     "quality": Picture(pictures_measured.quality, pictures_measured.draw_quality, pictures_measured.say_quality),
     "decode": Picture(pictures_measured.decode, pictures_measured.draw_decode, pictures_measured.say_decode),
+    "roofline": Picture(pictures_measured.roofline, pictures_measured.draw_roofline, pictures_measured.say_roofline),
     "levels": Picture(pictures_explained.levels, pictures_explained.draw_levels, pictures_explained.say_levels),
     "offset": Picture(pictures_explained.offset, pictures_explained.draw_offset, pictures_explained.say_offset),
     "tile": Picture(pictures_explained.tile, pictures_explained.draw_tile, pictures_explained.say_tile),

@@ -268,3 +268,51 @@ def draw_decode(data: dict[str, Any]) -> Figure:
 
 def say_decode(data: dict[str, Any]) -> str:
     return f"One attention call on one {data['gpu']} ({data['date']}), cold L2, CUDA graphs, plain TQ4, 32 / 8 heads of 128."
+
+
+def roofline() -> dict[str, Any]:
+    """Microseconds of each call of decode-h200.json against the bytes of its cache, and what no call can beat."""
+    found = load("decode-h200.json")
+    environment = found["environment"]
+    bandwidth, empty = environment["read_bandwidth_gb_per_s"], environment.get("empty_launch_ms")
+    calls = [
+        {
+            "id": row["id"],
+            "bytes": round(row["floor_ms"] * bandwidth, 2),  # millions
+            "floor": round(1000 * row["floor_ms"], 2),
+            "ours": round(1000 * row["ours_ms"], 2),
+            "dense": round(1000 * row["best_fp16_ms"], 2),
+        }
+        for row in found["rows"]
+        if row["scope"] == "call" and row["shape"][-1] == 128
+    ]
+    launch = None if empty is None else round(1000 * empty, 2)
+    return {"gpu": environment["gpu"], "date": environment["date"], "bandwidth": bandwidth, "launch": launch, "calls": calls}
+
+
+def draw_roofline(data: dict[str, Any]) -> Figure:
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
+    axis = figure.add_subplot()
+    sizes = [call["bytes"] for call in data["calls"]]
+    ends = [0.6 * min(sizes), 2.5 * max(sizes)]
+    for key, label, colour, style in (("dense", "fp16, best of PyTorch", DENSE, "s"), ("ours", "TQ4", OURS, "o")):
+        axis.plot(sizes, [call[key] for call in data["calls"]], style, color=colour, label=label, markersize=4.5)
+    for call, height in zip(data["calls"], _apart([call["ours"] for call in data["calls"]], 1.22), strict=True):
+        axis.text(0.86 * call["bytes"], height, call["id"], fontsize=9, ha="right", va="center")
+    axis.plot(ends, [1000 * end / data["bandwidth"] for end in ends], ":", color="black", label="TQ4's bytes at read bandwidth")
+    if data["launch"] is not None:
+        axis.axhline(data["launch"], linestyle="--", linewidth=1, color="black", label="a launch that does nothing")
+    axis.set(xscale="log", yscale="log", xlim=ends, ylim=(1, None), xlabel="codes and norms, MB", ylabel="one call, microseconds")
+    axis.grid(color=LIGHT, linewidth=0.6)
+    axis.legend(frameon=False, fontsize=9)
+    return figure
+
+
+def say_roofline(data: dict[str, Any]) -> str:
+    best, worst = (pick(data["calls"], key=lambda call: call["floor"] / call["ours"]) for pick in (max, min))
+    shares = " to ".join(f"{100 * call['floor'] / call['ours']:.0f} % of the bandwidth in {call['id']}" for call in (best, worst))
+    launch = "" if data["launch"] is None else f" A launch that does nothing takes {data['launch']:.1f} us."
+    return (
+        f"Each case of head dimension 128 in the table below, on one {data['gpu']} ({data['date']}), whole calls, cold L2, CUDA graphs, plain TQ4, "
+        f"against the bytes that it must read: {shares}.{launch} `decode-h200.json`."
+    )
