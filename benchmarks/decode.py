@@ -175,7 +175,9 @@ def measure(case: Case, bandwidth: float, rep: int, scopes: tuple[str, ...] = ("
 
 def empty_launch_ms(rep: int) -> float:
     """Median time of a kernel that does nothing, one block, replayed from a graph as the calls are."""
-    kernel = load_kernel('extern "C" __global__ void nothing(int) {}', "nothing", device=torch.cuda.current_device(), params="i")
+    kernel = load_kernel(
+        'extern "C" __global__ void nothing(int) {}', "nothing", device=torch.cuda.current_device(), params="i"
+    )
     return median_ms(graphed(lambda: launch(kernel, (1, 1, 1), (32, 1, 1), 0, None, (0,))), rep)
 
 

@@ -4,12 +4,14 @@
 
 Needs g++. Results are compared with float64, and a lane that leaves its tensors or its shared memory, reads a copy that has
 not landed, what no barrier orders or what a kernel before may still write, or overflows, ends the run: see
-``tests/lane_memory.h``. Then the same with one line of the sources broken at a time, which must be found.
+``tests/lane_memory.h``. Keys plain and with offsets, calls of several launches and of one, and a step's store before its
+attention. Before all of that, the same with one line of the sources broken at a time, which must be found.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -27,9 +29,12 @@ import kernel_lanes
 from attention_cases import check, poisoned_memory, random_case
 from paged_cases import check_batch, random_batch
 from store_cases import StoreCase, check_store, random_store
-from turboquant_vllm.cuda import decode, store
-from turboquant_vllm.cuda.variants import choose_variant
+from turboquant_vllm import ops
+from turboquant_vllm.cuda import cluster, decode, store
+from turboquant_vllm.cuda.variants import Cluster, Variant
 from turboquant_vllm.limits import most_rows_over_pages
+from turboquant_vllm.vllm.layer import PagedLayer
+from vllm_cases import random_step
 
 HALF, BF16 = torch.float16, torch.bfloat16
 # Bytes of shared memory of a block: compute capability 9.0 and 10.0; 8.0; 8.6, 8.9 and 12.0.
@@ -40,9 +45,16 @@ MASKS: tuple[dict[str, Any], ...] = (
     {}, {"sliding_window": 37}, {"softcap": 2.0}, {"sinks": True}, {"sliding_window": 1, "sinks": True, "softcap": 1.5},
 )  # fmt: skip
 STORES = tuple(itertools.product(("norm", "least_squares", "unbiased"), (torch.int32, torch.int64)))
+# How a call is done: its kernels, whether keys have offsets, and blocks of a cluster where all is one launch. Every other call
+# of several launches rotates by additions.
+KINDS = (
+    ("dense", False, None), ("pages", False, None), ("dense", True, None), ("pages", True, None),
+    ("dense", False, 2), ("pages", False, 4), ("dense", True, 4), ("pages", True, 2),
+)  # fmt: skip
 
 BARRIER, LANDED = "no barrier between", "where a copy has not landed"
 BEFORE, OUTSIDE = "without having waited for it", "where there is no tensor"
+UNKNOWN = "a block that may not have begun"
 # Where a line of the sources is broken, what it becomes, and what is said of that.
 FAULTS = (
     ("dense", "wait_copies<STAGES - 2>();\n      __syncwarp();", "wait_copies<STAGES - 2>();", LANDED),
@@ -61,26 +73,41 @@ FAULTS = (
     ("pages", "if (left < pass_left) ahead = *++entry;", "ahead = *++entry;", OUTSIDE),
     ("pages", "tiles * p.heads.kv_heads : 0;\n  }\n  __syncthreads();", "tiles * p.heads.kv_heads : 0;\n  }", BARRIER),
     ("pages", "__syncthreads();\n  if (blockIdx.x == 0)\n", "if (blockIdx.x == 0)\n", BARRIER),
+    ("cluster", "  if (p.blocks > 1) cluster_wait();  // all have begun\n", "", UNKNOWN),
+    (
+        "cluster",
+        "    cluster_arrive();\n    cluster_wait();\n",
+        "    __syncthreads();\n",
+        "no barrier|may yet write|may have ended",
+    ),
+    ("cluster", "// all have begun\n  __syncthreads();\n", "// all have begun\n", BARRIER),
+    ("step", "  wait_for_previous();  // the store of the step's own", "  // the store of the step's own", BEFORE),
     ("store", "  __syncthreads();", "", BARRIER),
     ("store", "live = slot[v] < p.num_slots", "live = true", OUTSIDE),
     ("store", "min(tile * 8 + g, p.rows - 1)", "tile * 8 + g", OUTSIDE),
 )
 
 
-def run_dense(generator: torch.Generator, head_dim: int, rows: tuple[int, int], masks: dict[str, Any], turn: int) -> None:
+def run_dense(
+    generator: torch.Generator, head_dim: int, rows: tuple[int, int], masks: dict[str, Any], turn: int, offsets: bool, one: bool
+) -> None:
     layout, kv_len = ("contiguous", "transposed", "sliced", "expanded")[turn % 4], (77, 1, 130)[turn % 3]
-    sizes = {"batch": 2, "num_kv_heads": 3, "group": rows[0], "q_len": rows[1], "kv_len": kv_len, "head_dim": head_dim}
-    case = random_case(generator, dtype=(HALF, BF16)[turn % 2], is_causal="sliding_window" in masks, layout=layout, **sizes)
+    sizes: dict[str, Any] = {"batch": 2, "num_kv_heads": 3, "group": rows[0], "q_len": rows[1], "kv_len": kv_len}
+    sizes |= {"head_dim": head_dim, "layout": layout, "offsets": offsets}
+    case = random_case(generator, dtype=(HALF, BF16)[turn % 2], is_causal="sliding_window" in masks, **sizes)
     case = case.replace(**with_sinks(masks, case.q.shape[1], generator))
-    for split_len in (None, 32):
-        check(lambda *args, n=split_len: decode.decode(*args, split_len=n), case, gate=False)
+    for split_len in (None,) if one else (None, 32):
+        check(functools.partial(decode.decode, split_len=split_len, hadamard=one or turn % 2 == 0), case, gate=False)
 
 
-def run_pages(generator: torch.Generator, head_dim: int, rows: tuple[int, int], masks: dict[str, Any], turn: int) -> None:
+def run_pages(
+    generator: torch.Generator, head_dim: int, rows: tuple[int, int], masks: dict[str, Any], turn: int, offsets: bool, one: bool
+) -> None:
     most = min(rows[1], most_rows_over_pages(head_dim) // rows[0])
-    few = [(1, 5)] * 26  # more sequences in all than a warp has lanes
+    few = [(1, 5)] * (2 if one else 26)  # more sequences in all than a warp has lanes
     lengths = few + [(min(n, most), keys) for n, keys in ((1, 90), (0, 20), (1, 16), (2, 3), (1, 0), (3, 47), (1, 1), (4, 133))]
-    sizes = {"num_kv_heads": 3, "group": rows[0], "head_dim": head_dim, "page_size": (16, 48, 64)[turn % 3]}
+    sizes: dict[str, Any] = {"num_kv_heads": 3, "group": rows[0], "head_dim": head_dim, "offsets": offsets}
+    sizes["page_size"] = (64, 128)[turn % 2] if offsets else (16, 48, 64)[turn % 3]
     batch = random_batch(generator, lengths, dtype=(HALF, BF16)[turn % 2], causal="sliding_window" in masks, **sizes)
     batch = batch.replace(**with_sinks(masks, batch.q.shape[1], generator))
     if batch.sliding_window == 37 and turn % 2:
@@ -88,7 +115,7 @@ def run_pages(generator: torch.Generator, head_dim: int, rows: tuple[int, int], 
         batch = batch.replace(sliding_window=None, windows=windows)
     # The whole table, as where lengths have grown to its end.
     batch = batch.replace(block_table=batch.block_table[:, :-2].contiguous())
-    check_batch(kernel_lanes.run_pages, batch, gate=False)
+    check_batch(functools.partial(kernel_lanes.run_pages, hadamard=one or turn % 2 == 0), batch, gate=False)
 
 
 def with_sinks(masks: dict[str, Any], heads: int, generator: torch.Generator) -> dict[str, Any]:
@@ -107,30 +134,63 @@ def run_store(generator: torch.Generator, head_dim: int, dtype: torch.dtype, sca
         check_store(run, random_store(generator, scale=scale, slot_dtype=slot, layout=layout, **sizes))
 
 
-RUN: dict[str, Callable[..., None]] = {"dense": run_dense, "pages": run_pages, "store": run_store}
+def run_step(generator: torch.Generator, head_dim: int, dtype: torch.dtype, key_offsets: bool) -> None:
+    """One call stores a step's keys and values and attends: the bits of two calls."""
+    layer = PagedLayer(4, 2, head_dim, head_dim**-0.5, exact=None, key_offsets=key_offsets)
+    step = random_step(generator, [(1, 70), (2, 65), (1, 2), (3, 130)], layer, dtype=dtype)
+    before, runs, found = step.kv_cache.clone(), step.runs(decode_len=3), []
+    for at_once in (False, True):
+        step.kv_cache.copy_(before)
+        if not at_once:
+            step.store()
+        out = torch.full_like(step.q, float("nan"))
+        layer.attend(step.q, step.k, step.v, step.kv_cache, runs, out, **(step.where if at_once else {}))
+        found.append((out, step.kv_cache.clone()))
+    assert all(torch.equal(x, y) for x, y in zip(*found, strict=True))
+
+
+RUN: dict[str, Callable[..., None]] = {"dense": run_dense, "pages": run_pages}
 
 
 @contextlib.contextmanager
-def emulated(shared_limit: int) -> Iterator[pytest.MonkeyPatch]:
+def emulated(shared_limit: int, blocks: int | None = None) -> Iterator[pytest.MonkeyPatch]:
     """Inside, the kernels run on a CPU, as on a GPU of three multiprocessors with so much shared memory for a block, and
-    memory that nobody has written is NaN."""
+    memory that nobody has written is NaN. ``blocks``: of the cluster that serves each call, else the line of tiles does."""
+
+    def choose(passes: int, tiles: int, variant: Variant, *_: Any) -> Cluster | None:
+        return None if blocks is None else Cluster(blocks, variant)
+
     with pytest.MonkeyPatch.context() as patch, kernel_lanes.settled(), poisoned_memory():
         kernel_lanes.emulate_decode(patch, shared_limit)
         kernel_lanes.emulate_store(patch)
+        patch.setattr(cluster, "has_clusters", lambda index: blocks is not None)
+        patch.setattr(cluster, "choose_cluster", choose)
+        patch.setattr(ops, "why_not_cuda", lambda device: "")
         yield patch
+
+
+def run_one(generator: torch.Generator, kind: str) -> None:
+    """A call of a kind of :data:`FAULTS`."""
+    if kind == "store":
+        run_store(generator, 64, HALF, "norm", torch.int64, 0)
+    elif kind == "step":
+        run_step(generator, 64, HALF, key_offsets=True)
+    else:
+        turn = 0 if kind == "cluster" else 1  # of a rotation by matrix products
+        run = run_pages if kind == "pages" else run_dense
+        run(generator, 64, (4, 1), {}, turn, offsets=False, one=kind == "cluster")
 
 
 def find(generator: torch.Generator, kind: str, old: str, new: str, words: str) -> str:
     """What is said of kernels with this fault."""
-
-    options: tuple[Any, ...] = (HALF, "norm", torch.int64) if kind == "store" else ((4, 1), {})
-    with emulated(SHARED[2]) as patch:
+    clusters = kind == "cluster"
+    with emulated(SHARED[0 if clusters else 2], 2 if clusters else None) as patch:
         name = "store_source" if kind == "store" else "decode_source"
-        sound = getattr(kernel_lanes, name)()
+        sound = getattr(kernel_lanes, name)(*((True,) if clusters else ()))
         assert old in sound, old
         patch.setattr(kernel_lanes, name, lambda *_: sound.replace(old, new))
         with pytest.raises(kernel_lanes.LaneError, match=words) as found:
-            RUN[kind](generator, 64, *options, 0)
+            run_one(generator, kind)
     return str(found.value)
 
 
@@ -144,14 +204,20 @@ def main() -> None:
 
     for fault in FAULTS:
         count(kernels=fault[0], broken=fault[1].strip(), instead=fault[2].strip(), found=find(generator, *fault))
-    for shared, head_dim in itertools.product(SHARED, (64, 128, 256)):
-        with emulated(shared):
-            calls = list(itertools.product(MASKS, ROWS))
-            for kind in ("dense", "pages"):
-                for turn, (masks, size) in enumerate(calls):
-                    RUN[kind](generator, head_dim, size, masks, turn)
-                variants = {choose_variant(head_dim, a * b, shared, m) for a, b in ROWS for m in (False, True)}
-                count(kernels=kind, head_dim=head_dim, shared_bytes=shared, variants=len(variants), calls=len(calls), errors=0)
+    calls = list(itertools.product(MASKS, ROWS))
+    for (kind, offsets, blocks), shared, head_dim in itertools.product(KINDS, SHARED, (64, 128, 256)):
+        if blocks is not None and shared == SHARED[1]:
+            continue  # no clusters there
+        with emulated(shared, blocks):
+            for turn, (masks, size) in enumerate(calls):
+                RUN[kind](generator, head_dim, size, masks, turn, offsets, blocks is not None)
+        what = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, "cluster": blocks}
+        count(kernels=kind, **what, calls=len(calls), errors=0)
+    for head_dim, dtype, blocks in itertools.product((64, 128, 256), (HALF, BF16), (None, 2)):
+        with emulated(SHARED[0], blocks):
+            for key_offsets in (False, True):
+                run_step(generator, head_dim, dtype, key_offsets)
+        count(kernels="store, then attention", head_dim=head_dim, dtype=str(dtype), cluster=blocks, calls=2, errors=0)
     for head_dim, dtype in itertools.product((64, 128, 256), (HALF, BF16)):
         with emulated(SHARED[0]):
             for turn, (scale, slot) in enumerate(STORES):

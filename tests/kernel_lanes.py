@@ -275,7 +275,9 @@ def emulate_decode(monkeypatch: pytest.MonkeyPatch, shared_limit: int = SHARED_L
     monkeypatch.setattr(cluster, "_fit", lambda index, variant, pages, blocks: 4 // blocks)
 
 
-def run_pages(batch: Batch, longest: int | None = None, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+def run_pages(
+    batch: Batch, longest: int | None = None, out: torch.Tensor | None = None, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Native decoding of ``batch``; unserved rows stay NaN. ``longest``: query tokens of a sequence that is served."""
     out = torch.empty_like(batch.q) if out is None else out
     out.fill_(float("nan"))
@@ -283,5 +285,5 @@ def run_pages(batch: Batch, longest: int | None = None, out: torch.Tensor | None
     longest = int(batch.cu_seqlens_q.diff().max()) if longest is None else longest
     q, cache, sequences, *how = batch.arguments
     sequences = sequences._replace(max_query_len=longest, max_seq_len=int(batch.seq_lens.max()))
-    paged.decode_pages(q, cache, sequences, *how, out, lse)
+    paged.decode_pages(q, cache, sequences, *how, out, lse, **options)
     return out, lse

@@ -302,17 +302,19 @@ def draw_roofline(data: dict[str, Any]) -> Figure:
     axis.plot(ends, [1000 * end / data["bandwidth"] for end in ends], ":", color="black", label="TQ4's bytes at read bandwidth")
     if data["launch"] is not None:
         axis.axhline(data["launch"], linestyle="--", linewidth=1, color="black", label="a launch that does nothing")
-    axis.set(xscale="log", yscale="log", xlim=ends, ylim=(1, None), xlabel="codes and norms, MB", ylabel="one call, microseconds")
+    axis.set(xscale="log", yscale="log", xlim=ends, ylim=(1, None))
+    axis.set(xlabel="codes and norms, MB", ylabel="one call, microseconds")
     axis.grid(color=LIGHT, linewidth=0.6)
     axis.legend(frameon=False, fontsize=9)
     return figure
 
 
 def say_roofline(data: dict[str, Any]) -> str:
-    best, worst = (pick(data["calls"], key=lambda call: call["floor"] / call["ours"]) for pick in (max, min))
-    shares = " to ".join(f"{100 * call['floor'] / call['ours']:.0f} % of the bandwidth in {call['id']}" for call in (best, worst))
+    shares = {call["id"]: call["floor"] / call["ours"] for call in data["calls"]}
+    most, least = (pick(shares, key=shares.__getitem__) for pick in (max, min))
+    found = f"{100 * shares[most]:.0f} % of the bandwidth in {most} to {100 * shares[least]:.0f} % in {least}"
     launch = "" if data["launch"] is None else f" A launch that does nothing takes {data['launch']:.1f} us."
     return (
-        f"Each case of head dimension 128 in the table below, on one {data['gpu']} ({data['date']}), whole calls, cold L2, CUDA graphs, plain TQ4, "
-        f"against the bytes that it must read: {shares}.{launch} `decode-h200.json`."
+        f"Each case of head dimension 128 in the table below, on one {data['gpu']} ({data['date']}), whole calls, cold L2, "
+        f"CUDA graphs, plain TQ4, against the bytes that it must read: {found}.{launch} `decode-h200.json`."
     )
