@@ -235,7 +235,7 @@ def _store_first(
     cache: PagedTQ4Cache, codec: TQ4Codec, calls: Sequence[NativeCall], **new: torch.Tensor | None
 ) -> dict[str, object]:
     """Store a step's own keys and values, if there are any; or what the first of ``calls`` takes in order to do it."""
-    k, v, slot_mapping, previous_slots = new.values()
+    k, v, slot_mapping, previous_slots = (new[name] for name in ("k", "v", "slot_mapping", "previous_slots"))
     if k is None or v is None or slot_mapping is None:
         if given := ", ".join(name for name, x in new.items() if x is not None):
             raise ValueError(f"k, v and slot_mapping must come together, got {given} alone")
