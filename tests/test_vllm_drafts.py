@@ -45,14 +45,14 @@ def write_head(folder: Path, generator: torch.Generator) -> dict[str, object]:
     return {"method": "eagle", "model": str(folder)}
 
 
-def drafts_see_one_more(right, layer, q, k, v, kv_cache, runs, out):
+def drafts_see_one_more(right, layer, q, k, v, kv_cache, runs, out, **where):
     """Each token of a verification sees the draft behind it, too."""
 
     def later(run):
         is_verified = run.kind == Kind.DECODE and run.max_query_len > 1
         return dataclasses.replace(run, seq_lens=run.seq_lens + 1) if is_verified else run
 
-    right(layer, q, k, v, kv_cache, [later(run) for run in runs], out)
+    right(layer, q, k, v, kv_cache, [later(run) for run in runs], out, **where)
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def drafts_see_one_more(right, layer, q, k, v, kv_cache, runs, out):
 def test_the_same_as_without(drafts, head, fault, model, prompts, tmp_path, generator, monkeypatch):
     if fault is not None:
         right = PagedLayer.attend
-        monkeypatch.setattr(PagedLayer, "attend", lambda *args: fault(right, *args))
+        monkeypatch.setattr(PagedLayer, "attend", lambda *args, **where: fault(right, *args, **where))
     own = {"method": "draft_model", "model": str(MODEL)} if drafts == "model" else write_head(tmp_path, generator)
     names = {"kv_cache_dtype": "tq4", "kv_cache_dtype_skip_layers": [str(HEAD_LAYER)]} if head == "dense" else {}
     config = {**own, "num_speculative_tokens": 3}

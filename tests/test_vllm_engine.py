@@ -103,12 +103,12 @@ def test_windows_and_soft_caps(family, wrong_by, tmp_path, generator, monkeypatc
     if wrong_by:
         right = PagedLayer.attend
 
-        def attend(layer: PagedLayer, *args: Any) -> None:
+        def attend(layer: PagedLayer, *args: Any, **where: Any) -> None:
             layer = copy.copy(layer)
             if layer.sliding_window is not None:
                 assert layer.sliding_window == WINDOW
                 layer.sliding_window += wrong_by
-            right(layer, *args)
+            right(layer, *args, **where)
 
         monkeypatch.setattr(PagedLayer, "attend", attend)
     with Engine(model=tmp_path, dtype=FAMILIES[family], exact_prefill=False, max_model_len=128) as engine:
@@ -117,11 +117,11 @@ def test_windows_and_soft_caps(family, wrong_by, tmp_path, generator, monkeypatc
         Gate(model, exact_prefill=False).check(prompts, answers)
 
 
-# What is wrong in an engine's attention: (its layer's right attention, layer, q, k, v, kv_cache, runs, out).
+# What is wrong in attention: of its layer's right attention, layer, q, k, v, kv_cache, runs, out, and where k and v go.
 Fault = Callable[..., None]
 
 
-def one_page_of_another(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs: Sequence[Run], out) -> None:
+def one_page_of_another(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs: Sequence[Run], out, **where) -> None:
     """The first two sequences of a run have each other's second page."""
 
     def swapped(run: Run) -> Run:
@@ -129,19 +129,19 @@ def one_page_of_another(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs
         table[:2, 1:2] = run.block_table[:2, 1:2].flip(0)
         return dataclasses.replace(run, block_table=table)
 
-    right(layer, q, k, v, kv_cache, [swapped(run) for run in runs], out)
+    right(layer, q, k, v, kv_cache, [swapped(run) for run in runs], out, **where)
 
 
-def one_head_of_another(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs: Sequence[Run], out) -> None:
+def one_head_of_another(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs: Sequence[Run], out, **where) -> None:
     """The last head reads the pages of the first one."""
-    right(layer, q, k, v, kv_cache, runs, out)
+    right(layer, q, k, v, kv_cache, runs, out, **where)
     group = layer.num_heads // layer.num_kv_heads
     other = torch.empty_like(out)
     right(layer, q.roll(group, 1), k, v, kv_cache, runs, other)
     out[:, -group:] = other[:, :group]
 
 
-def one_chunk_without_prefix(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs: Sequence[Run], out) -> None:
+def one_chunk_without_prefix(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs: Sequence[Run], out, **where) -> None:
     """The last chunk of a prompt of more than 64 tokens is taken for a whole prompt."""
 
     def alone(run: Run) -> Run:
@@ -151,7 +151,7 @@ def one_chunk_without_prefix(right: Fault, layer: PagedLayer, q, k, v, kv_cache,
     layer = copy.copy(layer)
     layer.exact = exact_attention
     whole = [run if run.kind != Kind.EXACT else dataclasses.replace(run, kind=Kind.CONTINUED) for run in runs]
-    right(layer, q, k, v, kv_cache, [alone(run) for run in whole], out)
+    right(layer, q, k, v, kv_cache, [alone(run) for run in whole], out, **where)
 
 
 @pytest.mark.parametrize("key_offsets", [False, True])
@@ -162,7 +162,7 @@ def test_faults_are_noticed(fault, key_offsets, tmp_path, generator, monkeypatch
     prompts = random_prompts(generator, 100, 80, 90, 70)
     if fault is not None:
         right = PagedLayer.attend
-        monkeypatch.setattr(PagedLayer, "attend", lambda *args: fault(right, *args))
+        monkeypatch.setattr(PagedLayer, "attend", lambda *args, **where: fault(right, *args, **where))
     form = {"exact_prefill": False, "key_offsets": key_offsets}
     # Keys with offsets depend on where a prompt is cut, so those that are cut are read alone.
     alone = key_offsets and fault is one_chunk_without_prefix
@@ -184,7 +184,7 @@ def test_layers_left_dense(family, left, fault, tmp_path, generator, monkeypatch
     prompts = random_prompts(generator, 100, 80, 70)
     if fault is not None:
         right = DenseLayer.attend
-        monkeypatch.setattr(DenseLayer, "attend", lambda *args: fault(right, *args))
+        monkeypatch.setattr(DenseLayer, "attend", lambda *args, **where: fault(right, *args, **where))
     form = {"exact_prefill": False, "key_offsets": True}
     names = {"kv_cache_dtype": "tq4", "kv_cache_dtype_skip_layers": [left]}
     options = {"max_model_len": 128, "block_size": 64, "kv_cache_memory_bytes": 2**24, "enable_prefix_caching": True}
