@@ -197,6 +197,10 @@ class GroupStoreContract:
         pages = GroupedPages(generator, codec, [GROUP], dtype=dtype)
         pages.write(store, k)
 
+    def untouched(self, size: int, device: torch.device | str) -> torch.Tensor:
+        """So many bytes that nobody has written."""
+        return torch.empty(size, dtype=torch.uint8, device=device)
+
     @pytest.mark.parametrize("page_size", [64, 2**26])
     def test_places_beyond_32_bits(self, store, device, generator, dtype, page_size):
         # The last of 2^26 places of 76 bytes: of many pages, or of one. On a CPU what nobody touches takes no memory.
@@ -204,7 +208,7 @@ class GroupStoreContract:
         width = chunk_bytes(page_size, 64, True)
         if device != "cpu" and torch.cuda.mem_get_info()[0] < num_pages * width + 2**30:
             pytest.skip("needs 6 GiB of free GPU memory")
-        memory = torch.empty(num_pages, width, dtype=torch.uint8, device=device)
+        memory = self.untouched(num_pages * width, device).view(num_pages, width)
         far = PagedTQ4Cache.of_checked(memory, page_size, 1, 64, True)
         near = PagedTQ4Cache.allocate(2, page_size=64, num_kv_heads=1, head_dim=64, has_offsets=True, device=device)
         k = keys_like_a_models(generator, 101, 64, 1).transpose(0, 1).to(dtype).to(device)

@@ -96,7 +96,6 @@ def test_generate_and_generate_again_after_reset(family, options, generator):
     ("family", "attention", "length", "padding"),
     [
         ("llama", "tq4", 12, 5),
-        ("llama", "tq4", 12, 0),
         ("llama", "sdpa", 12, 5),
         ("falcon_h1", "tq4", 12, 5),
         ("gemma3", "tq4", 12, 5),

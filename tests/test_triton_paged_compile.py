@@ -30,7 +30,7 @@ FITS = {
     "sm_90": ["page-48", "float32", "offsets"],
     "sm_100": ["page-64", "offsets"],
     "sm_120": ["page-16", "wide", "masks", "windows", "wide-offsets", "wide-512"],
-    "gfx942": ["page-64", "wide", "masks", "float32", "offsets"],
+    "gfx942": ["wide", "float32", "offsets"],
 }
 
 

@@ -210,7 +210,9 @@ def test_pages_with_offsets(run_pages, generator, page_size):
 
 
 @hypothesis.given(data=st.data())
-@hypothesis.settings(suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
+@hypothesis.settings(
+    max_examples=hypothesis.settings().max_examples // 2, suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture]
+)
 def test_any_batch_over_pages(run_pages, data):
     draw = data.draw
     lengths = draw(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 120)), min_size=1, max_size=4))

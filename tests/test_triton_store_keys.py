@@ -56,6 +56,10 @@ class TestContract(GroupStoreContract):
         args = (store, device, generator, wide_dtype, head_dim, is_wide, scale, "sliced", slot_dtype, scaled)
         super().test_a_batch(*args)
 
+    def untouched(self, size, device):
+        # Shared from the start: what goes to the interpreter's process would be copied else, all of it.
+        return torch.tensor([], dtype=torch.uint8).set_(torch.UntypedStorage._new_shared(size))
+
     @pytest.mark.parametrize("page_size", [2**26])
     def test_places_beyond_32_bits(self, store, device, generator, dtype, page_size):
         super().test_places_beyond_32_bits(store, device, generator, dtype, page_size)
