@@ -12,7 +12,7 @@ from turboquant_vllm import TQ4Codec, TQ4Tensor, tq4_attention
 from turboquant_vllm.calibration import KeyStatistics
 
 Randn = Callable[..., torch.Tensor]
-LENGTH, QUERIES, DIM, NORM = 2048, 32, 128, 600
+LENGTH, QUERIES, DIM, NORM = 2048, 128, 128, 600  # of fewer queries the error is one of 1.8 to 3.1 times another's
 SLOW, FAST = (30, 60, 94, 124), (10, 74)  # channels and the partners that RoPE turns them into
 
 

@@ -89,7 +89,14 @@ def test_caps_that_are_infinite_or_zero_in_float32(function: str, cap: float, ca
 @functions
 @pytest.mark.parametrize(
     "masks",
-    [{"softcap": LARGEST_CAP}, {"softcap": LEAST_CAP}, {"softcap": 1}, {"sm_scale": 0}, {"sm_scale": -1}, {"sm_scale": 1e-45}],
+    [
+        {"softcap": LARGEST_CAP},
+        {"softcap": LEAST_CAP},
+        {"softcap": 1},
+        {"sm_scale": 0},
+        {"sm_scale": -1 / math.sqrt(D)},
+        {"sm_scale": 1e-45},
+    ],
     ids=str,
 )
 def test_numbers_at_the_ends_of_their_ranges(function: str, masks: dict[str, float], calls: Calls) -> None:
