@@ -95,6 +95,15 @@ def test_pages(generator, head_dim, group, page_size, lengths, options):
     check_batch(run_pages, random_batch(generator, lengths, dtype=HALF, device="cpu", **sizes))
 
 
+@pytest.mark.parametrize(("head_dim", "group", "offsets"), [(256, 16, False), (128, 32, True)])
+def test_where_no_cluster_has_room_the_line_serves(generator, monkeypatch, head_dim, group, offsets):
+    """99 KiB for a block, as compute capability 12.0 has, which has clusters."""
+    monkeypatch.undo()
+    kernel_lanes.emulate_decode(monkeypatch, 101376)
+    monkeypatch.setattr(cluster, "has_clusters", lambda index: True)
+    check(run, random_case(generator, dtype=HALF, group=group, head_dim=head_dim, num_kv_heads=1, offsets=offsets))
+
+
 @pytest.mark.parametrize(
     ("sound", "broken", "words"),
     [

@@ -9,7 +9,14 @@ import pytest
 
 from turboquant_vllm.cuda import runtime
 from turboquant_vllm.cuda.sources import source
-from turboquant_vllm.cuda.variants import MOST_BLOCKS, Division, choose_cluster, choose_variant, cluster_variants
+from turboquant_vllm.cuda.variants import (
+    MOST_BLOCKS,
+    Division,
+    choose_cluster,
+    choose_variant,
+    cluster_variants,
+    fits_clusters,
+)
 from turboquant_vllm.limits import MAX_SEQUENCES
 
 pytest.importorskip("cuda.core")
@@ -177,6 +184,18 @@ def test_which_calls_are_one_launch(passes, tiles, pages, blocks, warps, residen
     if found is not None:
         assert (found.blocks, found.variant.warps, found.variant.resident) == (blocks, warps, resident)
         assert found.variant.resident * (found.variant.cluster_bytes(blocks) + 1024) <= SHARED["sm_90"] + 1024
+
+
+@pytest.mark.parametrize("shared", sorted(set(SHARED.values())))
+def test_every_call_has_a_variant(shared):
+    for head_dim, rows, masked, offsets in itertools.product((64, 128, 256), (1, 4, 8, 16, 32), *[(False, True)] * 2):
+        sizes = (head_dim, rows, shared, masked, offsets)
+        for hadamard in (False, True):
+            assert choose_variant(*sizes, hadamard).shared_bytes <= shared
+        if fits_clusters(*sizes):
+            assert choose_variant(*sizes, True, True).cluster_bytes(MOST_BLOCKS) <= shared
+        else:
+            assert shared < 120_000
 
 
 @pytest.mark.parametrize("passes", [1, 7, 8, 128, 231, 512, 640, 924, 925, 3000, 70_000])

@@ -21,6 +21,7 @@ from turboquant_vllm.cuda.variants import (
     cluster_variants,
     device_limits,
     divisor,
+    fits_clusters,
     has_clusters,
 )
 
@@ -95,6 +96,8 @@ def plan(
     if not has_clusters(index):
         return None
     multiprocessors, shared_limit = device_limits(index)
+    if not fits_clusters(head_dim, rows, shared_limit, masked, offsets):
+        return None
     line, alone = (choose_variant(head_dim, rows, shared_limit, masked, offsets, True, one) for one in (False, True))
     chunks = -(-rows // (4 * alone.row_tiles))
     if pages and chunks > 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -12,7 +12,7 @@ import torch
 
 __all__ = [
     "COMBINE_THREADS", "Cluster", "Division", "Variant", "choose_cluster", "choose_variant", "cluster_variants",
-    "device_limits", "divisor", "has_clusters", "rows_at_once",
+    "device_limits", "divisor", "fits_clusters", "has_clusters", "rows_at_once",
 ]  # fmt: skip
 
 COMBINE_THREADS = {64: 256, 128: 512, 256: 512}  # of a block of the second kernel, by head_dim
@@ -132,7 +132,21 @@ def choose_variant(
     hadamard: bool = False,
     cluster: bool = False,
 ) -> Variant:
-    """The variant for ``rows`` rows per key/value head, within ``shared_limit`` bytes of shared memory per block."""
+    """The variant for ``rows`` rows per key/value head, within ``shared_limit`` bytes of shared memory per block; ``cluster``
+    only where :func:`fits_clusters` says that there is one."""
+    return next(_fitting(head_dim, rows, shared_limit, masked, offsets, hadamard, cluster))
+
+
+@cache
+def fits_clusters(head_dim: int, rows: int, shared_limit: int, masked: bool, offsets: bool) -> bool:
+    """Whether a variant for clusters fits ``shared_limit`` bytes: many wide rows and the table do not fit 99 KiB together."""
+    return next(_fitting(head_dim, rows, shared_limit, masked, offsets, True, True), None) is not None
+
+
+def _fitting(
+    head_dim: int, rows: int, shared_limit: int, masked: bool, offsets: bool, hadamard: bool, cluster: bool
+) -> Iterator[Variant]:
+    """Variants that fit, the best first."""
     most = 4 if head_dim == 256 else 8  # the sums of more rows do not fit the registers
     row_tiles = next(n for n in (1, 2, 4, 8) if n == most or 4 * n >= rows)
     sums = row_tiles * head_dim  # what a warp keeps in registers
@@ -146,7 +160,7 @@ def choose_variant(
         for stages in range(max(3, 64 // warps * 64 // head_dim), 1, -1)
         for ahead in ((True, False) if offsets else (False,))
     )
-    return next(v for v in candidates if (v.cluster_bytes(MOST_BLOCKS) if cluster else v.shared_bytes) <= shared_limit)
+    return (v for v in candidates if (v.cluster_bytes(MOST_BLOCKS) if cluster else v.shared_bytes) <= shared_limit)
 
 
 @dataclass(frozen=True)
