@@ -1,5 +1,6 @@
 # Three commands: `make demo`, `make test` and `make docs`. Each makes .venv first when it is missing or stale, from the releases in
-# constraints.txt. `make lock` renews that file; `make test-newest` runs the tests with the newest releases, in .venv-newest.
+# constraints.txt. `make lock` renews that file; `make test-newest` runs the tests with the newest releases, in .venv-newest;
+# `make test-vllm VLLM_VERSION=0.33.0` those of the plugin against a release of vLLM, in .venv-vllm.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -8,8 +9,9 @@ TEST_JOBS ?= 2
 # Not the newest, which may be a build of gigabytes: what the lock has, unless asked for by NEWEST_TORCH=torch.
 NEWEST_TORCH ?= $(shell grep -o '^torch==[0-9.]*' constraints.txt)
 OLDEST_TORCH ?= $(NEWEST_TORCH)
+VLLM_VERSION ?= 0.33.0
 
-.PHONY: demo test docs pictures test-newest test-oldest lock check clean
+.PHONY: demo test docs pictures test-newest test-oldest test-vllm lock check clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m turboquant_vllm.demo --out demo-out
@@ -54,6 +56,17 @@ test-oldest:
 	$(VENV)-oldest/bin/python $(PIP) --constraint $(VENV)-oldest/lowest.txt --editable ".[dev]"
 	$(VENV)-oldest/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
+# vLLM's Python code is all that these tests need: no GPU, and none of its requirements that are for one. Tests of its engine skip
+# themselves; were a requirement missing, all others would, too: hence the line that imports what they import.
+test-vllm:
+	$(PYTHON) -m venv --clear $(VENV)-vllm
+	$(VENV)-vllm/bin/python $(PIP) --constraint constraints.txt torch setuptools
+	$(VENV)-vllm/bin/python $(PIP) --constraint constraints.txt --no-build-isolation --editable ".[dev]"
+	$(VENV)-vllm/bin/python $(PIP) --constraint constraints.txt --requirement tests/vllm-requirements.txt
+	$(VENV)-vllm/bin/python $(PIP) --no-deps "vllm==$(VLLM_VERSION)"
+	$(VENV)-vllm/bin/python -c "import vllm.model_executor.layers.attention, vllm.v1.attention.backend"
+	$(VENV)-vllm/bin/python -m pytest -n $(TEST_JOBS) --dist worksteal -m vllm $(PYTEST_ARGS) tests/test_vllm_*.py
+
 # torch's own requirements are those of its build for CUDA, which a build for CPUs
 # shares or lacks, so that both take this file.
 lock:
@@ -63,4 +76,4 @@ lock:
 		--custom-compile-command "make lock" --output-file constraints.txt
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-lock demo-out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-oldest $(VENV)-vllm $(VENV)-lock demo-out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

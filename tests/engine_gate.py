@@ -21,6 +21,8 @@ from turboquant_vllm.hf import CACHE_ARGUMENT, TurboQuantCache
 from turboquant_vllm.hf.calibration import key_scales_from_model
 
 Cuts = Callable[[int], Iterable[int]]  # of the length of a prompt
+# What a model is called with, beside the cache: (model, all tokens so far, place of the first that the cache has not).
+Inputs = Callable[[Any, Sequence[int], int], dict[str, Any]]
 # Least degrees of freedom of what right runs say: the bound is 6.0 spreads of theirs. Were the spread known, it would be 4.8.
 FREEDOM = 28
 FEWEST_RUNS = 4  # right ones, however many prompts there are: each has a mean and a spread of its own
@@ -44,6 +46,11 @@ def whole(length: int) -> tuple[int, ...]:
     return ()
 
 
+def token_ids(model: Any, tokens: Sequence[int], start: int) -> dict[str, Any]:
+    """Inputs of a text."""
+    return {"input_ids": torch.tensor([tokens[start:]], device=model.device)}
+
+
 class Gate:
     """What an engine's answers must pass.
 
@@ -51,12 +58,22 @@ class Gate:
         model: in the engine's dtype, with "tq4" attention.
         exact_prefill, key_offsets, skip_layers: as in ``TurboQuantCache``; with offsets, keys have the scales of the model's
             weights.
+        inputs: of other models than those of texts alone.
     """
 
-    def __init__(self, model: Any, *, exact_prefill: bool, key_offsets: bool = False, skip_layers: Iterable[int] = ()) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        exact_prefill: bool,
+        key_offsets: bool = False,
+        skip_layers: Iterable[int] = (),
+        inputs: Inputs = token_ids,
+    ) -> None:
         self._pairs = [(copy.deepcopy(model).float(), model)]
         # A group's offset follows from the call that begins it: the engine's are of one token.
         self._token_by_token = key_offsets
+        self._inputs = inputs
         self._format: dict[str, Any] = {
             "exact_prefill": exact_prefill,
             "key_offsets": key_offsets,
@@ -89,8 +106,10 @@ class Gate:
     def _log_probs(self, model: Any, pieces: Iterable[Sequence[int]], answer: list[int]) -> torch.Tensor:
         """transformers' for each token of an answer, whatever it would have chosen: float32 ``[len(answer), vocabulary]``."""
         cache = TurboQuantCache(model.config, **self._format)
-        results = []
+        results, tokens = [], list[int]()
         answered = [[token] for token in answer[:-1]] if self._token_by_token else [answer[:-1]]
         for piece in (*pieces, *answered):
-            results.append(model(torch.tensor([piece], device=model.device), **{CACHE_ARGUMENT: cache}).logits[0])
+            start = len(tokens)
+            tokens += piece
+            results.append(model(**self._inputs(model, tokens, start), **{CACHE_ARGUMENT: cache}).logits[0])
         return torch.cat(results)[-len(answer) :].float().log_softmax(-1).cpu()

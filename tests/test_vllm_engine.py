@@ -11,18 +11,19 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
-import torch
 
 from vllm_engine_cases import (  # isort: skip  (skips where there is no engine)
     DEVICE,
     FAMILIES,
     Engine,
+    Fault,
     noticed,
     held_out_prompts,  # noqa: F401  (fixture "prompts")
+    one_head_of_another,
     one_process,  # noqa: F401  (fixture)
     random_model,
     random_prompts,
@@ -117,10 +118,6 @@ def test_windows_and_soft_caps(family, wrong_by, tmp_path, generator, monkeypatc
         Gate(model, exact_prefill=False).check(prompts, answers)
 
 
-# What is wrong in attention: of its layer's right attention, layer, q, k, v, kv_cache, runs, out, and where k and v go.
-Fault = Callable[..., None]
-
-
 def one_page_of_another(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs: Sequence[Run], out, **where) -> None:
     """The first two sequences of a run have each other's second page."""
 
@@ -130,15 +127,6 @@ def one_page_of_another(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs
         return dataclasses.replace(run, block_table=table)
 
     right(layer, q, k, v, kv_cache, [swapped(run) for run in runs], out, **where)
-
-
-def one_head_of_another(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs: Sequence[Run], out, **where) -> None:
-    """The last head reads the pages of the first one."""
-    right(layer, q, k, v, kv_cache, runs, out, **where)
-    group = layer.num_heads // layer.num_kv_heads
-    other = torch.empty_like(out)
-    right(layer, q.roll(group, 1), k, v, kv_cache, runs, other)
-    out[:, -group:] = other[:, :group]
 
 
 def one_chunk_without_prefix(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs: Sequence[Run], out, **where) -> None:

@@ -6,7 +6,7 @@ On a GPU, or where vLLM was built for CPUs: there the engine itself is the same,
 from __future__ import annotations
 
 import gc
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -29,6 +29,8 @@ from hf_models import VOCABULARY, make_config
 from turboquant_vllm.demo.compare import held_out_windows
 from turboquant_vllm.demo.run import MODEL
 from turboquant_vllm.hf import register
+from turboquant_vllm.vllm.batch import Run
+from turboquant_vllm.vllm.layer import PagedLayer
 
 if not (torch.cuda.is_available() or current_platform.is_cpu()):
     pytest.skip("needs a GPU, or vLLM for CPUs", allow_module_level=True)
@@ -81,11 +83,11 @@ class Engine:
             "kv_cache_memory_bytes": 2**28,
             "max_logprobs": -1,
             "gpu_memory_utilization": 0.1,  # must be free at the start; others may use the card
+            "skip_tokenizer_init": True,
             **options,
         }
         self.llm = vllm.LLM(
             model=str(model),
-            skip_tokenizer_init=True,
             dtype=dtype,
             attention_backend="CUSTOM",
             additional_config={"turboquant": {"exact_prefill": exact_prefill, "key_offsets": key_offsets}},
@@ -94,12 +96,13 @@ class Engine:
             **given,
         )
 
-    def answers(self, prompts: Sequence[list[int]]) -> list[Answer]:
-        """Greedy answers, all prompts at once."""
+    def answers(self, prompts: Sequence[list[int] | dict[str, Any]]) -> list[Answer]:
+        """Greedy answers, all prompts at once: tokens, or what else vLLM takes for a prompt."""
         params = vllm.SamplingParams(
             temperature=0.0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=-1, flat_logprobs=True
         )
-        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        given = [prompt if isinstance(prompt, dict) else {"prompt_token_ids": prompt} for prompt in prompts]
+        outputs = self.llm.generate(given, params, use_tqdm=False)
         return [_answer(output.outputs[0]) for output in outputs]
 
     def counter(self, name):
@@ -146,3 +149,16 @@ def random_prompts(generator: torch.Generator, *lengths: int) -> list[list[int]]
 def noticed(fault: object) -> AbstractContextManager[object]:
     """Where a gate is to fail, if there is a fault."""
     return pytest.raises(AssertionError, match="of a right run's") if fault else nullcontext()
+
+
+# What is wrong in attention: of its layer's right attention, layer, q, k, v, kv_cache, runs, out, and where k and v go.
+Fault = Callable[..., None]
+
+
+def one_head_of_another(right: Fault, layer: PagedLayer, q, k, v, kv_cache, runs: Sequence[Run], out, **where) -> None:
+    """The last head reads the pages of the first one."""
+    right(layer, q, k, v, kv_cache, runs, out, **where)
+    group = layer.num_heads // layer.num_kv_heads
+    other = torch.empty_like(out)
+    right(layer, q.roll(group, 1), k, v, kv_cache, runs, other)
+    out[:, -group:] = other[:, :group]
