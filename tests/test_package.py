@@ -174,12 +174,15 @@ def test_benchmarks_hide_no_package() -> None:
     assert not names & {*metadata.packages_distributions(), *sys.stdlib_module_names, "triton_kernels"}
 
 
-def test_the_container_has_a_supported_vllm_and_what_it_copies_is_there() -> None:
+def test_container_and_makefile_have_a_supported_vllm_and_what_is_copied_is_there() -> None:
     recipe = (ROOT / "docker" / "Dockerfile").read_text()
     version = re.search(r"ARG VLLM_VERSION=([\d.]+)", recipe)
     assert version
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert Requirement(extras["vllm"][0]).specifier.contains(version[1])
+    tested = re.search(r"^VLLM_VERSION \?= ([\d.]+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert tested
+    for one in (version[1], tested[1]):
+        assert Requirement(extras["vllm"][0]).specifier.contains(one)
     assert f'"{extras["cuda"][0]}"' in recipe
     copied = [name for line in re.findall(r"^COPY (.*) \S+$", recipe, re.MULTILINE) for name in line.split()]
     assert copied

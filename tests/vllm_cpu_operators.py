@@ -29,6 +29,12 @@ _operator("init_cpu_threads_env(str s) -> str")(lambda s: "")
 _operator("greedy_argmax(Tensor x) -> Tensor")(lambda x: x.argmax(-1).view(-1))
 
 
+@_operator("fused_gumbel_argmax(Tensor logits, Tensor seeds) -> Tensor")
+def _sample(logits, seeds):
+    noise = [torch.empty_like(logits[0]).exponential_(generator=torch.Generator().manual_seed(int(seed))) for seed in seeds]
+    return (logits.softmax(-1) / torch.stack(noise)).argmax(-1)
+
+
 @_operator("compute_slot_mapping_kernel_impl(Tensor a, Tensor b, Tensor c, Tensor(d!) d, int e) -> ()")
 def _slots(query_start_loc, positions, block_table, slot_mapping, block_size):
     count = positions.shape[0]
