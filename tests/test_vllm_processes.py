@@ -18,7 +18,7 @@ from vllm.platforms import current_platform
 
 from turboquant_vllm.demo.run import MODEL
 
-pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(900)]  # each rank is a process that imports vLLM
 
 if not (torch.cuda.is_available() or current_platform.is_cpu()):
     pytest.skip("needs a GPU, or vLLM for CPUs", allow_module_level=True)
