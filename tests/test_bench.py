@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 # Made before result files had the command that makes them; each loses its place here when it is made again.
 WITHOUT_COMMAND = {
     "decode-contexts-h200", "hf-h200", "quality-demo", "quality-demo-greedy", "quality-keys-bias",
-    "quality-keys-h200", "quality-keys-rules", "quality-real", "quality-recall", "quality-text", "sanitizer-lanes",
+    "quality-keys-h200", "quality-keys-rules", "quality-real", "quality-recall", "quality-text",
     "vllm-soak-cpu",
 }  # fmt: skip
 SMALL = machine.Machine("cpu", "a processor", torch.float32, 10.0, 10.0, 1)
