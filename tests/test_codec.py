@@ -154,7 +154,7 @@ def test_nan_and_inf_stay_visible_in_their_vector(randn: Randn, dtype: torch.dty
 @pytest.mark.parametrize("scale", [1e-40, 1e-38, 1e-20, 1e-15, 1e15, 1e20, 1e30, 1e37])
 def test_tiny_and_huge_vectors_keep_their_accuracy(randn: Randn, scale: float) -> None:
     codec = TQ4Codec(128)
-    x = randn(4000, 128) * torch.tensor(scale)
+    x = randn(16000, 128) * torch.tensor(scale)  # the mean error of 4000 is off by 0.3 %
     again = codec.decompress(codec.compress(x))
     assert relative_error(x, again) == pytest.approx(128 * lloyd_max(128).mse, rel=0.02)
 
