@@ -10,8 +10,11 @@ import pytest
 from turboquant_vllm.cuda import runtime
 from turboquant_vllm.cuda.sources import source
 from turboquant_vllm.cuda.variants import (
+    ALWAYS,
     MOST_BLOCKS,
+    Cluster,
     Division,
+    Even,
     choose_cluster,
     choose_variant,
     cluster_variants,
@@ -103,13 +106,14 @@ def test_compiles_with_offsets_without_spills(arch, head_dim, pages, masked):
         *(("sm_90", head_dim, rows, 0, False, False) for head_dim in (64, 128, 256) for rows in (4, 8, 16, 32)),
         ("sm_100", 128, 4, 0, False, False),
         *(("sm_90", 128, 4, *options) for options in ((1, False, False), (0, False, True), (1, False, True), (1, True, True))),
+        ("sm_90", 128, 8, 1, False, True),
         ("sm_100", 128, 4, 1, False, True),
         ("sm_90", 64, 8, 1, True, False),
     ],
 )
 def test_compiles_as_a_cluster_without_spills(arch, head_dim, rows, pages, masked, offsets):
     alone = choose_variant(head_dim, rows, SHARED[arch], masked, offsets, hadamard=True, cluster=True)
-    variants = [variant for variant in cluster_variants(alone, bool(pages)) if variant is not None]
+    variants = [variant for variant in cluster_variants(alone) if variant is not None]
     for variant in variants:
         assert variant.cluster_bytes(MOST_BLOCKS) <= SHARED[arch], variant
         defines = {**variant.defines, "PAGED": pages}
@@ -148,42 +152,59 @@ def test_variants_are_the_compiled_ones(arch, head_dim):
         assert head_dim == 256 or 4 * variant.row_tiles >= rows
 
 
-# Clusters of 1, 2, 4 and 8 blocks with a multiprocessor each that an H200 runs at once: its 132 are in groups of 10 to 18.
-AT_ONCE = {1: 132, 2: 66, 4: 30, 8: 15}
-
-
 @pytest.mark.parametrize(
-    ("passes", "tiles", "pages", "blocks", "warps", "resident"),
+    ("passes", "tiles", "blocks", "warps", "resident"),
     [
-        (8, 64, False, 8, 8, 1),  # 1 x 1024
-        (8, 512, False, 8, 16, 1),  # 1 x 8192
-        (8, 512, True, 8, 16, 1),
-        (8, 2048, False, 0, 0, 0),  # 1 x 32768
-        (8, 2048, True, 8, 16, 1),
-        (8, 8192, False, 0, 0, 0),  # 1 x 131072
-        (8, 8192, True, 0, 0, 0),
-        (16, 64, False, 4, 8, 1),
-        (16, 64, True, 0, 0, 0),
-        (64, 256, False, 2, 16, 1),
-        (128, 2048, False, 0, 0, 0),  # 16 x 32768
-        (256, 256, False, 1, 8, 2),  # 32 x 4096
-        (256, 256, True, 0, 0, 0),
-        (512, 64, False, 1, 8, 2),  # 64 x 1024
-        (300, 64, False, 0, 0, 0),  # the second wave would be short
-        (256, 2048, False, 0, 0, 0),
+        (8, 64, 8, 8, 1),  # 1 x 1024
+        (8, 512, 8, 16, 1),  # 1 x 8192
+        (8, 2048, 0, 0, 0),  # 1 x 32768
+        (8, 8192, 0, 0, 0),  # 1 x 131072
+        (16, 64, 4, 8, 1),
+        (64, 256, 2, 16, 1),
+        (128, 2048, 0, 0, 0),  # 16 x 32768
+        (256, 256, 1, 8, 2),  # 32 x 4096
+        (512, 64, 1, 8, 2),  # 64 x 1024
+        (300, 64, 0, 0, 0),  # the second wave would be short
+        (256, 2048, 0, 0, 0),
     ],
 )
-def test_which_calls_are_one_launch(passes, tiles, pages, blocks, warps, resident):
-    variant = choose_variant(128, 4, SHARED["sm_90"], hadamard=True, cluster=True)
-
-    def fit(variant, blocks):
-        return AT_ONCE[blocks] * variant.resident
-
-    found = choose_cluster(passes, tiles, variant, pages, 132, fit)
+def test_which_calls_are_one_launch(passes, tiles, blocks, warps, resident):
+    found = choose(passes, tiles)
     assert (found is None) == (blocks == 0)
     if found is not None:
         assert (found.blocks, found.variant.warps, found.variant.resident) == (blocks, warps, resident)
-        assert found.variant.resident * (found.variant.cluster_bytes(blocks) + 1024) <= SHARED["sm_90"] + 1024
+        assert found.even is ALWAYS
+
+
+@pytest.mark.parametrize(
+    ("sequences", "tiles", "blocks", "warps", "even"),
+    [
+        (1, 64, 8, 8, ALWAYS),
+        (1, 2048, 8, 16, ALWAYS),  # 32768: 16 tiles a warp where a warp of the line has 7
+        (1, 8192, 8, 16, Even(128, 1, 2112, 10)),
+        (2, 64, 4, 8, ALWAYS),  # 2 tiles a warp, whatever the other sequence's length
+        (2, 1024, 4, 16, Even(64, 1, 2112, 10)),
+        (8, 2048, 2, 16, Even(32, 1, 2112, 10)),
+        (16, 64, 1, 16, ALWAYS),
+        (16, 512, 1, 16, Even(16, 1, 2112, 10)),
+        (32, 512, 1, 8, Even(8, 1, 2112, 10)),
+        (64, 512, 1, 8, Even(8, 2, 2112, 10)),
+    ],
+)
+def test_which_calls_over_pages_may_be_one_launch(sequences, tiles, blocks, warps, even):
+    found = choose(8 * sequences, tiles, sequences)
+    assert found is not None
+    assert (found.blocks, found.variant.warps, found.even) == (blocks, warps, even)
+    assert (found.even is ALWAYS) == (even is ALWAYS)
+
+
+def choose(passes: int, tiles: int, sequences: int = 0) -> Cluster | None:
+    """On an H200, whose 132 multiprocessors are in groups of 10 to 18."""
+    variant, at_once = choose_variant(128, 4, SHARED["sm_90"], hadamard=True, cluster=True), {1: 132, 2: 66, 4: 30, 8: 15}
+    found = choose_cluster(passes, tiles, variant, 132, lambda variant, blocks: at_once[blocks] * variant.resident, sequences)
+    if found is not None:
+        assert found.variant.resident * (found.variant.cluster_bytes(found.blocks) + 1024) <= SHARED["sm_90"] + 1024
+    return found
 
 
 @pytest.mark.parametrize("shared", sorted(set(SHARED.values())))

@@ -3,6 +3,7 @@ calls do, and attention waits for the store."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import kernel_lanes
 from kernel_lanes import LaneError, emulated_decode, emulated_store, few_objects, needs_compiler  # noqa: F401
 from turboquant_vllm import ops, tq4_paged_attention
 from turboquant_vllm.cuda import cluster
-from turboquant_vllm.cuda.variants import Cluster
+from turboquant_vllm.cuda.variants import Cluster, Even
 from turboquant_vllm.vllm.layer import PagedLayer
 from vllm_cases import Step, random_step
 
@@ -21,7 +22,17 @@ pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulate
 LENGTHS = [(1, 70), (2, 65), (1, 2), (3, 130)]  # query tokens, keys
 
 
-@pytest.fixture(params=["line", "clusters"], autouse=True)
+_LINE, _CLUSTERS = ["tq4_rotate", "tq4_decode", "tq4_combine"], ["tq4_decode"]
+# What may serve, and the kernels behind the store.
+CHOICES: dict[str, tuple[Callable[..., Cluster | None], list[str]]] = {
+    "line": (lambda *_: None, _LINE),
+    "clusters": (lambda passes, tiles, variant, *_: Cluster(2, variant), _CLUSTERS),
+    "clusters if even": (lambda passes, tiles, variant, *_: Cluster(2, variant, Even(4, 1, 24, 4)), _LINE + _CLUSTERS),
+    "line if uneven": (lambda passes, tiles, variant, *_: Cluster(2, variant, Even(1, 1, 24, 4)), _LINE + _CLUSTERS),
+}
+
+
+@pytest.fixture(params=CHOICES, autouse=True)
 def launches(request: pytest.FixtureRequest, emulated_decode: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
     """Names of the kernels that have run."""
     found: list[str] = []
@@ -32,8 +43,7 @@ def launches(request: pytest.FixtureRequest, emulated_decode: None, monkeypatch:
         launch(library, name, *args, **options)
 
     monkeypatch.setattr(kernel_lanes.Library, "launch", counted)
-    chosen = (lambda passes, tiles, variant, *_: Cluster(2, variant)) if request.param == "clusters" else lambda *_: None
-    monkeypatch.setattr(cluster, "choose_cluster", chosen)
+    monkeypatch.setattr(cluster, "choose_cluster", CHOICES[request.param][0])
     return found
 
 
@@ -56,7 +66,7 @@ def attend(step: Step, at_once: bool) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("key_offsets", "head_dim"), [(False, 64), (True, 64), (True, 128)])
-def test_the_same_as_two_calls(generator, monkeypatch, launches, key_offsets, head_dim):
+def test_the_same_as_two_calls(generator, monkeypatch, launches, request, key_offsets, head_dim):
     step = step_of(generator, monkeypatch, key_offsets, head_dim)
     before = step.kv_cache.clone()
     want = attend(step, at_once=False)
@@ -69,16 +79,26 @@ def test_the_same_as_two_calls(generator, monkeypatch, launches, key_offsets, he
     assert torch.equal(step.kv_cache, stored)
     assert not torch.equal(stored, before)
     assert launches[:first] == launches[first:]
-    rest = ["tq4_rotate", "tq4_decode", "tq4_combine"] if "tq4_combine" in launches else ["tq4_decode"]
-    assert launches[first:] == ["tq4_store", *rest]
+    assert launches[first:] == ["tq4_store", *CHOICES[request.node.callspec.params["launches"]][1]]
 
 
 @pytest.mark.parametrize("key_offsets", [False, True])
-def test_attention_waits_for_the_store(generator, monkeypatch, launches, key_offsets, request):
-    text = kernel_lanes.decode_source("clusters" in request.node.name)
-    sound = "  wait_for_previous();  // the store of the step's own keys and values"
-    assert text.count(sound) == (1 if "clusters" in request.node.name else 2)
-    monkeypatch.setattr(kernel_lanes, "decode_source", lambda clusters: text.replace(sound, "//"))
+def test_attention_waits_for_the_store(generator, monkeypatch, launches, key_offsets):
+    sound = "wait_for_previous();  // the store of the step's own keys and values"
+    attend_without(generator, monkeypatch, key_offsets, sound)
+
+
+@pytest.mark.parametrize("launches", ["line if uneven"], indirect=True)
+def test_a_kernel_that_leaves_ends_after_the_one_before(generator, monkeypatch, launches):
+    attend_without(generator, monkeypatch, False, "if (blockIdx.x == 0) wait_for_previous();")
+
+
+def attend_without(generator: Any, monkeypatch: pytest.MonkeyPatch, key_offsets: bool, sound: str) -> None:
+    """Where no kernel waits so, it is noticed that attention reads what the store has yet to write."""
+    text = kernel_lanes.decode_source
+    assert sound in text(True)
+    assert sound in text(False)
+    monkeypatch.setattr(kernel_lanes, "decode_source", lambda clusters: text(clusters).replace(sound, ";  // "))
     step = step_of(generator, monkeypatch, key_offsets)
     attend(step, at_once=False)
     with pytest.raises(LaneError, match="a kernel before wrote, without having waited"):

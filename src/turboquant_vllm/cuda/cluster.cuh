@@ -18,26 +18,12 @@ struct Share {
   __device__ __forceinline__ int begin(int worker) const { return first + worker * share + min(worker, more); }
 };
 
-#if PAGED
-__device__ __forceinline__ int tokens_of(const DecodeParams& p, int sequence) {
-  return first_token_of(p.starts, sequence + 1, p.tokens) - first_token_of(p.starts, sequence, p.tokens);
-}
-#endif
 __device__ __forceinline__ Pass pass_of(const DecodeParams& p, int index) {
 #if PAGED
-  const int s = p.heads.batch(index), len = min(max(p.seq_lens[s], 0), p.max_len);
+  const int s = p.heads.batch(index), len = length_of(p, s);
   return {index, 0, (len + 15) / 16, len, len - tokens_of(p, s)};
 #else
   return {index, 0, p.work.tiles, p.kv_len, p.shift};
-#endif
-}
-// Whether there are query rows, and no more than a pass takes: another kernel serves those.
-__device__ __forceinline__ bool is_served(const DecodeParams& p, int index) {
-#if PAGED
-  const int tokens = tokens_of(p, p.heads.batch(index));
-  return tokens > 0 && tokens * p.heads.group <= 4 * NT;
-#else
-  return true;
 #endif
 }
 __device__ __forceinline__ Share share_of(const DecodeParams& p, const Pass& pass) {
@@ -45,6 +31,32 @@ __device__ __forceinline__ Share share_of(const DecodeParams& p, const Pass& pas
   const int share = p.by_workers.divide(tiles);
   return {first, share, tiles - share * p.blocks * p.active};
 }
+
+#if PAGED
+#define AT_A_TIME (OFFSETS ? GROUPS_AT_ONCE * KEYS_OF_GROUP / 16 : 1)  // tiles, of which what they share is read together
+// Before a warp reads tiles `first` .. `end` - 1 of a pass: waits for the store of the step's own keys and values if that writes
+// one of their pages, or more than 32 tokens.
+__device__ __forceinline__ void await_store(const DecodeParams& p, const Pass& pass, int first, int end) {
+  const int lane = threadIdx.x & 31;
+  bool wait = p.new_tokens > 32;
+  if (!wait && p.new_tokens) {
+    const i64 slot = lane >= p.new_tokens ? -1 : p.slot_bytes == 8 ? ((const i64*)p.slots)[lane] : ((const int*)p.slots)[lane];
+    const bool is_kept = slot >= 0 && slot / 16 < (i64)p.num_pages * p.page_tiles;
+    const int written = is_kept ? p.by_page_tiles.divide((int)(slot / 16)) : -1;
+    const int from = p.by_page_tiles.divide(first - first % AT_A_TIME), last = (end + AT_A_TIME - 1) / AT_A_TIME * AT_A_TIME - 1;
+    const int to = p.by_page_tiles.divide(min(last, pass.tiles - 1));
+    const int* entries = p.block_table + p.heads.batch(pass.index) * p.table_stride;
+#pragma unroll 1
+    for (int page = from; page <= to; page += 32) {
+      const int number = min(max(entries[min(page + lane, to)], 0), p.num_pages - 1);
+#pragma unroll 1
+      for (int i = 0; i < p.new_tokens; i++) wait |= number == __shfl_sync(~0u, written, i);
+    }
+    wait = __any_sync(~0u, wait);
+  }
+  if (wait) wait_for_previous();  // the store of the step's own keys and values
+}
+#endif
 
 // What a warp without tiles leaves for the others to join.
 __device__ __forceinline__ void leave_nothing(char* smem) {

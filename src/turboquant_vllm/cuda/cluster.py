@@ -72,7 +72,7 @@ def _load_all(index: int, alone: Variant, line: Variant, pages: bool, kernels: C
     """Load all that other lengths of the same call may take, so that a new length compiles nothing, in a graph's capture above
     all."""
     kernels(index, line)
-    for variant in cluster_variants(alone, pages):
+    for variant in cluster_variants(alone):
         if variant is not None:
             _kernel(index, variant, pages)
 
@@ -92,7 +92,8 @@ def plan(
     kernels: Callable[[int, Variant], Any],
 ) -> ClusterCall | None:
     """The launch for ``rows`` query rows of each of ``heads`` key/value heads of all sequences, over at most ``tiles`` tiles of
-    16 keys each, on device ``index``; None where the line of tiles is to do it. ``kernels`` loads what the line takes."""
+    16 keys each, on device ``index``; None where the line of tiles is to do it. ``kernels`` loads what the line takes. Over
+    pages the launch may be for certain lengths alone: ``cluster.even``."""
     if not has_clusters(index):
         return None
     multiprocessors, shared_limit = device_limits(index)
@@ -108,7 +109,7 @@ def plan(
     def fit(variant: Variant, blocks: int) -> int:
         return _fit(index, variant, pages, blocks) if variant.cluster_bytes(blocks) <= shared_limit else 0
 
-    cluster = choose_cluster(passes, tiles, alone, pages, multiprocessors, fit)
+    cluster = choose_cluster(passes, tiles, alone, multiprocessors, fit, heads // num_kv_heads if pages else 0)
     if cluster is None:
         return None
     variant, blocks = cluster.variant, cluster.blocks

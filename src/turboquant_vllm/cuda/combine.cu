@@ -9,9 +9,10 @@
 struct CombineParams {
   const float* parts; const float* rotation; void* out; float* lse;
 #if PAGED
-  const int* plan; const int* starts;
+  const int* plan; const int* starts; const int* seq_lens;
   i64 out_token, out_head;
-  int sequences, tokens, workers;
+  int sequences, tokens, workers, max_len;
+  Even even;
 #else
   Work work;
 #endif
@@ -20,6 +21,10 @@ struct CombineParams {
   int all, q_len, rows_at_once, is_bf16, rotated_output;
 #if MASKED
   const float* sinks;  // of the query heads of a sequence, or null
+#if PAGED
+  const int* windows;  // as the kernel's before
+  int window;
+#endif
 #endif
 };
 
@@ -29,6 +34,10 @@ extern "C" __global__ void __launch_bounds__(COMBINE_THREADS, 1) tq4_combine(con
   __shared__ __align__(16) float merged[16 * ROW_PITCH];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, column = tid % COLUMNS, part = tid / COLUMNS;
   const int at_once = p.rows_at_once, mine = part % at_once, shares = SUMS / at_once;
+#if PAGED
+  let_next_start();
+  if (is_even(p)) return leave();  // clusters will serve
+#endif
   // The rotation does not depend on the first kernel.
 #if HADAMARD
   float signs[OF_LANE];

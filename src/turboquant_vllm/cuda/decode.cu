@@ -7,18 +7,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
 #if CLUSTER
   const int index = p.by_blocks.divide(blockIdx.x), worker = (blockIdx.x - index * p.blocks) * p.active + warp;
   auto locate = [&](int) { return pass_of(p, index); };
-  if (!is_served(p, index)) {
-    wait_for_previous();  // or what follows might start before that ends
-    return;
-  }
-  if (p.blocks > 1) cluster_arrive();
+#if PAGED
+  if (!is_served(p, tokens_of(p, p.heads.batch(index)))) return leave();
+#endif
   const int first_pass = index, rows = 4 * NT;
   const Share work = share_of(p, locate(0));
 #else
   const int worker = blockIdx.x * p.active + warp;
-  // The second kernel's blocks may take their places as soon as blocks of this one leave them.
+  // The next kernel's blocks may take their places as soon as blocks of this one leave them.
   let_next_start();
 #if PAGED
+  if (is_even(p)) return leave();  // clusters will serve
   const Line work = plan_line(p, (int*)(smem + QUERY));
   auto locate = [&](int tile) {
     const int s = work.sequence_of(tile), start = work.start_of(s), len = work.lens[s], shift = work.shifts[s];
@@ -42,12 +41,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
   ask_for_query(query_rows, p, first_pass, rows);
 #endif
 #if PAGED && CLUSTER
-  wait_for_previous();  // the store of the step's own keys and values
+  if (!is_even(p)) return leave();  // the line has served; asked here, it takes fewer registers
+#endif
+#if CLUSTER
+  if (p.blocks > 1) cluster_arrive();
 #endif
   const u32 base = shared_address(smem);
   const u32 ring = base + RING + warp * WARP_BYTES;
   int now = work.begin(worker);
   const int end = warp < p.active ? work.begin(worker + 1) : now;
+#if PAGED && CLUSTER
+  if (now < end) await_store(p, locate(now), now, end);
+#endif
 
   // Producer: the next tile to copy, tiles left of its pass, and where this lane's pieces lie.
   int next = now, left = 0;
@@ -139,6 +144,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
     }
     commit_copies();
   };
+#if PAGED && !CLUSTER
+  if (p.even.slack >= 0)  // else this has started after that
+    wait_for_previous();  // the store of the step's own keys and values
+#endif
   if (next < end) open_pass();
 #if CLUSTER && AHEAD  // with the first tile
   if (now < end) copy_groups(p, ring + GROUP_ROWS, locate(now), first_of_groups(now * 16), true);
@@ -402,5 +411,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
   }
 #if CLUSTER
   finish(p, smem);
+  leave();
 #endif
 }

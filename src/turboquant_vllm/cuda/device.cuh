@@ -98,6 +98,11 @@ __device__ __forceinline__ void sts2_of(u32 at, int rank, float x, float y) {
 #endif
 // ---- end of PTX
 
+// Ends a block that has nothing to do. The grid ends after the one before, as all others do: one block waits for that.
+__device__ __forceinline__ void leave() {
+  if (blockIdx.x == 0) wait_for_previous();
+}
+
 // The power of two at or below |x|, kept where its inverse is normal too.
 __device__ __forceinline__ float power_below(float x) {
   const int e = (__float_as_int(x) >> 23) & 255;
@@ -246,6 +251,15 @@ struct Line {
   }
   __device__ __forceinline__ int start_of(int sequence) const { return sequence ? ends[sequence - 1] : 0; }
   __device__ __forceinline__ int slot(int worker, int pass, int) const { return worker + pass; }
+};
+
+// Which lengths clusters serve, and not the line: `Even` in variants.py.
+#define ALWAYS (1 << 30)  // as `slack`
+struct Even {
+  int warps, waves, line_warps, slack;
+  __device__ __forceinline__ bool serves(int longest, int all) const {
+    return (longest + warps - 1) / warps * waves <= all / line_warps + slack;
+  }
 };
 
 // The first query token of a sequence, never beyond what there is.

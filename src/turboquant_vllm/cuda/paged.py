@@ -1,8 +1,9 @@
-"""The native decode over pages: attention of sequences with few query rows, in one launch or three.
+"""The native decode over pages: attention of sequences with few query rows, in one launch, three or four.
 
-The kernels are those of :mod:`turboquant_vllm.cuda.decode`, compiled with PAGED: one rotates the queries of all sequences
-before, and the line of work is planned on the device from the sequences' lengths, so that a CUDA graph may be replayed with
-others.
+The kernels are those of :mod:`turboquant_vllm.cuda.decode`, compiled with PAGED. Of three, one rotates the queries of all
+sequences before, and the line of work is planned on the device from the sequences' lengths, so that a CUDA graph may be
+replayed with others. Where these decide whether clusters serve (:class:`turboquant_vllm.cuda.variants.Even`), all four are
+launched, the three first: then what they cost for nothing is in the shadow of a step's store.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from turboquant_vllm.cuda.decode import mask_args
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
 from turboquant_vllm.cuda.sources import params_of, source
 from turboquant_vllm.cuda.store import store
-from turboquant_vllm.cuda.variants import COMBINE_THREADS, Variant, choose_variant, device_limits, divisor, rows_at_once
+from turboquant_vllm.cuda.variants import (
+    ALWAYS,
+    COMBINE_THREADS,
+    NEVER,
+    Variant,
+    choose_variant,
+    device_limits,
+    divisor,
+    rows_at_once,
+)
 from turboquant_vllm.paged import PagedTQ4Cache, chunk_bytes
 from turboquant_vllm.records import GROUP, Masks, Sequences, Tables
 
@@ -106,6 +116,11 @@ class Call:
             workers=blocks * active,
         )
 
+    def launch(self, i: int, args: tuple[int | float, ...], *, pdl: bool) -> None:
+        """Enqueue kernel ``i`` on PyTorch's current stream; ``pdl``: to start while the one before runs."""
+        shared = self.shared_bytes[i]
+        launch(self.kernels[i], (self.grids[i], 1, 1), (self.blocks[i], 1, 1), shared, None, args, pdl=pdl)
+
 
 def decode_pages(
     q: torch.Tensor,
@@ -119,13 +134,14 @@ def decode_pages(
     *,
     hadamard: bool = False,
     before: Callable[[], None] | None = None,
+    new_slots: torch.Tensor | None = None,
 ) -> None:
     """Fill the rows of ``out`` and ``lse`` of sequences with at most 32 query rows per key/value head; leave the others alone.
 
     Args as in :func:`turboquant_vllm.tq4_paged_attention`, which has checked them: q fp16 or bf16 ``[T, H_q, D]``, D 64, 128 or
     256 (there up to 16 rows), out like q, lse float32 ``[T, H_q]`` contiguous. ``hadamard``: as in
-    :func:`turboquant_vllm.cuda.decode.decode`. ``before`` launches the native store, and nothing behind it: the first kernel
-    starts while that runs.
+    :func:`turboquant_vllm.cuda.decode.decode`. ``before`` launches the native store, and nothing behind it, to ``new_slots``,
+    int32 or int64: the first kernel starts while that runs, and waits where it would read pages with such a slot.
     """
     tokens, num_heads, head_dim = q.shape
     pages, page_size, num_kv_heads = cache.buffer, cache.page_size, cache.num_kv_heads
@@ -163,43 +179,42 @@ def decode_pages(
     )  # fmt: skip
     sinks, windows = (None if x is None else x.contiguous() for x in (sinks, windows))
     sinks_at = 0 if sinks is None else sinks.data_ptr()
-    how = (0, 0, int(causal), bf16, 0, sm_scale / math.log(2), *(mask_args(sliding_window, softcap, windows) if masked else ()))
+    of_masks = mask_args(sliding_window, softcap, windows) if masked else ()
+    how = (0, 0, int(causal), bf16, 0, sm_scale / math.log(2), *of_masks)
     if cache.has_offsets:
         groups, scales = codes + num_kv_heads * chunk, tables.key_scales
         scales = None if scales is None else scales.contiguous()
         steps = groups + num_kv_heads * (page_size // GROUP) * 2 * head_dim
         how = (*how, groups, steps, 0 if scales is None else scales.data_ptr())
-    index, offsets = q.get_device(), cache.has_offsets
+    index, offsets, one = q.get_device(), cache.has_offsets, None
     if hadamard and longest:
-        tiles = -(-longest // 16)
         one = cluster.plan(
-            index, count * num_kv_heads, num_kv_heads, group, rows, tiles, head_dim, masked, offsets, True, _kernels
+            index, count * num_kv_heads, num_kv_heads, group, rows, -(-longest // 16), head_dim, masked, offsets, True, _kernels
         )
-        if one is not None:
-            of_out = (0, result.stride(1), result.stride(0), 0, 1, num_heads)
-            places = (result.data_ptr(), lse.data_ptr(), sinks_at)
-            args = (*operands, 0, *strides, *lie, 0, 0, 0, *sizes, *one.layout, *how, *places, *of_out, *one.last)
-            if before is not None:
-                before()
-            one.launch(args, pdl=before is not None)
-            if result is not out:
-                out.copy_(result)
-            return
-    call = Call.plan(index, count, num_heads, num_kv_heads, rows, longest, head_dim, masked, offsets, hadamard)
-    workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device)
-    start = workspace.data_ptr()
-    parts, fragments, row_scales, line = (start + place for place in call.places)
-    args = (*operands, parts, *strides, *lie, fragments, row_scales, line, *sizes, *call.attend, *how)
-    combine_args = (
-        parts, rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), line, cu_seqlens_q.data_ptr(),
-        result.stride(0), result.stride(1), count, tokens, call.workers, *call.combine, bf16, 0,
-        *((sinks_at,) if masked else ()),
-    )  # fmt: skip
+    even = NEVER if one is None else one.cluster.even
+    launches: list[Callable[..., None]] = []
+    if even is not ALWAYS:
+        call = Call.plan(index, count, num_heads, num_kv_heads, rows, longest, head_dim, masked, offsets, hadamard)
+        workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=q.device)
+        parts, fragments, row_scales, line = (workspace.data_ptr() + place for place in call.places)
+        args = (*operands, parts, *strides, *lie, fragments, row_scales, line, *sizes, *even, *call.attend, *how)
+        combine_args = (
+            parts, rotation.data_ptr(), result.data_ptr(), lse.data_ptr(), line, cu_seqlens_q.data_ptr(), seq_lens.data_ptr(),
+            result.stride(0), result.stride(1), count, tokens, call.workers, room, *even, *call.combine, bf16, 0,
+            *((sinks_at, *of_masks[:2]) if masked else ()),
+        )  # fmt: skip
+        launches += [functools.partial(call.launch, i, x) for i, x in enumerate((args, args, combine_args))]
+    if one is not None:
+        of_out = (0, result.stride(1), result.stride(0), 0, 1, num_heads)
+        places = (result.data_ptr(), lse.data_ptr(), sinks_at)
+        new_slots = None if new_slots is None else new_slots.contiguous()
+        new = (0, 0, 0) if new_slots is None else (new_slots.data_ptr(), new_slots.numel(), new_slots.element_size())
+        own = (0, 0, 0, *sizes, *even, *one.layout, *how, *places, *of_out, *one.last, *new)
+        launches.append(functools.partial(one.launch, (*operands, 0, *strides, *lie, *own)))
     if before is not None:
         before()
-    for i, (kernel, arguments) in enumerate(zip(call.kernels, (args, args, combine_args), strict=True)):
-        pdl = i > 0 or before is not None
-        launch(kernel, (call.grids[i], 1, 1), (call.blocks[i], 1, 1), call.shared_bytes[i], None, arguments, pdl=pdl)
+    for i, enqueue in enumerate(launches):
+        enqueue(pdl=i > 0 or before is not None)
     if result is not out:
         out.copy_(result)
 
@@ -223,12 +238,12 @@ def store_and_decode_pages(
 ) -> None:
     """:func:`turboquant_vllm.cuda.store.store`, and behind it :func:`decode_pages`, which finds what that wrote.
 
-    Two launches, or four: attention begins while the store runs, and waits for its end before it reads a page. Tables are of a
-    rotation by a Hadamard matrix.
+    Two launches, or four: attention begins while the store runs, and waits for its end before it reads a page which that
+    writes, or, in the line of tiles or behind more than 32 tokens, any. Tables are of a rotation by a Hadamard matrix.
     """
     rotation, centroids = tables.rotation, tables.centroids
     assert rotation is not None
     assert centroids is not None
     how = (rotation, companding, centroids, scale, cache.page_size, cache.has_offsets, tables.key_scales, previous_slots)
     before = functools.partial(store, k, v, cache.buffer, slot_mapping, *how)
-    decode_pages(q, cache, sequences, tables, sm_scale, masks, out, lse, hadamard=True, before=before)
+    decode_pages(q, cache, sequences, tables, sm_scale, masks, out, lse, hadamard=True, before=before, new_slots=slot_mapping)

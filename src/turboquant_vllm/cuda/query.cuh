@@ -48,6 +48,7 @@ struct DecodeParams {
   i64 table_stride;
   int sequences, tokens, num_pages, page_tiles, max_len;
   Divisor by_page_tiles;
+  Even even;
 #elif CLUSTER
   struct { int tiles; } work;  // of each pass
 #else
@@ -72,6 +73,10 @@ struct DecodeParams {
   i64 out_b, out_h, out_n, lse_b, lse_h, lse_n;
   int blocks;  // of a cluster
   Divisor by_blocks, by_workers;  // by the working warps of a cluster
+#if PAGED
+  const void* slots;  // of what a store that may yet run writes
+  int new_tokens, slot_bytes;
+#endif
 #endif
 };
 #define NO_WINDOW (1 << 30)
@@ -83,7 +88,8 @@ __device__ __forceinline__ float soft_cap(float x, float cap, float rate) {
 }
 
 // How many keys back from its own position a query of sequence s sees.
-__device__ __forceinline__ int window_of(const DecodeParams& p, int s) {
+template <class Params>
+__device__ __forceinline__ int window_of(const Params& p, int s) {
 #if MASKED
   return p.windows ? min(max(p.windows[s], 0), p.window) : p.window;
 #else
@@ -91,7 +97,8 @@ __device__ __forceinline__ int window_of(const DecodeParams& p, int s) {
 #endif
 }
 // The first tile that a query of sequence s sees; the first query token's position is `shift`.
-__device__ __forceinline__ int first_tile(const DecodeParams& p, int s, int shift, int len) {
+template <class Params>
+__device__ __forceinline__ int first_tile(const Params& p, int s, int shift, int len) {
   return MASKED ? min(max(shift - window_of(p, s) + 1, 0), len) / 16 : 0;
 }
 

@@ -11,17 +11,17 @@ __all__ = ["params_of", "source"]
 
 _QUERY = ("device.cuh", "query.cuh", "matrix.cuh", "hadamard.cuh")
 _LINE = (*_QUERY, "pages.cuh", "groups.cuh", "decode.cu", "combine.cu")
-_CLUSTER = (*_QUERY, "cluster.cuh", "groups.cuh", "decode.cu")
+_CLUSTER = (*_QUERY, "pages.cuh", "groups.cuh", "cluster.cuh", "decode.cu")
 _DIVISOR = "Ii"
 _HEADS = "i" * 4 + _DIVISOR * 3
 _WORK = "i" * 6 + _DIVISOR * 5
 _REST = "i" * 6 + "f"
 _OPERANDS = "P" * 8 + "q" * 16
-_PAGES = "P" * 6 + "q" + "i" * 5 + _DIVISOR
+_PAGES = "P" * 6 + "q" + "i" * 5 + _DIVISOR + "i" * 4
 # What the first kernel takes behind these: masks; keys with offsets, over whole tensors with strides; a cluster.
 _MASKS, _OFFSETS, _OFFSET_STRIDES, _CLUSTER_LAST = "Piff", "PPP", "q" * 6, "P" * 3 + "q" * 6 + "i" + _DIVISOR * 2
 _COMBINE = "P" * 4 + _WORK + _HEADS + _DIVISOR + "i" * 5
-_COMBINE_PAGES = "P" * 6 + "q" * 2 + "i" * 3 + _HEADS + _DIVISOR + "i" * 5
+_COMBINE_PAGES = "P" * 7 + "q" * 2 + "i" * 8 + _HEADS + _DIVISOR + "i" * 5
 
 
 @cache
@@ -37,6 +37,6 @@ def params_of(variant: Variant, pages: bool) -> dict[str, str]:
     attend += _MASKS if variant.masked else ""
     attend += _OFFSETS + ("" if pages else _OFFSET_STRIDES) if variant.offsets else ""
     if variant.cluster:
-        return {"tq4_decode": attend + _CLUSTER_LAST}
-    combine = (_COMBINE_PAGES if pages else _COMBINE) + ("P" if variant.masked else "")
+        return {"tq4_decode": attend + _CLUSTER_LAST + ("Pii" if pages else "")}
+    combine = (_COMBINE_PAGES if pages else _COMBINE) + (("PPi" if pages else "P") if variant.masked else "")
     return {**({"tq4_rotate": attend} if pages else {}), "tq4_decode": attend, "tq4_combine": combine}

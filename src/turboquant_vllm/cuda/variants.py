@@ -7,12 +7,13 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
 __all__ = [
-    "COMBINE_THREADS", "Cluster", "Division", "Variant", "choose_cluster", "choose_variant", "cluster_variants",
-    "device_limits", "divisor", "fits_clusters", "has_clusters", "rows_at_once",
+    "ALWAYS", "COMBINE_THREADS", "NEVER", "Cluster", "Division", "Even", "Variant", "choose_cluster", "choose_variant",
+    "cluster_variants", "device_limits", "divisor", "fits_clusters", "has_clusters", "rows_at_once",
 ]  # fmt: skip
 
 COMBINE_THREADS = {64: 256, 128: 512, 256: 512}  # of a block of the second kernel, by head_dim
@@ -22,7 +23,8 @@ MOST_BLOCKS = 8  # of a cluster, on every device that has clusters
 # Tiles of head_dim 128, of all passes, up to which clusters gain more by one launch than they lose to the line of tiles: where
 # they leave multiprocessors idle, where they do not, and where two blocks share one and none joins another's results.
 MOST_WORK_OF_FEW, MOST_WORK, MOST_WORK_OF_PAIRS = 10_000, 64_000, 140_000
-MOST_WORK_OF_PAGES = 20_000  # over pages the line takes a launch more
+# Over pages: tiles of head_dim 128 that each warp of a full device attends to while the line's other two launches take place.
+ROUNDS_SAVED = 10
 _LEAST_TILES = 4  # a warp's fewest, where there are enough for all
 
 
@@ -191,51 +193,90 @@ class Division:
         return cls(blocks, warps, split_len or 0, splits)
 
 
+class Even(NamedTuple):
+    """Which lengths of sequences clusters serve: with lengths in tiles and a pass for each head of each sequence, those where
+
+        ceil(longest / warps) * waves <= sum over passes / line_warps + slack
+
+    A cluster that has a short sequence helps none that has a long one; warps of the line share all evenly, for two launches
+    more. Only the device knows the lengths: all kernels ask there, and the ones that do not serve return.
+
+    Attributes:
+        warps: of a cluster.
+        waves: how many clusters one after the other a part of the device has.
+        line_warps: of the line of tiles.
+        slack: tiles of a warp in the time of those two launches.
+    """
+
+    warps: int
+    waves: int
+    line_warps: int
+    slack: int
+
+
+ALWAYS, NEVER = Even(1, 1, 1, 1 << 30), Even(1, 1, 1, -(1 << 30))
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """Blocks that share a pass over the keys, and what is compiled for them."""
+    """Blocks that share a pass over the keys, what is compiled for them, and when they serve."""
 
     blocks: int
     variant: Variant
+    even: Even = ALWAYS
 
 
-def cluster_variants(alone: Variant, pages: bool) -> tuple[Variant, Variant | None, Variant | None]:
+def cluster_variants(alone: Variant) -> tuple[Variant, Variant | None, Variant | None]:
     """What may be compiled for clusters: ``alone``, of a block that has a multiprocessor to itself; the same with half as many
-    warps, if these are many; and a block of two that share one, if the table fits twice and sequences are equally long."""
+    warps, if these are many; and a block of two that share one, if the table fits twice."""
     if alone.warps <= 8:
         return alone, None, None
     few = dataclasses.replace(alone, warps=8)
-    if alone.head_dim == 256 or alone.row_tiles > 2 or pages:
+    if alone.head_dim == 256 or alone.row_tiles > 2:
         return alone, few, None
     return alone, few, dataclasses.replace(few, stages=256 // alone.head_dim, ahead=False, resident=2)
 
 
 def choose_cluster(
-    passes: int, tiles: int, variant: Variant, pages: bool, multiprocessors: int, fit: Callable[[Variant, int], int]
+    passes: int, tiles: int, variant: Variant, multiprocessors: int, fit: Callable[[Variant, int], int], sequences: int = 0
 ) -> Cluster | None:
     """What serves ``passes`` of ``tiles`` tiles each in one launch; None where the line of tiles is as fast.
 
     Args:
         passes: over the keys.
-        tiles: of each; over pages, of the longest.
+        tiles: of each; over pages, of the longest that there may be.
         variant: the first of :func:`cluster_variants`.
-        pages: whether sequences may differ in length. Then there must be few, since no cluster helps another.
         multiprocessors: of the device.
         fit: clusters of so many blocks that run at once.
+        sequences: over pages, how many; else 0.
 
     The limits were measured on an H200 (``docs/performance.md``).
     """
     work = passes * tiles * variant.head_dim // 128
-    alone, few, pair = cluster_variants(variant, pages)
+    alone, few, pair = cluster_variants(variant)
     if passes > multiprocessors:
-        at_once = 0 if pair is None or work > MOST_WORK_OF_PAIRS else fit(pair, 1)
-        full = at_once > 0 and passes >= 0.9 * at_once * -(-passes // at_once)
-        return Cluster(1, pair) if full and pair is not None else None
-    blocks = next((n for n in ((MOST_BLOCKS,) if pages else (MOST_BLOCKS, 4, 2, 1)) if passes <= fit(alone, n)), 0)
-    of_few = MOST_WORK_OF_PAGES if pages else MOST_WORK_OF_FEW
-    if blocks == 0 or work > (MOST_WORK if passes * blocks >= 0.9 * multiprocessors else of_few):
+        at_once = 0 if pair is None else fit(pair, 1)
+        if pair is None or at_once == 0:
+            return None
+        waves = -(-passes // at_once)
+        if sequences:
+            return Cluster(1, pair, _choose_even(8, waves, passes, tiles, alone, multiprocessors, sequences))
+        return Cluster(1, pair) if work <= MOST_WORK_OF_PAIRS and passes >= 0.9 * at_once * waves else None
+    blocks = next((n for n in (MOST_BLOCKS, 4, 2, 1) if passes <= fit(alone, n)), 0)
+    if blocks == 0:
         return None
-    return Cluster(blocks, few if few is not None and tiles <= 32 * blocks else alone)
+    chosen = few if few is not None and tiles <= 32 * blocks else alone
+    if sequences:
+        return Cluster(blocks, chosen, _choose_even(blocks * chosen.warps, 1, passes, tiles, alone, multiprocessors, sequences))
+    most = MOST_WORK if passes * blocks >= 0.9 * multiprocessors else MOST_WORK_OF_FEW
+    return Cluster(blocks, chosen) if work <= most else None
+
+
+def _choose_even(warps: int, waves: int, passes: int, tiles: int, line: Variant, multiprocessors: int, sequences: int) -> Even:
+    """What the device asks; nothing, where the answer is the same for all lengths up to ``tiles``."""
+    slack, line_warps = ROUNDS_SAVED * 128 // line.head_dim, line.warps * multiprocessors
+    of_line = passes * tiles // line_warps if sequences == 1 else 0  # all heads of a sequence are equally long
+    return ALWAYS if -(-tiles // warps) * waves <= of_line + slack else Even(warps, waves, line_warps, slack)
 
 
 @cache
