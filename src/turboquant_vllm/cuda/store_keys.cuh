@@ -175,9 +175,6 @@ __device__ __forceinline__ void store_run(const StoreParams& p, Shared& s, u32 h
   const Chunk chunk(p, slot, head);
   float distance = -1;  // of the outlier that there is
   if (TEAM == 1 || places) {
-    if (lane < 8) prefetch(chunk.norm(8 * lane));
-    else if (lane < 8 + D / 32) prefetch(chunk.shared() + (lane - 8) * 32);
-    else if (lane == 31) prefetch(chunk.steps());
     load_rows<TEAM>(p, s, head, list, count);
     bool marked = false;
 #pragma unroll
@@ -262,16 +259,15 @@ __device__ __forceinline__ void store_groups(const StoreParams& p, u32 block) {
   __shared__ Shared s;
   const u32 lane = threadIdx.x & 31, lower = (1u << lane) - 1;
   const u32 number = divide(block, p.head_inverse, p.head_shift), head = block - number * p.heads;
-  const u32 stop = min((number + 1) * p.span, p.tokens);
-  u32 base = number * p.span, slot = slot_of(p, base + lane), last = slot_before(p, base);  // asked for before what follows
-  if (lane == 0) prefetch(p.companding), prefetch(p.centroids);
   for (u32 i = threadIdx.x; i < D; i += THREADS) {
     const float scale = p.key_scales ? p.key_scales[head * D + i] : 1.0f;
     s.scales[i] = __uint_as_float(__float_as_uint(scale) ^ (__float_as_uint(p.rotation[i]) & 0x80000000u));
   }
   __syncthreads();
+  const u32 stop = min((number + 1) * p.span, p.tokens);
 #pragma unroll 1
-  while (true) {
+  for (u32 base = number * p.span; base < stop; base += 32) {
+    const u32 slot = slot_of(p, base + lane), last = slot_before(p, base);
     const u32 kept = __ballot_sync(FULL_MASK, slot != NOWHERE), neighbour = __shfl_sync(FULL_MASK, slot, highest(kept & lower));
     const bool leads = slot != NOWHERE && !follows(kept & lower ? neighbour : last, slot);
     // What a lane that leads a run knows of it.
@@ -294,9 +290,6 @@ __device__ __forceinline__ void store_groups(const StoreParams& p, u32 block) {
     }
 #pragma unroll 1
     for (; all_long; all_long &= all_long - 1) store_long_run(p, s, head, base + __ffs(all_long) - 1);
-    base += 32;
-    if (base >= stop) break;
-    slot = slot_of(p, base + lane), last = slot_before(p, base);
   }
 }
 #endif
