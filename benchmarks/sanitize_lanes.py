@@ -4,8 +4,8 @@
 
 Needs g++. Results are compared with float64, and a lane that leaves its tensors or its shared memory, reads a copy that has
 not landed, what no barrier orders or what a kernel before may still write, or overflows, ends the run: see
-``tests/lane_memory.h``. Keys plain and with offsets, calls of several launches and of one, and a step's store before its
-attention. Before all of that, the same with one line of the sources broken at a time, which must be found.
+``tests/lane_memory.h``. Keys plain and with offsets, calls of several launches, of one, and of both where lengths decide which
+serves, and a step's store before its attention. Before all of that, the same with one line of the sources broken at a time, which must be found.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from paged_cases import check_batch, random_batch
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm import ops
 from turboquant_vllm.cuda import cluster, decode, store
-from turboquant_vllm.cuda.variants import Cluster, Variant
+from turboquant_vllm.cuda.variants import ALWAYS, Cluster, Even, Variant
 from turboquant_vllm.limits import most_rows_over_pages
 from turboquant_vllm.vllm.layer import PagedLayer
 from vllm_cases import random_step
@@ -45,11 +45,12 @@ MASKS: tuple[dict[str, Any], ...] = (
     {}, {"sliding_window": 37}, {"softcap": 2.0}, {"sinks": True}, {"sliding_window": 1, "sinks": True, "softcap": 1.5},
 )  # fmt: skip
 STORES = tuple(itertools.product(("norm", "least_squares", "unbiased"), (torch.int32, torch.int64)))
-# How a call is done: its kernels, whether keys have offsets, and blocks of a cluster where all is one launch. Every other call
-# of several launches rotates by additions.
+# How a call is done: its kernels, whether keys have offsets, and the blocks of a cluster where that serves, over pages also for
+# which lengths. Every other call of several launches rotates by additions.
 KINDS = (
-    ("dense", False, None), ("pages", False, None), ("dense", True, None), ("pages", True, None),
-    ("dense", False, 2), ("pages", False, 4), ("dense", True, 4), ("pages", True, 2),
+    ("dense", False, None, ALWAYS), ("pages", False, None, ALWAYS), ("dense", True, None, ALWAYS), ("pages", True, None, ALWAYS),
+    ("dense", False, 2, ALWAYS), ("pages", False, 4, ALWAYS), ("dense", True, 4, ALWAYS), ("pages", True, 2, ALWAYS),
+    ("pages", False, 2, Even(4, 1, 24, 1)), ("pages", True, 2, Even(1, 1, 24, 4)),
 )  # fmt: skip
 
 BARRIER, LANDED = "no barrier between", "where a copy has not landed"
@@ -71,7 +72,7 @@ FAULTS = (
     ("pages", "merged[i] = 0;\n#endif\n  wait_for_previous();", "merged[i] = 0;\n#endif", BEFORE),
     ("pages", "#if PAGED && !CLUSTER\n  wait_for_previous();\n#endif", "", BEFORE),
     ("pages", "if (left < pass_left) ahead = *++entry;", "ahead = *++entry;", OUTSIDE),
-    ("pages", "tiles * p.heads.kv_heads : 0;\n  }\n  __syncthreads();", "tiles * p.heads.kv_heads : 0;\n  }", BARRIER),
+    ("pages", "len) * p.heads.kv_heads;\n  }\n  __syncthreads();", "len) * p.heads.kv_heads;\n  }", BARRIER),
     ("pages", "__syncthreads();\n  if (blockIdx.x == 0)\n", "if (blockIdx.x == 0)\n", BARRIER),
     ("cluster", "  if (p.blocks > 1) cluster_wait();  // all have begun\n", "", UNKNOWN),
     (
@@ -81,7 +82,7 @@ FAULTS = (
         "no barrier|may yet write|may have ended",
     ),
     ("cluster", "// all have begun\n  __syncthreads();\n", "// all have begun\n", BARRIER),
-    ("step", "  wait_for_previous();  // the store of the step's own", "  // the store of the step's own", BEFORE),
+    ("step", "  wait_for_previous();  // the store of the step's own", "  ;  // the store of the step's own", BEFORE),
     ("store", "  __syncthreads();", "", BARRIER),
     ("store", "live = slot[v] < p.num_slots", "live = true", OUTSIDE),
     ("store", "min(tile * 8 + g, p.rows - 1)", "tile * 8 + g", OUTSIDE),
@@ -153,12 +154,13 @@ RUN: dict[str, Callable[..., None]] = {"dense": run_dense, "pages": run_pages}
 
 
 @contextlib.contextmanager
-def emulated(shared_limit: int, blocks: int | None = None) -> Iterator[pytest.MonkeyPatch]:
+def emulated(shared_limit: int, blocks: int | None = None, even: Even = ALWAYS) -> Iterator[pytest.MonkeyPatch]:
     """Inside, the kernels run on a CPU, as on a GPU of three multiprocessors with so much shared memory for a block, and
-    memory that nobody has written is NaN. ``blocks``: of the cluster that serves each call, else the line of tiles does."""
+    memory that nobody has written is NaN. ``blocks``: of the cluster that serves each call, or those that are ``even``; else
+    the line of tiles does."""
 
     def choose(passes: int, tiles: int, variant: Variant, *_: Any) -> Cluster | None:
-        return None if blocks is None else Cluster(blocks, variant)
+        return None if blocks is None else Cluster(blocks, variant, even)
 
     with pytest.MonkeyPatch.context() as patch, kernel_lanes.settled(), poisoned_memory():
         kernel_lanes.emulate_decode(patch, shared_limit)
@@ -205,16 +207,22 @@ def main() -> None:
     for fault in FAULTS:
         count(kernels=fault[0], broken=fault[1].strip(), instead=fault[2].strip(), found=find(generator, *fault))
     calls = list(itertools.product(MASKS, ROWS))
-    for (kind, offsets, blocks), shared, head_dim in itertools.product(KINDS, SHARED, (64, 128, 256)):
+    for (kind, offsets, blocks, even), shared, head_dim in itertools.product(KINDS, SHARED, (64, 128, 256)):
         is_plain = not offsets and blocks is None
         if shared == SHARED[1] and not is_plain:
             continue  # no clusters there, and keys with offsets as with more
         turns = range(len(calls)) if is_plain else range(head_dim // 64 % 2, len(calls), 2)
-        with emulated(shared, blocks):
+        with emulated(shared, blocks, even):
             for turn in turns:
                 masks, size = calls[turn]
                 RUN[kind](generator, head_dim, size, masks, turn, offsets, blocks is not None)
-        what = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, "cluster": blocks}
+        what = {
+            "head_dim": head_dim,
+            "shared_bytes": shared,
+            "offsets": offsets,
+            "cluster": blocks,
+            "even": None if even is ALWAYS else even,
+        }
         count(kernels=kind, **what, calls=len(turns), errors=0)
     for head_dim, dtype, blocks in itertools.product((64, 128, 256), (HALF, BF16), (None, 2)):
         with emulated(SHARED[0], blocks):

@@ -1,5 +1,5 @@
 // Attention of few query rows over a packed cache, first kernel: every warp attends to its range of the keys. As a CLUSTER it
-// is the only kernel: see cluster.cuh.
+// does all of it: see cluster.cuh.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char smem[];
   const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, r = lane >> 2, c = lane & 3;

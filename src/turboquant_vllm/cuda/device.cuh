@@ -98,7 +98,8 @@ __device__ __forceinline__ void sts2_of(u32 at, int rank, float x, float y) {
 #endif
 // ---- end of PTX
 
-// Ends a block that has nothing to do. The grid ends after the one before, as all others do: one block waits for that.
+// The end of a block that may not have waited. Who waits for this grid alone must find the one before ended, too: one block sees
+// to that.
 __device__ __forceinline__ void leave() {
   if (blockIdx.x == 0) wait_for_previous();
 }
