@@ -4,8 +4,9 @@
 
 Needs g++. Results are compared with float64, and a lane that leaves its tensors or its shared memory, reads a copy that has
 not landed, what no barrier orders or what a kernel before may still write, or overflows, ends the run: see
-``tests/lane_memory.h``. Keys plain and with offsets, calls of several launches, of one, and of both where lengths decide which
-serves, and a step's store before its attention. Before all of that, the same with one line of the sources broken at a time, which must be found.
+``tests/lane_memory.h``. Keys plain and with offsets; calls of several launches, of one, and of both where lengths decide which
+serves; a step's store before its attention. Before all of that, the same with one line of the sources broken at a time, which
+must be found.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ STORES = tuple(itertools.product(("norm", "least_squares", "unbiased"), (torch.i
 # How a call is done: its kernels, whether keys have offsets, and the blocks of a cluster where that serves, over pages also for
 # which lengths. Every other call of several launches rotates by additions.
 KINDS = (
-    ("dense", False, None, ALWAYS), ("pages", False, None, ALWAYS), ("dense", True, None, ALWAYS), ("pages", True, None, ALWAYS),
+    *((kind, offsets, None, ALWAYS) for offsets in (False, True) for kind in ("dense", "pages")),
     ("dense", False, 2, ALWAYS), ("pages", False, 4, ALWAYS), ("dense", True, 4, ALWAYS), ("pages", True, 2, ALWAYS),
     ("pages", False, 2, Even(4, 1, 24, 1)), ("pages", True, 2, Even(1, 1, 24, 4)),
 )  # fmt: skip
@@ -216,13 +217,8 @@ def main() -> None:
             for turn in turns:
                 masks, size = calls[turn]
                 RUN[kind](generator, head_dim, size, masks, turn, offsets, blocks is not None)
-        what = {
-            "head_dim": head_dim,
-            "shared_bytes": shared,
-            "offsets": offsets,
-            "cluster": blocks,
-            "even": None if even is ALWAYS else even,
-        }
+        what = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, "cluster": blocks}
+        what |= {} if even is ALWAYS else {"even": even}
         count(kernels=kind, **what, calls=len(turns), errors=0)
     for head_dim, dtype, blocks in itertools.product((64, 128, 256), (HALF, BF16), (None, 2)):
         with emulated(SHARED[0], blocks):
