@@ -217,7 +217,7 @@ def main() -> None:
             for turn in turns:
                 masks, size = calls[turn]
                 RUN[kind](generator, head_dim, size, masks, turn, offsets, blocks is not None)
-        what = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, "cluster": blocks}
+        what: dict[str, Any] = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, "cluster": blocks}
         what |= {} if even is ALWAYS else {"even": even}
         count(kernels=kind, **what, calls=len(turns), errors=0)
     for head_dim, dtype, blocks in itertools.product((64, 128, 256), (HALF, BF16), (None, 2)):

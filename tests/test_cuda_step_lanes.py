@@ -3,7 +3,7 @@ calls do, and attention waits for the store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -47,20 +47,27 @@ def launches(request: pytest.FixtureRequest, emulated_decode: None, monkeypatch:
     return found
 
 
-def step_of(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch, key_offsets: bool, head_dim: int = 64) -> Step:
+def step_of(
+    generator: torch.Generator,
+    monkeypatch: pytest.MonkeyPatch,
+    key_offsets: bool,
+    head_dim: int = 64,
+    lengths: Sequence[tuple[int, int]] = LENGTHS,
+) -> Step:
     """Its earlier tokens are stored by the reference; from then on the native kernels say that they run here."""
     layer = PagedLayer(4, 2, head_dim, head_dim**-0.5, exact=None, key_offsets=key_offsets)
     if key_offsets:
         layer.use_key_scales(torch.exp(0.4 * torch.randn(2, head_dim, generator=generator)), torch.device("cpu"))
-    step = random_step(generator, LENGTHS, layer, dtype=torch.float16)
+    step = random_step(generator, lengths, layer, dtype=torch.float16)
     monkeypatch.setattr(ops, "why_not_cuda", lambda device: "")
     return step
 
 
-def attend(step: Step, at_once: bool) -> torch.Tensor:
+def attend(step: Step, at_once: bool, slots: torch.dtype = torch.int64) -> torch.Tensor:
     if not at_once:
         step.store()
-    out, where = torch.full_like(step.q, float("nan")), step.where if at_once else {}
+    where = {name: x.to(slots) for name, x in step.where.items()} if at_once else {}
+    out = torch.full_like(step.q, float("nan"))
     step.layer.attend(step.q, step.k, step.v, step.kv_cache, step.runs(decode_len=3), out, **where)
     return out
 
@@ -80,6 +87,28 @@ def test_the_same_as_two_calls(generator, monkeypatch, launches, request, key_of
     assert not torch.equal(stored, before)
     assert launches[:first] == launches[first:]
     assert launches[first:] == ["tq4_store", *CHOICES[request.node.callspec.params["launches"]][1]]
+
+
+@pytest.mark.parametrize("key_offsets", [False, True])
+@pytest.mark.parametrize("slots", [torch.int64, torch.int32], ids=["int64", "int32"])
+def test_a_page_that_another_sequence_reads(generator, monkeypatch, launches, key_offsets, slots):
+    """As where a prefix is shared whose last page this very step fills."""
+    step = step_of(generator, monkeypatch, key_offsets, lengths=[(1, 400), (1, 70), (1, 128)])
+    page = 127 // step.page_size  # the last of the third sequence, and one of the first two
+    step.block_table[0, page] = step.block_table[1, page if page < 2 else 3] = step.block_table[2, page]
+    before = step.kv_cache.clone()
+    want = attend(step, at_once=False)
+    step.kv_cache.copy_(before)
+    assert torch.equal(attend(step, at_once=True, slots=slots), want)
+    assert not want.isnan().any()
+
+
+def test_more_tokens_than_a_warp_has_lanes(generator, monkeypatch, launches):
+    step = step_of(generator, monkeypatch, key_offsets=False, lengths=[(1, 2 + n % 3) for n in range(33)])
+    before = step.kv_cache.clone()
+    want = attend(step, at_once=False)
+    step.kv_cache.copy_(before)
+    assert torch.equal(attend(step, at_once=True), want)
 
 
 @pytest.mark.parametrize("key_offsets", [False, True])
