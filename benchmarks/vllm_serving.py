@@ -77,6 +77,7 @@ class Results:
         self.values: dict[str, dict[str, Any]] = {}
         self.errors: dict[str, dict[str, str]] = {}
         self.running: dict[str, int] = {}
+        self.kernel_ms: dict[str, float] = {}
 
     def add(self, case: str, cache: str, message: dict[str, Any]) -> None:
         print(cache, json.dumps(message), flush=True)
@@ -85,7 +86,7 @@ class Results:
             return
         self.values.setdefault(case, {})[cache] = message["value"]
         if "running" in message:
-            self.running[cache] = message["running"]
+            self.running[cache], self.kernel_ms[cache] = message["running"], message["kernel_ms"]
 
     def row(self, case: str) -> dict[str, Any]:
         """Times of each cache and ratios of TQ4's to theirs; for blocks and capacity, numbers and their ratios."""
@@ -102,7 +103,7 @@ class Results:
             sizes, unit = dict(zip(("requests", "context"), CAPACITY, strict=True)), "tokens_per_second"
         row: dict[str, Any] = {"id": case, **sizes, unit: values}
         if case == "capacity":
-            row["running"] = self.running
+            row |= {"running": self.running, "kernel_ms": self.kernel_ms}
         if "tq4" in values:
             row |= {f"against_{name}": round(values["tq4"] / value, 3) for name, value in values.items() if name != "tq4"}
         return row | ({"errors": self.errors[case]} if case in self.errors else {})

@@ -154,8 +154,8 @@ class Timer:
             return {"value": round(self.ttft_ms(TTFT[case]), 2)}
         if case in TRACES:
             return {"value": self.trace(*DECODE[TRACES[case]])}
-        rate, running = self.capacity(*CAPACITY)
-        return {"value": round(rate, 1), "running": running}
+        rate, running, kernel_ms = self.capacity(*CAPACITY)
+        return {"value": round(rate, 1), "running": running, "kernel_ms": kernel_ms}
 
     def start(self, requests: int, context: int) -> None:
         """Requests whose prompts are read."""
@@ -171,12 +171,17 @@ class Timer:
         self.start(requests, context)
         for _ in range(WARMUP_STEPS):
             self.step()
+        traced = self.profiled()
+        self.clear()
+        return traced
+
+    def profiled(self) -> dict[str, Any]:
+        """As :meth:`trace`, of the next steps."""
         torch.cuda.synchronize()
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
             for _ in range(STRETCH):
                 self.step()
             torch.cuda.synchronize()
-        self.clear()
         kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
         busy = sum(event.device_time for event in kernels) / STRETCH / 1e3
         launches = collections.Counter(event.name.split("(")[0].split("<")[0].removeprefix("void ") for event in kernels)
@@ -211,9 +216,10 @@ class Timer:
             self.clear()
         return statistics.median(times[1:])
 
-    def capacity(self, requests: int, context: int) -> tuple[float, int]:
-        """Tokens a second of as many of the requests as the cache has room for, and how many those are."""
-        tokens = 16 + 6 * STRETCH + WARMUP_STEPS + 4 * -(-requests * context // 8192)
+    def capacity(self, requests: int, context: int) -> tuple[float, int, float]:
+        """Tokens a second of as many of the requests as the cache has room for, how many those are, and milliseconds of a
+        step's kernels: what it takes beyond these is the host's."""
+        tokens = 16 + 7 * STRETCH + WARMUP_STEPS + 4 * -(-requests * context // 8192)
         self.add(requests, context, tokens)
         scheduler = self.engine.engine_core.engine_core.scheduler
         running, settled = -1, 0
@@ -223,9 +229,10 @@ class Timer:
             settled = 0 if reading or len(scheduler.running) != running else settled + 1
             running = len(scheduler.running)
         stretches = self.stretches()  # at the edge, some may be preempted meanwhile
+        kernel_ms = self.profiled()["kernel_ms"]
         self.clear()
         running = round(statistics.median(tokens / STRETCH for tokens, _ in stretches))
-        return statistics.median(tokens / seconds for tokens, seconds in stretches), running
+        return statistics.median(tokens / seconds for tokens, seconds in stretches), running, kernel_ms
 
 
 def main() -> None:
