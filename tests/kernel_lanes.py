@@ -275,6 +275,19 @@ def emulate_decode(monkeypatch: pytest.MonkeyPatch, shared_limit: int = SHARED_L
     monkeypatch.setattr(cluster, "_fit", lambda index, variant, pages, blocks: 4 // blocks)
 
 
+def names_of_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A list that gets the name of each kernel as it runs in the emulator."""
+    found: list[str] = []
+    launch = Library.launch
+
+    def counted(library: Library, name: str, *args: Any, **options: Any) -> None:
+        found.append(name)
+        launch(library, name, *args, **options)
+
+    monkeypatch.setattr(Library, "launch", counted)
+    return found
+
+
 def run_pages(
     batch: Batch, longest: int | None = None, out: torch.Tensor | None = None, **options: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:

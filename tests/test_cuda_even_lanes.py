@@ -37,15 +37,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, *, blocks: int = 2, slack: int | Non
     monkeypatch.setattr(cluster, "choose_cluster", lambda n, m, x, *_: None if slack == -1 else Cluster(blocks, x, *even))
     for plan in (cluster.plan, paged.Call.plan):
         plan.cache_clear()
-    found: list[str] = []
-    real = kernel_lanes.Library.launch
-
-    def counted(library: Any, name: str, *args: Any, **options: Any) -> None:
-        found.append(name)
-        real(library, name, *args, **options)
-
-    monkeypatch.setattr(kernel_lanes.Library, "launch", counted)
-    return found
+    return kernel_lanes.names_of_launches(monkeypatch)
 
 
 def bits(batch: Batch, **options: Any) -> tuple[torch.Tensor, ...]:

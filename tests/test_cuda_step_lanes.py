@@ -35,16 +35,8 @@ CHOICES: dict[str, tuple[Callable[..., Cluster | None], list[str]]] = {
 @pytest.fixture(params=CHOICES, autouse=True)
 def launches(request: pytest.FixtureRequest, emulated_decode: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
     """Names of the kernels that have run."""
-    found: list[str] = []
-    launch = kernel_lanes.Library.launch
-
-    def counted(library: Any, name: str, *args: Any, **options: Any) -> None:
-        found.append(name)
-        launch(library, name, *args, **options)
-
-    monkeypatch.setattr(kernel_lanes.Library, "launch", counted)
     monkeypatch.setattr(cluster, "choose_cluster", CHOICES[request.param][0])
-    return found
+    return kernel_lanes.names_of_launches(monkeypatch)
 
 
 def step_of(
