@@ -189,11 +189,14 @@ def test_which_calls_are_one_launch(passes, tiles, blocks, warps, resident):
         (16, 512, 1, 16, Even(16, 1, 2112, 10)),
         (32, 512, 1, 8, Even(8, 1, 2112, 10)),
         (64, 512, 1, 8, Even(8, 2, 2112, 10)),
+        (67, 512, 0, 0, None),  # a third wave
     ],
 )
 def test_which_calls_over_pages_may_be_one_launch(sequences, tiles, blocks, warps, even):
     found = choose(8 * sequences, tiles, sequences)
-    assert found is not None
+    assert (found is None) == (blocks == 0)
+    if found is None:
+        return
     assert (found.blocks, found.variant.warps, found.even) == (blocks, warps, even)
     assert (found.even is ALWAYS) == (even is ALWAYS)
 

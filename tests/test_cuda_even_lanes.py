@@ -44,10 +44,10 @@ def bits(batch: Batch, **options: Any) -> tuple[torch.Tensor, ...]:
     return tuple(x.view(torch.int16 if x.element_size() == 2 else torch.int32) for x in run_pages(batch, 2, **options))
 
 
-@pytest.mark.parametrize("blocks", [1, 2])
 @pytest.mark.parametrize(("lengths", "clusters"), [(EVEN, True), (UNEVEN, False)])
 @pytest.mark.parametrize(
-    ("head_dim", "group", "offsets", "window"), [(64, 4, False, None), (128, 3, True, None), (64, 4, False, 40)]
+    ("blocks", "head_dim", "group", "offsets", "window"),
+    [(1, 64, 4, False, None), (2, 128, 3, True, None), (2, 64, 4, False, 40)],
 )
 def test_lengths_decide_who_serves(generator, monkeypatch, lengths, clusters, blocks, head_dim, group, offsets, window):
     sizes = {"head_dim": head_dim, "group": group, "page_size": 64, "offsets": offsets, "sliding_window": window}

@@ -25,6 +25,7 @@ MOST_BLOCKS = 8  # of a cluster, on every device that has clusters
 MOST_WORK_OF_FEW, MOST_WORK, MOST_WORK_OF_PAIRS = 10_000, 64_000, 140_000
 # Over pages: tiles of head_dim 128 that each warp of a full device attends to while the line's other two launches take place.
 ROUNDS_SAVED = 10
+MOST_WAVES = 2  # over pages: where clusters do not serve, their blocks come and go after the line, wave by wave
 _LEAST_TILES = 4  # a warp's fewest, where there are enough for all
 
 
@@ -259,6 +260,8 @@ def choose_cluster(
         if pair is None or at_once == 0:
             return None
         waves = -(-passes // at_once)
+        if sequences and waves > MOST_WAVES:
+            return None
         if sequences:
             return Cluster(1, pair, _choose_even(8, waves, passes, tiles, alone, multiprocessors, sequences))
         return Cluster(1, pair) if work <= MOST_WORK_OF_PAIRS and passes >= 0.9 * at_once * waves else None
