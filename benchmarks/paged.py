@@ -1,6 +1,6 @@
 """Rows of ``benchmarks/serving.py`` about pages: decode against our own dense call, prompts whose lengths the host knows
 against PyTorch's best dense attention, a mixed batch against its two parts, and a step that stores its own keys and values
-against two calls.
+against two calls, and against one call that leaves lengths aside.
 
 Both sides of a row read the same bytes, the pages in random order. Answers are checked against the reference in float64, and
 whole public calls are timed, replayed from CUDA graphs.
@@ -8,13 +8,17 @@ whole public calls are timed, replayed from CUDA graphs.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
 import common
 from triton_attention import HEAD_DIM, error, random_cache
 from turboquant_vllm import PagedTQ4Cache, TQ4Codec, TQ4Tensor, reference, tq4_attention, tq4_paged_attention, tq4_store
+from turboquant_vllm.cuda import cluster
 from turboquant_vllm.records import GROUP, Masks, Sequences
 
 # id, sequences, query heads, kv heads, keys of each sequence
@@ -27,13 +31,21 @@ DECODE = [
     ("paged-f", 1, 32, 8, 8192),
     ("paged-f1", 1, 32, 8, 1024),
 ]
-# The same, of a step that stores a token of each sequence first.
+# Of a step that stores a token of each sequence first: id, sequences, query heads, kv heads, keys of the shortest and of the
+# longest sequence, in a cache that has room for more.
 STEPS = [
-    ("step-1x1024", 1, 32, 8, 1024),
-    ("step-1x32768", 1, 32, 8, 32768),
-    ("step-32x1024", 32, 32, 8, 1024),
-    ("step-32x8192", 32, 32, 8, 8192),
+    ("step-1x1024", 1, 32, 8, 1024, 1024),
+    ("step-1x32768", 1, 32, 8, 32768, 32768),
+    ("step-12x8192", 12, 32, 8, 8192, 8192),
+    ("step-32x1024", 32, 32, 8, 1024, 1024),
+    ("step-32x8192", 32, 32, 8, 8192, 8192),
+    ("step-32x4096-8192", 32, 32, 8, 4096, 8192),
+    ("step-32x256-16384", 32, 32, 8, 256, 16384),
+    ("step-8x32768", 8, 32, 8, 32768, 32768),
+    ("step-8x1024-32768", 8, 32, 8, 1024, 32768),
+    ("step-64x1024", 64, 32, 8, 1024, 1024),
 ]
+ALLOWED = 33792  # keys of a sequence that steps have room for
 # id, query heads, kv heads, query tokens, keys
 PROMPTS = [("prefill", 32, 8, 8192, 8192), ("chunk512", 32, 8, 512, 32768 + 512)]
 # Sequences, query tokens and keys of each.
@@ -90,6 +102,12 @@ class Batch:
         of_groups = keys.norms.unflatten(2, (-1, GROUP))
         place = torch.randint(GROUP, of_groups.shape[:3], device="cuda").unsqueeze(3)
         of_groups.scatter_(3, place, -of_groups.gather(3, place))
+
+    def allow(self, tokens: int) -> None:
+        """Let the block table, and what the host knows of lengths, have room for so many keys of each sequence."""
+        missing = tokens // self.cache.page_size - self.block_table.shape[1]
+        self.block_table = torch.nn.functional.pad(self.block_table, (0, missing))
+        self.bounds["max_seq_len"] = tokens
 
     def error(self) -> float:
         """The largest error over the first and the last sequence, one query token of each, against float64."""
@@ -210,15 +228,30 @@ def mixed_row(page: int, codec: TQ4Codec, known: bool) -> dict[str, Any]:
     }
 
 
-def step_row(case: tuple[str, int, int, int, int], codec: TQ4Codec) -> dict[str, Any]:
-    """``ratio`` is the time of a store and of attention behind it over that of one call, keys with offsets, timed in turns."""
-    name, sequences, heads, kv_heads, kv_len = case
-    k, v = (random_cache(sequences, kv_heads, kv_len, HEAD_DIM) for _ in range(2))
-    batch = Batch(codec, [(k, v)], [1], heads, GROUP, offsets=True)
-    page, place = divmod(kv_len - 1, GROUP)  # of the last token, which goes on in a group
-    slots = batch.block_table[:, page].long() * GROUP + place
+@contextlib.contextmanager
+def the_line_alone() -> Iterator[None]:
+    """Inside, the native kernels divide the keys of all sequences over all warps, whatever the lengths are."""
+    cluster.plan.cache_clear()
+    with mock.patch.object(cluster, "choose_cluster", return_value=None):
+        yield
+    cluster.plan.cache_clear()
+
+
+def step_row(case: tuple[str, int, int, int, int, int], codec: TQ4Codec) -> dict[str, Any]:
+    """``ratio`` is the time of a store and of attention behind it over that of one call, ``against_line`` that of one call
+    which leaves lengths aside; keys with offsets, timed in turns."""
+    name, sequences, heads, kv_heads, shortest, longest = case
+    lengths = [GROUP * round(n / GROUP) for n in torch.linspace(shortest, longest, sequences).tolist()]
+    caches = [(random_cache(1, kv_heads, n, HEAD_DIM), random_cache(1, kv_heads, n, HEAD_DIM)) for n in lengths]
+    batch = Batch(codec, caches, [1] * sequences, heads, GROUP, offsets=True)
+    batch.allow(ALLOWED)
+    last = batch.seq_lens.long() - 1  # goes on in a group
+    slots = batch.block_table.gather(1, (last // GROUP)[:, None])[:, 0].long() * GROUP + last % GROUP
     keys, values = torch.randn(2, sequences, kv_heads, HEAD_DIM, dtype=torch.float16, device="cuda")
     new: dict[str, Any] = {"slot_mapping": slots, "previous_slots": slots - 1}
+
+    def one_call() -> torch.Tensor:
+        return batch(k=keys, v=values, **new)
 
     def two_calls() -> torch.Tensor:
         tq4_store(keys, values, batch.cache, codec, **new)
@@ -226,24 +259,30 @@ def step_row(case: tuple[str, int, int, int, int], codec: TQ4Codec) -> dict[str,
 
     before = batch.cache.buffer.clone()
     results = []
-    for call in (two_calls, lambda: batch(k=keys, v=values, **new)):
+    for call in (two_calls, one_call):
         batch.cache.buffer.copy_(before)
         results.append((call(), batch.cache.buffer.clone()))
     if not all(torch.equal(x, y) for x, y in zip(*results, strict=True)):
         raise AssertionError(f"{name}: one call does not give the bits of two")
     worst = batch.error()
-    calls = [common.graphed(two_calls), common.graphed(lambda: batch(k=keys, v=values, **new))]
+    with the_line_alone():
+        worst = max(worst, batch.error())
+        line = common.graphed(one_call)
+    calls = [common.graphed(two_calls), common.graphed(one_call), line]
     turns = [[common.median_ms(call) for call in calls] for _ in range(3)]
-    apart, ours = (sorted(times)[1] for times in zip(*turns, strict=True))
+    apart, ours, alone = (sorted(times)[1] for times in zip(*turns, strict=True))
+    shape = {"sequences": sequences, "heads": heads, "kv_heads": kv_heads, "kv_len": [shortest, longest], "head_dim": HEAD_DIM}
     return {
         "id": name,
         "scope": "call",
-        "shape": {"sequences": sequences, "heads": heads, "kv_heads": kv_heads, "kv_len": kv_len, "head_dim": HEAD_DIM},
+        "shape": shape,
         "page_size": GROUP,
         "dtype": "fp16",
         "ours_ms": round(ours, 5),
         "two_calls_ms": round(apart, 5),
+        "line_ms": round(alone, 5),
         "ratio": round(apart / ours, 3),
+        "against_line": round(alone / ours, 3),
         "max_abs_err": worst,
     }
 

@@ -144,8 +144,8 @@ def tq4_paged_attention(
         backend: "auto", "cuda", "triton" or "reference"; a named backend that cannot run raises and never falls back.
         out: where the result goes, ``[T, H_q, D]`` in q's dtype, any strides.
         k, v, slot_mapping, previous_slots: as for :func:`turboquant_vllm.tq4_store`, which is called with them first. Where
-            the native kernels do both, attention begins while the store runs: a step costs two launches in place of four, or
-            four that overlap.
+            the native kernels do both, attention begins while the store runs: a step costs two launches, or four or five that
+            overlap.
 
     Returns:
         ``[T, H_q, D]`` in q's dtype, ``out`` if that was given; with ``return_lse`` also float32 ``[T, H_q]``, natural

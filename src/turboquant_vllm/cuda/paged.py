@@ -2,7 +2,7 @@
 
 The kernels are those of :mod:`turboquant_vllm.cuda.decode`, compiled with PAGED. Of three, one rotates the queries of all
 sequences before, and the line of work is planned on the device from the sequences' lengths, so that a CUDA graph may be
-replayed with others. Where these decide whether clusters serve (:class:`turboquant_vllm.cuda.variants.Even`), all four are
+replayed with others. Where lengths decide whether clusters serve (:class:`turboquant_vllm.cuda.variants.Even`), all four are
 launched, the three first: then what they cost for nothing is in the shadow of a step's store.
 """
 
@@ -238,7 +238,7 @@ def store_and_decode_pages(
 ) -> None:
     """:func:`turboquant_vllm.cuda.store.store`, and behind it :func:`decode_pages`, which finds what that wrote.
 
-    Two launches, or four: attention begins while the store runs, and waits for its end before it reads a page which that
+    Two launches, four or five: attention begins while the store runs, and waits for its end before it reads a page which that
     writes, or, in the line of tiles or behind more than 32 tokens, any. Tables are of a rotation by a Hadamard matrix.
     """
     rotation, centroids = tables.rotation, tables.centroids

@@ -256,23 +256,20 @@ def choose_cluster(
     work = passes * tiles * variant.head_dim // 128
     alone, few, pair = cluster_variants(variant)
     if passes > multiprocessors:
-        at_once = 0 if pair is None else fit(pair, 1)
-        if pair is None or at_once == 0:
-            return None
-        waves = -(-passes // at_once)
-        if sequences and waves > MOST_WAVES:
-            return None
-        if sequences:
-            return Cluster(1, pair, _choose_even(8, waves, passes, tiles, alone, multiprocessors, sequences))
-        return Cluster(1, pair) if work <= MOST_WORK_OF_PAIRS and passes >= 0.9 * at_once * waves else None
-    blocks = next((n for n in (MOST_BLOCKS, 4, 2, 1) if passes <= fit(alone, n)), 0)
-    if blocks == 0:
+        chosen, blocks, most = pair, 1, MOST_WORK_OF_PAIRS
+    else:
+        blocks = next((n for n in (MOST_BLOCKS, 4, 2, 1) if passes <= fit(alone, n)), 0)
+        chosen = few if few is not None and tiles <= 32 * blocks else alone
+        most = MOST_WORK if passes * blocks >= 0.9 * multiprocessors else MOST_WORK_OF_FEW
+    at_once = 0 if chosen is None or blocks == 0 else fit(chosen, blocks)
+    if chosen is None or at_once == 0:
         return None
-    chosen = few if few is not None and tiles <= 32 * blocks else alone
+    waves = -(-passes // at_once)
     if sequences:
-        return Cluster(blocks, chosen, _choose_even(blocks * chosen.warps, 1, passes, tiles, alone, multiprocessors, sequences))
-    most = MOST_WORK if passes * blocks >= 0.9 * multiprocessors else MOST_WORK_OF_FEW
-    return Cluster(blocks, chosen) if work <= most else None
+        even = _choose_even(blocks * chosen.warps, waves, passes, tiles, alone, multiprocessors, sequences)
+        return Cluster(blocks, chosen, even) if waves <= MOST_WAVES else None
+    full = passes <= multiprocessors or passes >= 0.9 * at_once * waves
+    return Cluster(blocks, chosen) if full and work <= most else None
 
 
 def _choose_even(warps: int, waves: int, passes: int, tiles: int, line: Variant, multiprocessors: int, sequences: int) -> Even:
