@@ -82,7 +82,7 @@ FAULTS = (
         "    __syncthreads();\n",
         "no barrier|may yet write|may have ended",
     ),
-    ("cluster", "// all have begun\n  __syncthreads();\n", "// all have begun\n", BARRIER),
+    ("cluster", "// all have begun\n  __syncthreads();  // all warps have left theirs\n", "// all have begun\n", BARRIER),
     ("step", "  wait_for_previous();  // the store of the step's own", "  ;  // the store of the step's own", BEFORE),
     ("store", "  __syncthreads();", "", BARRIER),
     ("store", "live = slot[v] < p.num_slots", "live = true", OUTSIDE),

@@ -93,6 +93,7 @@ INLINE void copy4(unsigned to, const void* from) { copy_later(to, from, 4); }
 template <int PENDING> INLINE void wait_copies() { land_copies(PENDING); }
 INLINE void cluster_arrive() { arrive_at_cluster(); }
 INLINE void cluster_wait() { wait_for_cluster(); }
+INLINE unsigned arrive_of(unsigned* counter, int blocks) { return count_block(counter, blocks); }
 INLINE void sts(unsigned at, float x) { store_shared(at, &x, 4); }
 INLINE void sts_of(unsigned at, int rank, float x) { store_shared_of(at, rank, &x, 4); }
 INLINE void sts2_of(unsigned at, int rank, float x, float y) { const float pair[2] = {x, y}; store_shared_of(at, rank, pair, 8); }

@@ -2,16 +2,19 @@
 // accesses that nothing puts in order. Shared memory is full of NaN at first, as some of it may be read for nothing.
 //
 // Two accesses to a word, one of them a write, are in order if one lane made both; if a barrier of the warp, the block or the
-// cluster lies between them; or if they belong to different kernels, of which one had ended: the kernel before once the lane has
+// cluster lies between them; if a lane of the later one's block has seen the earlier one's counted, each behind or before a barrier
+// of its block; or if they belong to different kernels, of which one had ended: the kernel before once the lane has
 // waited for it, an earlier one also if the kernel before let this one start only after that. Shuffles and matrix
 // instructions bring lanes together, but order no memory. Who runs first in the emulator does not matter: every access is
 // held against those that the word has seen.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <unordered_map>
+#include <vector>
 
 #include "lane_runtime.h"
 
@@ -34,11 +37,24 @@ struct Page { Word words[1024]; };
 // Launches up to these had ended when this one began, and when the one before ended.
 inline unsigned ended_at_start = 0, ended_before_previous = 0;
 
+// Lanes of other blocks that had counted these when a lane of the block that runs now did: `seen_by`.
+inline std::vector<Access> counted_before;
+inline Access seen_by = {};
+
+inline bool counted(const Access& past, const Access& now) {
+  if (seen_by.launch != now.launch || seen_by.block != now.block) return false;
+  if (now.thread != seen_by.thread && now.block_barriers <= seen_by.block_barriers) return false;
+  return std::any_of(counted_before.begin(), counted_before.end(), [&](const Access& by) {
+    return by.launch == past.launch && by.block == past.block &&
+           (past.thread == by.thread || past.block_barriers < by.block_barriers);
+  });
+}
+
 inline bool ordered(const Access& past, const Access& now, bool waited) {
   if (past.launch == 0) return true;
   if (past.launch != now.launch)
     return past.launch <= ended_at_start || (waited && (past.launch + 1 == now.launch || past.launch <= ended_before_previous));
-  if (past.cluster != now.cluster) return false;
+  if (past.cluster != now.cluster) return counted(past, now);
   if (past.cluster_arrivals < now.cluster_waits) return true;
   if (past.block != now.block) return false;
   if (past.warp != now.warp) return past.block_barriers < now.block_barriers;
@@ -63,6 +79,7 @@ class Memory {
 
   void forget_shared() { clear(shared_); memset(shared_memory, 0xff, launch->cluster * SHARED_LIMIT); }
   void forget_all() { clear(global_); }
+  void acquire(const Access& now, const std::vector<Access>& others) { seen_by = now, counted_before = others; }
 
   // Empty, or why a lane must not touch [at, at + bytes): `report` is where the words go. `rank`: whose shared memory it may be.
   const char* check(uintptr_t at, int bytes, bool write, bool aligned, const Access& now, bool waited, int rank) {
@@ -104,6 +121,16 @@ class Memory {
     for (uintptr_t word = at / 4; word < (at + bytes) / 4; word++) find(shared_, word) = {now, {}, false};
   }
 
+  bool there(uintptr_t at, int bytes) const {
+    int low = 0, high = launch->ranges;  // of the ranges before `low` all begin at or before `at`
+    while (low < high) {
+      const int middle = (low + high) / 2;
+      if (launch->memory[middle][0] <= at) low = middle + 1;
+      else high = middle;
+    }
+    return low > 0 && at + bytes <= launch->memory[low - 1][1];
+  }
+
  private:
   using Pages = std::unordered_map<uintptr_t, std::unique_ptr<Page>>;
   Pages shared_, global_;
@@ -120,15 +147,6 @@ class Memory {
       last_pages_ = &pages, last_number_ = word / 1024, last_ = page.get();
     }
     return last_->words[word % 1024];
-  }
-  bool there(uintptr_t at, int bytes) const {
-    int low = 0, high = launch->ranges;  // of the ranges before `low` all begin at or before `at`
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (launch->memory[middle][0] <= at) low = middle + 1;
-      else high = middle;
-    }
-    return low > 0 && at + bytes <= launch->memory[low - 1][1];
   }
   template <typename... Values>
   const char* say(const char* format, Values... values) {

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cfenv>
 #include <cmath>
+#include <map>
 #include <string>
 #include <vector>
 
@@ -46,6 +47,7 @@ jmp_buf scheduler;
 unsigned launches = 0;
 bool let_start_early, some_waited;  // a lane of the launch let the next one start before it waited itself; one has waited
 Index grid;
+std::map<unsigned*, std::vector<Access>> arrivals;  // the lanes that counted their blocks, since a counter was zero
 Access last_to[MOST_BLOCKS];  // that another block made, to each block's shared memory
 char* stacks = nullptr;  // behind them the kernel's parameters
 void (*body)(const void*) = nullptr;
@@ -262,6 +264,18 @@ unsigned exchange(unsigned value, int from) {
   current->value = value, current->from = from;
   wait(EXCHANGE);
   return current->value;
+}
+unsigned count_block(unsigned* counter, int blocks) {
+  const unsigned before = *counter;
+  const Access& now = current->now;
+  if (!memory.there((uintptr_t)counter, 4)) fail(CALLER, "counts where there is no tensor");
+  if (before >= (unsigned)blocks) fail(CALLER, "finds a counter that is past the number of blocks");
+  if (before == 0) arrivals[counter].clear();
+  std::vector<Access>& others = arrivals[counter];
+  memory.acquire(now, others);
+  others.push_back(now);
+  *counter = before + 1 == (unsigned)blocks ? 0 : before + 1;
+  return before;
 }
 unsigned votes(bool mine) {
   current->value = mine;

@@ -11,6 +11,7 @@ void wait_for_warp();
 void wait_for_block();
 void arrive_at_cluster();
 void wait_for_cluster();  // until all lanes of the cluster have arrived as often as this one
+unsigned count_block(unsigned* counter, int blocks);  // and order what this lane's block did before behind what the others did
 unsigned exchange(unsigned value, int from);
 unsigned votes(bool mine);  // a bit for each lane
 

@@ -1,7 +1,9 @@
-"""Native decoding in one launch on a GPU, with clusters of every size: contracts, odd lengths, graphs, bits that repeat."""
+"""Native decoding in one launch on a GPU, with clusters of every size and blocks that are spread: contracts, odd lengths,
+graphs, streams, bits that repeat."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import pytest
@@ -18,7 +20,7 @@ from turboquant_vllm.limits import why_not_decode
 pytestmark = pytest.mark.gpu
 
 HALF, BF16 = torch.float16, torch.bfloat16
-SIZES = (1, 2, 3, 4, 8)
+SIZES = (1, 2, 3, 4, 8, "spread 2", "spread 5", "spread 16")
 
 
 @pytest.fixture(autouse=True)
@@ -39,22 +41,26 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=(1, 4, 8))
+@pytest.fixture(params=(1, 4, 8, "spread 5"))
 def blocks(request, monkeypatch):
-    """Blocks of every cluster; a call that takes the line of tiles after all fails."""
-    return force(monkeypatch, request.param)
+    """Blocks of every pass, as a cluster or spread; a call that takes the line of tiles after all fails."""
+    force(monkeypatch, request.param)
 
 
-def force(monkeypatch, blocks):
+def force(monkeypatch, size):
     from turboquant_vllm.cuda import cluster, decode, paged
     from turboquant_vllm.cuda.variants import Cluster
 
+    blocks, spread = int(str(size).split()[-1]), isinstance(size, str)
+
+    def choose(passes, tiles, variant, *_):
+        return Cluster(blocks, dataclasses.replace(variant, spread=spread))
+
     cluster.plan.cache_clear()
     monkeypatch.setattr(cluster, "plan", functools.lru_cache(cluster.plan.__wrapped__))  # what is forced is forgotten
-    monkeypatch.setattr(cluster, "choose_cluster", lambda passes, tiles, variant, *_: Cluster(blocks, variant))
+    monkeypatch.setattr(cluster, "choose_cluster", choose)
     for module in (decode, paged):
         monkeypatch.setattr(module.Call, "plan", None)
-    return blocks
 
 
 def decode(*args, **options):
@@ -155,7 +161,26 @@ def test_graph_replays_with_other_contents(blocks, generator, q_len):
     check_replays(functools.partial(torch.ops.turboquant.cuda_decode, hadamard=True), case, other)
 
 
-@pytest.mark.parametrize(("batch", "kv_len"), [(1, 1024), (1, 8192), (1, 40001), (32, 4096), (64, 1024)])
+def test_calls_on_several_streams(monkeypatch, generator):
+    """Each counts its blocks for itself."""
+    force(monkeypatch, "spread 16")
+    sizes = {"dtype": HALF, "device": "cuda", "batch": 1, "num_kv_heads": 8, "group": 4, "head_dim": 128}
+    cases = [random_case(generator, kv_len=kv_len, **sizes) for kv_len in (300, 5000, 20000)]
+    wanted = [decode(*case.arguments) for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(100):
+        for case, stream in zip(cases, streams, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(torch.ops.turboquant.cuda_decode(*case.operator_arguments, hadamard=True))
+    torch.cuda.synchronize()
+    for i, (out, lse) in enumerate(found):
+        assert torch.equal(out, wanted[i % 3][0])
+        assert torch.equal(lse, wanted[i % 3][1])
+
+
+@pytest.mark.parametrize(("batch", "kv_len"), [(1, 1024), (1, 8192), (1, 40001), (4, 8192), (32, 4096), (64, 1024)])
 def test_what_is_chosen(generator, batch, kv_len):
     """The public function, and the same call over a rotation that no cluster serves."""
     case = random_case(generator, dtype=HALF, device="cuda", batch=batch, num_kv_heads=8, group=4, kv_len=kv_len, head_dim=128)

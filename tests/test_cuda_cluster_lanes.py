@@ -1,4 +1,5 @@
-"""Native decoding in one launch, run lane by lane on a CPU with clusters of several sizes, against float64."""
+"""Native decoding in one launch, run lane by lane on a CPU with clusters and blocks that are spread, of several sizes, against
+float64."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from attention_cases import check, random_case
 from kernel_lanes import LaneError, emulated_decode, few_objects, needs_compiler, run_pages  # noqa: F401
 from paged_cases import check_batch, random_batch
 from turboquant_vllm.cuda import cluster, decode, paged
-from turboquant_vllm.cuda.variants import Cluster
+from turboquant_vllm.cuda.variants import Cluster, Variant
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_decode")]
 
@@ -26,10 +27,19 @@ def blocks() -> int:
     return 2
 
 
+@pytest.fixture
+def spread() -> bool:
+    return False
+
+
 @pytest.fixture(autouse=True)
-def clusters(emulated_decode: None, monkeypatch: pytest.MonkeyPatch, blocks: int) -> None:  # noqa: F811
-    """Clusters of ``blocks`` serve every call; one that takes the line of tiles after all fails."""
-    monkeypatch.setattr(cluster, "choose_cluster", lambda passes, tiles, variant, *_: Cluster(blocks, variant))
+def clusters(emulated_decode: None, monkeypatch: pytest.MonkeyPatch, blocks: int, spread: bool) -> None:  # noqa: F811
+    """Clusters of ``blocks``, or as many that are ``spread``, serve every call; one that takes the line after all fails."""
+
+    def choose(passes: int, tiles: int, variant: Variant, *_: Any) -> Cluster:
+        return Cluster(blocks, dataclasses.replace(variant, spread=spread))
+
+    monkeypatch.setattr(cluster, "choose_cluster", choose)
     for module in (decode, paged):
         monkeypatch.setattr(module.Call, "plan", None)
     monkeypatch.setattr(paged, "decode_pages", functools.partial(paged.decode_pages, hadamard=True))
@@ -40,21 +50,26 @@ def run(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("blocks", "dtype", "head_dim", "group", "q_len", "kv_len", "causal"),
+    ("blocks", "spread", "dtype", "head_dim", "group", "q_len", "kv_len", "causal"),
     [
-        (1, HALF, 128, 4, 1, 100, False),
-        (2, HALF, 64, 5, 2, 77, True),
-        (4, BF16, 128, 4, 3, 150, True),
-        (2, HALF, 256, 3, 1, 33, False),
-        (2, HALF, 64, 16, 2, 32, True),
-        (8, HALF, 64, 4, 1, 17, False),
+        (1, False, HALF, 128, 4, 1, 100, False),
+        (2, False, HALF, 64, 5, 2, 77, True),
+        (4, False, BF16, 128, 4, 3, 150, True),
+        (2, False, HALF, 256, 3, 1, 33, False),
+        (2, False, HALF, 64, 16, 2, 32, True),
+        (8, False, HALF, 64, 4, 1, 17, False),
+        (3, True, HALF, 128, 4, 1, 100, False),
+        (2, True, BF16, 64, 5, 2, 77, True),
+        (5, True, HALF, 256, 3, 1, 33, False),
+        (16, True, HALF, 64, 16, 2, 150, True),
     ],
 )
-def test_dense(generator, blocks, dtype, head_dim, group, q_len, kv_len, causal):
+def test_dense(generator, blocks, spread, dtype, head_dim, group, q_len, kv_len, causal):
     sizes = {"batch": 2, "group": group, "q_len": q_len, "kv_len": kv_len, "head_dim": head_dim, "is_causal": causal}
     check(run, random_case(generator, dtype=dtype, device="cpu", **sizes))
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize(
     ("q_len", "kv_len", "window", "softcap", "with_sinks"),
     [(1, 90, None, None, True), (2, 90, 33, None, False), (3, 70, None, 2.0, False), (5, 60, 40, 1.5, True)],
@@ -66,6 +81,7 @@ def test_masks(generator, q_len, kv_len, window, softcap, with_sinks):
     check(run, case.replace(sliding_window=window, softcap=softcap, sinks=sinks))
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize(("head_dim", "group", "kv_len"), [(128, 4, 700), (64, 16, 130), (256, 4, 90)])
 def test_offsets(generator, head_dim, group, kv_len):
     sizes = {"group": group, "kv_len": kv_len, "head_dim": head_dim, "num_kv_heads": 1}
@@ -81,6 +97,7 @@ def test_blocks_that_share_a_multiprocessor(generator, monkeypatch, head_dim, of
     check(run, random_case(generator, dtype=HALF, batch=2, group=4, kv_len=600, head_dim=head_dim, offsets=offsets))
 
 
+@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize(
     ("head_dim", "group", "page_size", "lengths", "options"),
     [
@@ -113,13 +130,43 @@ def test_where_no_cluster_has_room_the_line_serves(generator, monkeypatch, head_
             "no barrier|may yet write|may have ended",
         ),
         ("  if (p.blocks > 1) cluster_wait();  // all have begun\n", "", "a block that may not have begun"),
-        ("  if (p.blocks > 1) cluster_arrive();\n", "", "does not arrive"),
-        ("// all have begun\n  __syncthreads();\n", "// all have begun\n", "no barrier between"),
+        ("  if (!SPREAD && p.blocks > 1) cluster_arrive();\n", "", "does not arrive"),
+        ("// all have begun\n  __syncthreads();  // all warps have left theirs\n", "// all have begun\n", "no barrier between"),
         ("  __syncthreads();  // table, rings and queries have served\n", "", "to __syncthreads|no barrier"),
         ("#define SENT (RESULTS >", "#define SENT (RESULTS <", "no barrier between|another block wrote"),
     ],
 )
 def test_what_clusters_must_wait_for(generator, monkeypatch, sound, broken, words):
+    fails_with(generator, monkeypatch, sound, broken, words)
+
+
+@pytest.mark.parametrize("spread", [True])
+@pytest.mark.parametrize(
+    ("sound", "broken", "words"),
+    [
+        ("  __syncthreads();  // all rows are there\n", "", "another block wrote"),
+        ("  __syncthreads();  // which block is the last\n", "", "no barrier between"),
+        ("  if (*(const u32*)smem != p.blocks - 1) return;\n", "", "another block (wrote|read)"),
+        ("  if (thread_number() == 0) *(u32*)smem", "  *(u32*)smem", "past the number|no barrier|another block"),
+    ],
+)
+def test_what_blocks_that_are_spread_must_wait_for(generator, monkeypatch, sound, broken, words):
+    fails_with(generator, monkeypatch, sound, broken, words)
+
+
+@pytest.mark.parametrize("spread", [True])
+def test_counters_are_left_as_they_were(generator, monkeypatch):
+    """Calls take turns, and begin again where there are no more; each finds zeros."""
+    zeros = torch.zeros(40, dtype=torch.int32)
+    counters = cluster.Counters(zeros)
+    monkeypatch.setattr(cluster, "_counters", lambda device: counters)
+    assert [(counters.take(n) - zeros.data_ptr()) // 4 for n in (16, 8, 16, 1, 39, 1)] == [0, 16, 24, 0, 1, 0]
+    for _ in range(6):
+        check(run, random_case(generator, dtype=HALF, batch=2, num_kv_heads=4, group=4, kv_len=40, head_dim=64))
+        assert not zeros.any()
+
+
+def fails_with(generator, monkeypatch, sound, broken, words):
     text = kernel_lanes.decode_source(True)
     assert text.count(sound) == 1
     monkeypatch.setattr(kernel_lanes, "decode_source", lambda clusters: text.replace(sound, broken))

@@ -157,8 +157,6 @@ def test_variants_are_the_compiled_ones(arch, head_dim):
     [
         (8, 64, 8, 8, 1),  # 1 x 1024
         (8, 512, 8, 16, 1),  # 1 x 8192
-        (8, 2048, 0, 0, 0),  # 1 x 32768
-        (8, 8192, 0, 0, 0),  # 1 x 131072
         (16, 64, 4, 8, 1),
         (64, 256, 2, 16, 1),
         (128, 2048, 0, 0, 0),  # 16 x 32768
@@ -174,6 +172,28 @@ def test_which_calls_are_one_launch(passes, tiles, blocks, warps, resident):
     if found is not None:
         assert (found.blocks, found.variant.warps, found.variant.resident) == (blocks, warps, resident)
         assert found.even is ALWAYS
+        assert not found.variant.spread
+
+
+@pytest.mark.parametrize(
+    ("passes", "tiles", "blocks"),
+    [
+        (8, 768, 0),  # 1 x 12288: eight blocks of a cluster, a tile a warp more than sixteen and the time to join these
+        (8, 769, 16),
+        (8, 8192, 16),  # 1 x 131072
+        (8, 65536, 0),  # 1 x 2^20: the line, which has four multiprocessors more
+        (16, 512, 8),  # 2 x 8192
+        (40, 512, 3),  # 5 x 8192
+        (48, 512, 0),  # 6 x 8192: no more blocks than clusters have
+        (4, 2048, 32),
+        (2, 4096, 0),  # more than 32 are not joined, and so few are too few
+    ],
+)
+def test_where_blocks_are_spread(passes, tiles, blocks):
+    found = choose(passes, tiles)
+    assert (found is not None and found.variant.spread) == (blocks > 0)
+    if blocks:
+        assert (found.blocks, found.even) == (blocks, ALWAYS)
 
 
 @pytest.mark.parametrize(
@@ -181,9 +201,12 @@ def test_which_calls_are_one_launch(passes, tiles, blocks, warps, resident):
     [
         (1, 64, 8, 8, ALWAYS),
         (1, 2048, 8, 16, ALWAYS),  # 32768: 16 tiles a warp where a warp of the line has 7
-        (1, 8192, 8, 16, Even(128, 1, 2112, 10)),
+        (1, 8192, 16, 16, ALWAYS),  # spread
         (2, 64, 4, 8, ALWAYS),  # 2 tiles a warp, whatever the other sequence's length
-        (2, 1024, 4, 16, Even(64, 1, 2112, 10)),
+        (2, 2048, 8, 16, ALWAYS),
+        (2, 8192, 8, 16, Even(128, 1, 2112, 10)),
+        (5, 2048, 3, 16, Even(48, 1, 2112, 10)),
+        (6, 2048, 2, 16, Even(32, 1, 2112, 10)),
         (8, 2048, 2, 16, Even(32, 1, 2112, 10)),
         (16, 64, 1, 16, ALWAYS),
         (16, 512, 1, 16, Even(16, 1, 2112, 10)),
@@ -199,6 +222,7 @@ def test_which_calls_over_pages_may_be_one_launch(sequences, tiles, blocks, warp
         return
     assert (found.blocks, found.variant.warps, found.even) == (blocks, warps, even)
     assert (found.even is ALWAYS) == (even is ALWAYS)
+    assert found.variant.spread == (blocks * sequences * 8 > 64 and sequences <= 5)
 
 
 def choose(passes: int, tiles: int, sequences: int = 0) -> Cluster | None:

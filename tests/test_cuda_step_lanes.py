@@ -3,6 +3,7 @@ calls do, and attention waits for the store."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ import kernel_lanes
 from kernel_lanes import LaneError, emulated_decode, emulated_store, few_objects, needs_compiler  # noqa: F401
 from turboquant_vllm import ops, tq4_paged_attention
 from turboquant_vllm.cuda import cluster
-from turboquant_vllm.cuda.variants import Cluster, Even
+from turboquant_vllm.cuda.variants import Cluster, Even, Variant
 from turboquant_vllm.vllm.layer import PagedLayer
 from vllm_cases import Step, random_step
 
@@ -24,18 +25,20 @@ LENGTHS = [(1, 70), (2, 65), (1, 2), (3, 130)]  # query tokens, keys
 
 _LINE, _CLUSTERS = ["tq4_rotate", "tq4_decode", "tq4_combine"], ["tq4_decode"]
 # What may serve, and the kernels behind the store.
-CHOICES: dict[str, tuple[Callable[..., Cluster | None], list[str]]] = {
-    "line": (lambda *_: None, _LINE),
-    "clusters": (lambda passes, tiles, variant, *_: Cluster(2, variant), _CLUSTERS),
-    "clusters if even": (lambda passes, tiles, variant, *_: Cluster(2, variant, Even(4, 1, 24, 4)), _LINE + _CLUSTERS),
-    "line if uneven": (lambda passes, tiles, variant, *_: Cluster(2, variant, Even(1, 1, 24, 4)), _LINE + _CLUSTERS),
+CHOICES: dict[str, tuple[Callable[[Variant], Cluster | None], list[str]]] = {
+    "line": (lambda _: None, _LINE),
+    "clusters": (lambda variant: Cluster(2, variant), _CLUSTERS),
+    "spread": (lambda variant: Cluster(5, dataclasses.replace(variant, spread=True)), _CLUSTERS),
+    "clusters if even": (lambda variant: Cluster(2, variant, Even(4, 1, 24, 4)), _LINE + _CLUSTERS),
+    "line if uneven": (lambda variant: Cluster(2, variant, Even(1, 1, 24, 4)), _LINE + _CLUSTERS),
 }
 
 
 @pytest.fixture(params=CHOICES, autouse=True)
 def launches(request: pytest.FixtureRequest, emulated_decode: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
     """Names of the kernels that have run."""
-    monkeypatch.setattr(cluster, "choose_cluster", CHOICES[request.param][0])
+    chosen = CHOICES[request.param][0]
+    monkeypatch.setattr(cluster, "choose_cluster", lambda passes, tiles, variant, *_: chosen(variant))
     return kernel_lanes.names_of_launches(monkeypatch)
 
 

@@ -1,11 +1,17 @@
-// Attention in one launch: a cluster of `blocks` blocks has one pass, whose tiles its warps share evenly. It needs a rotation
-// by a Hadamard matrix (hadamard.cuh), where one warp can turn a row.
+// Attention in one launch: `blocks` blocks have one pass, whose tiles their warps share evenly. It needs a rotation by a Hadamard
+// matrix (hadamard.cuh), where one warp can turn a row. As a cluster:
 //
 //   block 0   |  rotate  |  tiles of warp 0, 1, ...  |  join warps, send rows  |  join rows 0, blocks, ...       rotate back  |
 //   block 1   |  rotate  |  tiles                    |  join warps, send rows  |       rows 1, blocks + 1, ...   rotate back  |
 //             ^ all have begun                                                 ^ all have sent
 //
 // Warps are joined in their order in shared memory. Row i is sent to block i % blocks, which joins the blocks in their order.
+//
+// As many clusters as a device has multiprocessors for seldom fit. Blocks that are SPREAD meet nowhere: each leaves its rows in
+// global memory and is counted, and the last, whichever that is, joins all of them in the order of the blocks:
+//
+//   block 0   |  rotate  |  tiles  |  join warps, leave rows, count  |  the last: join rows 0, 1, ...   rotate back  |
+//
 // So the bits repeat; they depend on how many blocks and warps share a pass, which follows from the sizes of a call.
 #if CLUSTER
 // Rows that were sent, behind all else in a block's shared memory: at (row / blocks * blocks + sender) * PART_PITCH floats.
@@ -64,19 +70,12 @@ __device__ __forceinline__ void leave_nothing(char* smem) {
   if (lane < 4 * NT) ((float*)smem)[warp * PART + lane * PART_PITCH + D] = -INFINITE;
 }
 
-// Each warp has left its rows of results in `smem`, or nothing: join them, then those of the blocks, rotate back and store.
-__device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
-  const int index = p.by_blocks.divide(blockIdx.x), rank = blockIdx.x - index * p.blocks;
-  const int tid = thread_number(), lane = tid % 32;
-  const int count = min(4 * NT, p.heads.rows - p.heads.first_row(index));
-  const u32 sent = shared_address(smem) + SENT;
-  float signs[OF_LANE];
-  load_part(signs, p.rotation);
-  if (p.blocks > 1) cluster_wait();  // all have begun
-  __syncthreads();
+// The rows that each warp has left in `smem`, or nothing, joined: `keep(row, dim, x, y, lse)` takes two dimensions of one.
+template <class Keep>
+__device__ __forceinline__ void join_warps(const char* smem, int rows, Keep keep) {
 #pragma unroll 1
-  for (int i = tid; i < count * (D / 2); i += THREADS) {
-    const int row = i / (D / 2), dim = i % (D / 2) * 2, group = p.by_blocks.divide(row) * p.blocks;
+  for (int i = thread_number(); i < rows * (D / 2); i += THREADS) {
+    const int row = i / (D / 2), dim = i % (D / 2) * 2;
     const float* mine = (const float*)smem + row * PART_PITCH;
     float top = LOWEST, total = 0, x = 0, y = 0;
 #pragma unroll
@@ -88,16 +87,92 @@ __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
       const float2 pair = *(const float2*)(mine + w * PART + dim);
       total += weight, x += weight * pair.x, y += weight * pair.y;
     }
-    const float inverse = total == 0 ? 0 : reciprocal(total), lse = total == 0 ? -INFINITE : top + lg2(total);
-    const u32 to = sent + ((group + rank) * PART_PITCH) * 4;
-    if (p.blocks > 1) {
-      sts2_of(to + dim * 4, row - group, x * inverse, y * inverse);
-      if (dim == 0) sts_of(to + D * 4, row - group, lse);
-    } else {
-      sts2(to + dim * 4, x * inverse, y * inverse);
-      if (dim == 0) sts(to + D * 4, lse);
+    const float inverse = total == 0 ? 0 : reciprocal(total);
+    keep(row, dim, x * inverse, y * inverse, total == 0 ? -INFINITE : top + lg2(total));
+  }
+}
+
+// Row i of pass `index`, joined over its blocks, rotated back and stored. `lse_of(block)`, `pair_of(block, dim)`: what these kept.
+template <class Lse, class Pair>
+__device__ __forceinline__ void store_row(const DecodeParams& p, int index, int i, const float* signs, Lse lse_of, Pair pair_of) {
+  const int lane = thread_number() % 32;
+  const QueryRow row = row_of(p, index, i);
+  const float lse = lane < p.blocks ? lse_of(lane) : -INFINITE;
+  float x[OF_LANE], top = fmaxf(LOWEST, warp_max(lse, 1));
+  const float weight = lse == -INFINITE ? 0 : ex2(lse - top);
+  float total = warp_sum(weight, 1);
+#pragma unroll
+  for (int j = 0; j < OF_LANE; j++) x[j] = 0;
+#pragma unroll (SPREAD ? 8 : 4)
+  for (int block = 0; block < p.blocks; block++) {
+    const float share = __shfl_sync(~0u, weight, block);
+#pragma unroll
+    for (int j = 0; j < OF_LANE; j += 2) {
+      const float2 pair = pair_of(block, lane * OF_LANE + j);
+      x[j] += share * pair.x, x[j + 1] += share * pair.y;
     }
   }
+  if (MASKED && p.sinks) {  // one more key, without a value
+    const float sink = p.sinks[row.head] * 1.4426950408889634f, higher = fmaxf(top, sink), keep = ex2(top - higher);
+    top = higher, total = total * keep + ex2(sink - higher);
+#pragma unroll
+    for (int j = 0; j < OF_LANE; j++) x[j] *= keep;
+  }
+  const float inverse = total == 0 ? 0 : reciprocal(total);
+#pragma unroll
+  for (int j = 0; j < OF_LANE; j++) x[j] *= inverse;
+  hadamard(x);
+  if (!row.there) return;
+  u32* out = (u32*)p.out + (times(row.batch, p.out_b) + times(row.head, p.out_h) + times(row.token, p.out_n)) / 2;
+#pragma unroll
+  for (int j = 0; j < OF_LANE; j += 2)
+    out[(lane * OF_LANE + j) / 2] = half_pair(x[j] * signs[j], x[j + 1] * signs[j + 1], p.is_bf16);
+  if (lane == 0 && p.lse)
+    p.lse[times(row.batch, p.lse_b) + times(row.head, p.lse_h) + times(row.token, p.lse_n)] =
+        total == 0 ? -INFINITE : (top + lg2(total)) * 0.6931471805599453f;
+}
+
+// Join what the warps have left in `smem`, then the blocks, rotate back and store.
+__device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
+  const int index = p.by_blocks.divide(blockIdx.x), warp = thread_number() / 32;
+  const int count = min(4 * NT, p.heads.rows - p.heads.first_row(index));
+  float signs[OF_LANE];
+  load_part(signs, p.rotation);
+#if SPREAD
+  __syncthreads();  // all warps have left theirs
+  float* parts = p.parts + (i64)index * p.blocks * PART;  // [blocks, 4 * NT, PART_PITCH]
+  const int mine = (blockIdx.x - index * p.blocks) * PART;
+  join_warps(smem, count, [&](int row, int dim, float x, float y, float lse) {
+    float* to = parts + mine + row * PART_PITCH;
+    *(float2*)(to + dim) = make_float2(x, y);
+    if (dim == 0) to[D] = lse;
+  });
+  __syncthreads();  // all rows are there
+  if (thread_number() == 0) *(u32*)smem = arrive_of(p.counters + index, p.blocks);
+  __syncthreads();  // which block is the last
+  if (*(const u32*)smem != p.blocks - 1) return;
+#pragma unroll 1
+  for (int i = warp; i < count; i += WARPS) {
+    const float* from = parts + i * PART_PITCH;
+    store_row(p, index, i, signs, [&](int block) { return from[block * PART + D]; },
+              [&](int block, int dim) { return *(const float2*)(from + block * PART + dim); });
+  }
+#else
+  const int rank = blockIdx.x - index * p.blocks;
+  const u32 sent = shared_address(smem) + SENT;
+  if (p.blocks > 1) cluster_wait();  // all have begun
+  __syncthreads();  // all warps have left theirs
+  join_warps(smem, count, [&](int row, int dim, float x, float y, float lse) {
+    const int group = p.by_blocks.divide(row) * p.blocks;
+    const u32 to = sent + (group + rank) * PART_PITCH * 4;
+    if (p.blocks > 1) {
+      sts2_of(to + dim * 4, row - group, x, y);
+      if (dim == 0) sts_of(to + D * 4, row - group, lse);
+    } else {
+      sts2(to + dim * 4, x, y);
+      if (dim == 0) sts(to + D * 4, lse);
+    }
+  });
   if (p.blocks > 1) {
     cluster_arrive();
     cluster_wait();
@@ -105,43 +180,15 @@ __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
     __syncthreads();
   }
 #pragma unroll 1
-  for (int i = rank + tid / 32 * p.blocks; i < count; i += WARPS * p.blocks) {
-    const QueryRow row = row_of(p, index, i);
-    const u32 at = sent + (i - rank) * PART_PITCH * 4;
-    const float lse = lane < p.blocks ? __uint_as_float(lds(at + (lane * PART_PITCH + D) * 4)) : -INFINITE;
-    float x[OF_LANE], top = fmaxf(LOWEST, warp_max(lse, 1));
-    const float weight = lse == -INFINITE ? 0 : ex2(lse - top);
-    float total = warp_sum(weight, 1);
-#pragma unroll
-    for (int j = 0; j < OF_LANE; j++) x[j] = 0;
-#pragma unroll 4
-    for (int block = 0; block < p.blocks; block++) {
-      const float share = __shfl_sync(~0u, weight, block);
-#pragma unroll
-      for (int j = 0; j < OF_LANE; j += 2) {
-        u32 pair[2];
-        lds2(pair, at + (block * PART_PITCH + lane * OF_LANE + j) * 4);
-        x[j] += share * __uint_as_float(pair[0]), x[j + 1] += share * __uint_as_float(pair[1]);
-      }
-    }
-    if (MASKED && p.sinks) {  // one more key, without a value
-      const float sink = p.sinks[row.head] * 1.4426950408889634f, higher = fmaxf(top, sink), keep = ex2(top - higher);
-      top = higher, total = total * keep + ex2(sink - higher);
-#pragma unroll
-      for (int j = 0; j < OF_LANE; j++) x[j] *= keep;
-    }
-    const float inverse = total == 0 ? 0 : reciprocal(total);
-#pragma unroll
-    for (int j = 0; j < OF_LANE; j++) x[j] *= inverse;
-    hadamard(x);
-    if (!row.there) continue;
-    u32* out = (u32*)p.out + (times(row.batch, p.out_b) + times(row.head, p.out_h) + times(row.token, p.out_n)) / 2;
-#pragma unroll
-    for (int j = 0; j < OF_LANE; j += 2)
-      out[(lane * OF_LANE + j) / 2] = half_pair(x[j] * signs[j], x[j + 1] * signs[j + 1], p.is_bf16);
-    if (lane == 0 && p.lse)
-      p.lse[times(row.batch, p.lse_b) + times(row.head, p.lse_h) + times(row.token, p.lse_n)] =
-          total == 0 ? -INFINITE : (top + lg2(total)) * 0.6931471805599453f;
+  for (int i = rank + warp * p.blocks; i < count; i += WARPS * p.blocks) {
+    const u32 from = sent + (i - rank) * PART_PITCH * 4;
+    store_row(p, index, i, signs, [&](int block) { return __uint_as_float(lds(from + (block * PART_PITCH + D) * 4)); },
+              [&](int block, int dim) {
+                u32 pair[2];
+                lds2(pair, from + (block * PART_PITCH + dim) * 4);
+                return make_float2(__uint_as_float(pair[0]), __uint_as_float(pair[1]));
+              });
   }
+#endif
 }
 #endif

@@ -1,15 +1,18 @@
-"""Native decoding in one launch, a cluster of blocks for each pass over the keys: what is launched for a call's sizes.
+"""Native decoding in one launch, several blocks for each pass over the keys: what is launched for a call's sizes.
 
-``cluster.cuh`` says how the work is done. Rotations other than Hadamard matrices, and ranges of fixed length, are left to the
-line of tiles, and so are GPUs before compute capability 9.0.
+``cluster.cuh`` says how the work is done, by the blocks of a cluster or by blocks that are spread. Rotations other than
+Hadamard matrices, and ranges of fixed length, are left to the line of tiles, and so are GPUs before compute capability 9.0.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any
+
+import torch
 
 from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
 from turboquant_vllm.cuda.sources import params_of, source
@@ -38,6 +41,7 @@ class ClusterCall:
         cluster: blocks of each, and what is compiled.
         layout: the numbers that the kernel takes about query rows and working warps.
         last: those that it takes last.
+        part_floats: of what blocks leave in global memory for the last of them.
     """
 
     kernel: Kernel
@@ -45,14 +49,48 @@ class ClusterCall:
     cluster: Cluster
     layout: tuple[int, ...]
     last: tuple[int, ...]
+    part_floats: int
+
+    def to_join(self, device: torch.device) -> tuple[torch.Tensor | None, int]:
+        """Where blocks that are spread join their results, on ``device``: room for these, and the address of a counter
+        for each pass, which is zero; else None and 0."""
+        if not self.part_floats:
+            return None, 0
+        return torch.empty(self.part_floats, dtype=torch.float32, device=device), _counters(device).take(self.passes)
 
     def launch(self, args: tuple[int | float, ...], *, pdl: bool = False) -> None:
         """Enqueue the kernel on PyTorch's current stream; ``pdl``: behind a native store, and to start while that runs."""
         blocks, variant = self.cluster.blocks, self.cluster.variant
         launch(
             self.kernel, (self.passes * blocks, 1, 1), (32 * variant.warps, 1, 1), variant.cluster_bytes(blocks), None, args,
-            pdl=pdl, cluster=(blocks, 1, 1) if blocks > 1 else None,
+            pdl=pdl, cluster=(blocks, 1, 1) if blocks > 1 and not variant.spread else None,
         )  # fmt: skip
+
+
+class Counters:
+    """Counters that kernels leave as they find them: zero. A call takes the next ones of many, so that calls which run at the
+    same time, on other streams or in graphs, have others."""
+
+    def __init__(self, zeros: torch.Tensor) -> None:
+        self._zeros = zeros
+        self._next = 0
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> int:
+        """The address of ``count`` of them."""
+        with self._lock:
+            first = self._next if self._next + count <= self._zeros.numel() else 0
+            self._next = first + count
+        return self._zeros.data_ptr() + 4 * first
+
+
+@cache
+def _counters(device: torch.device) -> Counters:
+    stream = torch.cuda.Stream(device)  # no graph that is being captured has it: these are made once, not by each replay
+    with torch.cuda.stream(stream):
+        zeros = torch.zeros(1 << 18, dtype=torch.int32, device=device)
+    stream.synchronize()
+    return Counters(zeros)
 
 
 @cache
@@ -72,6 +110,7 @@ def _load_all(index: int, alone: Variant, line: Variant, pages: bool, kernels: C
     """Load all that other lengths of the same call may take, so that a new length compiles nothing, in a graph's capture above
     all."""
     kernels(index, line)
+    _counters(torch.device("cuda", index))
     for variant in cluster_variants(alone):
         if variant is not None:
             _kernel(index, variant, pages)
@@ -115,4 +154,5 @@ def plan(
     variant, blocks = cluster.variant, cluster.blocks
     layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks), variant.warps)
     last = (blocks, *divisor(blocks), *divisor(blocks * variant.warps))
-    return ClusterCall(_kernel(index, variant, pages), passes, cluster, layout, last)
+    part_floats = passes * blocks * variant.row_floats if variant.spread else 0
+    return ClusterCall(_kernel(index, variant, pages), passes, cluster, layout, last, part_floats)

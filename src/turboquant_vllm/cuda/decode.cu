@@ -44,7 +44,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
   if (!is_even(p)) return leave();  // the line has served; asked here, it takes fewer registers
 #endif
 #if CLUSTER
-  if (p.blocks > 1) cluster_arrive();
+  if (!SPREAD && p.blocks > 1) cluster_arrive();
 #endif
   const u32 base = shared_address(smem);
   const u32 ring = base + RING + warp * WARP_BYTES;

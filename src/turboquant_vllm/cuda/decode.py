@@ -307,14 +307,16 @@ class Operands:
                 _kernels,
             )
             if one is not None:
-                places = (out.data_ptr(), 0 if lse is None else lse.data_ptr(), sinks_at)
+                left, counters = one.to_join(q.device)
+                left_at = 0 if left is None else left.data_ptr()
+                places = (counters, out.data_ptr(), 0 if lse is None else lse.data_ptr(), sinks_at)
                 rows = (shape[1] * shape[2], shape[2], 1)
                 args = (
-                    q.data_ptr(), *operands, *tables, 0, *strides, -(-kv_len // 16), *one.layout, kv_len, kv_len - shape[2],
-                    int(is_causal), bf16, 0, sm_scale * _LOG2_E, *of_masks, *of_offsets, *places,
+                    q.data_ptr(), *operands, *tables, left_at, *strides, -(-kv_len // 16), *one.layout, kv_len,
+                    kv_len - shape[2], int(is_causal), bf16, 0, sm_scale * _LOG2_E, *of_masks, *of_offsets, *places,
                     *(head_dim * x for x in rows), *rows, *one.last,
                 )  # fmt: skip
-                held = (self, q, out, lse, sinks)
+                held = (self, q, out, lse, sinks, left)
 
                 def attend_at_once() -> None:
                     _ = held

@@ -86,6 +86,11 @@ __device__ __forceinline__ void wait_for_previous() {
 // What a block wrote before `arrive`, all of its cluster see after `wait`, in whosever shared memory it is.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Count one block more, up to `blocks`, after which it is zero again; what it was. What blocks wrote before they were counted, this one
+// sees after it.
+__device__ __forceinline__ u32 arrive_of(u32* counter, int blocks) {
+  u32 d; asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(d) : "l"(counter), "r"(blocks - 1) : "memory"); return d;
+}
 // Store at `at` in the shared memory of block `rank` of the cluster.
 __device__ __forceinline__ void sts_of(u32 at, int rank, float x) {
   asm volatile("{.reg .u32 t; mapa.shared::cluster.u32 t, %0, %1; st.shared::cluster.f32 [t], %2;}"

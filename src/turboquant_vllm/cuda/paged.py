@@ -206,11 +206,13 @@ def decode_pages(
         launches += [functools.partial(call.launch, i, x) for i, x in enumerate((args, args, combine_args))]
     if one is not None:
         of_out = (0, result.stride(1), result.stride(0), 0, 1, num_heads)
-        places = (result.data_ptr(), lse.data_ptr(), sinks_at)
+        left, counters = one.to_join(q.device)
+        left_at = 0 if left is None else left.data_ptr()
+        places = (counters, result.data_ptr(), lse.data_ptr(), sinks_at)
         new_slots = None if new_slots is None else new_slots.contiguous()
         new = (0, 0, 0) if new_slots is None else (new_slots.data_ptr(), new_slots.numel(), new_slots.element_size())
         own = (0, 0, 0, *sizes, *even, *one.layout, *how, *places, *of_out, *one.last, *new)
-        launches.append(functools.partial(one.launch, (*operands, 0, *strides, *lie, *own)))
+        launches.append(functools.partial(one.launch, (*operands, left_at, *strides, *lie, *own)))
     if before is not None:
         before()
     for i, enqueue in enumerate(launches):

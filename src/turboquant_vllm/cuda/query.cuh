@@ -69,6 +69,7 @@ struct DecodeParams {
 #endif
 #endif
 #if CLUSTER
+  u32* counters;  // of blocks of each pass that have ended, where these are spread
   void* out; float* lse; const float* sinks;  // the last of the query heads of a sequence, or null
   i64 out_b, out_h, out_n, lse_b, lse_h, lse_n;
   int blocks;  // of a cluster

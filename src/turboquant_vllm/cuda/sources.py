@@ -19,7 +19,7 @@ _REST = "i" * 6 + "f"
 _OPERANDS = "P" * 8 + "q" * 16
 _PAGES = "P" * 6 + "q" + "i" * 5 + _DIVISOR + "i" * 4
 # What the first kernel takes behind these: masks; keys with offsets, over whole tensors with strides; a cluster.
-_MASKS, _OFFSETS, _OFFSET_STRIDES, _CLUSTER_LAST = "Piff", "PPP", "q" * 6, "P" * 3 + "q" * 6 + "i" + _DIVISOR * 2
+_MASKS, _OFFSETS, _OFFSET_STRIDES, _CLUSTER_LAST = "Piff", "PPP", "q" * 6, "P" * 4 + "q" * 6 + "i" + _DIVISOR * 2
 _COMBINE = "P" * 4 + _WORK + _HEADS + _DIVISOR + "i" * 5
 _COMBINE_PAGES = "P" * 7 + "q" * 2 + "i" * 8 + _HEADS + _DIVISOR + "i" * 5
 

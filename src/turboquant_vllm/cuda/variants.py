@@ -20,12 +20,16 @@ COMBINE_THREADS = {64: 256, 128: 512, 256: 512}  # of a block of the second kern
 
 _TABLE_BYTES = 65536
 MOST_BLOCKS = 8  # of a cluster, on every device that has clusters
+MOST_SPREAD = 32  # blocks of a pass that are no cluster: each lane of a warp joins one
 # Tiles of head_dim 128, of all passes, up to which clusters gain more by one launch than they lose to the line of tiles: where
 # they leave multiprocessors idle, where they do not, and where two blocks share one and none joins another's results.
 MOST_WORK_OF_FEW, MOST_WORK, MOST_WORK_OF_PAIRS = 10_000, 64_000, 140_000
 # Over pages: tiles of head_dim 128 that each warp of a full device attends to while the line's other two launches take place.
 ROUNDS_SAVED = 10
 MOST_WAVES = 2  # over pages: where clusters do not serve, their blocks come and go after the line, wave by wave
+# Tiles of head_dim 128 of a warp in the time that blocks need longer to join their results in global memory than as a cluster;
+# and in the time that the line of tiles needs longer for its second launch.
+ROUNDS_OF_JOIN, ROUNDS_OF_LAUNCH = 3, 2
 _LEAST_TILES = 4  # a warp's fewest, where there are enough for all
 
 
@@ -46,6 +50,7 @@ class Variant:
         cluster: whether a pass is one cluster's, which does all of it in one launch (``cluster.cuh``).
         hadamard: whether the rotation is a Hadamard matrix times signs (``hadamard.cuh``).
         resident: blocks that are to share a multiprocessor.
+        spread: whether a pass's blocks need not be a cluster: they join what they found through global memory.
     """
 
     head_dim: int
@@ -60,6 +65,7 @@ class Variant:
     cluster: bool = False
     hadamard: bool = False
     resident: int = 1
+    spread: bool = False
 
     @property
     def defines(self) -> dict[str, int]:
@@ -78,6 +84,7 @@ class Variant:
             "CLUSTER": int(self.cluster),
             "HADAMARD": int(self.hadamard),
             "RESIDENT": self.resident,
+            "SPREAD": int(self.spread),
         }
 
     @property
@@ -89,10 +96,17 @@ class Variant:
     @property
     def part_bytes(self) -> int:
         """What the results of a cluster's block take, in place of table, rings and query."""
-        return self.warps * self.row_tiles * 16 * (self.head_dim + 4)
+        return self.warps * 4 * self.row_floats
+
+    @property
+    def row_floats(self) -> int:
+        """What the results of all rows of a pass take."""
+        return 4 * self.row_tiles * (self.head_dim + 4)
 
     def cluster_bytes(self, blocks: int) -> int:
         """Dynamic shared memory of a block of a cluster of ``blocks``: behind all that, the rows that are sent to it."""
+        if self.spread:
+            return self.shared_bytes
         return self.shared_bytes + -(-4 * self.row_tiles // blocks) * blocks * 4 * (self.head_dim + 4)
 
     @property
@@ -214,6 +228,10 @@ class Even(NamedTuple):
     line_warps: int
     slack: int
 
+    def holds(self, longest: int, passes: int) -> bool:
+        """For ``passes`` equally long."""
+        return -(-longest // self.warps) * self.waves <= passes * longest // self.line_warps + self.slack
+
 
 ALWAYS, NEVER = Even(1, 1, 1, 1 << 30), Even(1, 1, 1, -(1 << 30))
 
@@ -227,15 +245,16 @@ class Cluster:
     even: Even = ALWAYS
 
 
-def cluster_variants(alone: Variant) -> tuple[Variant, Variant | None, Variant | None]:
+def cluster_variants(alone: Variant) -> tuple[Variant, Variant | None, Variant | None, Variant]:
     """What may be compiled for clusters: ``alone``, of a block that has a multiprocessor to itself; the same with half as many
-    warps, if these are many; and a block of two that share one, if the table fits twice."""
+    warps, if these are many; a block of two that share one, if the table fits twice; and ``alone`` where blocks are spread."""
+    spread = dataclasses.replace(alone, spread=True)
     if alone.warps <= 8:
-        return alone, None, None
+        return alone, None, None, spread
     few = dataclasses.replace(alone, warps=8)
     if alone.head_dim == 256 or alone.row_tiles > 2:
-        return alone, few, None
-    return alone, few, dataclasses.replace(few, stages=256 // alone.head_dim, ahead=False, resident=2)
+        return alone, few, None, spread
+    return alone, few, dataclasses.replace(few, stages=256 // alone.head_dim, ahead=False, resident=2), spread
 
 
 def choose_cluster(
@@ -253,8 +272,8 @@ def choose_cluster(
 
     The limits were measured on an H200 (``docs/performance.md``).
     """
-    work = passes * tiles * variant.head_dim // 128
-    alone, few, pair = cluster_variants(variant)
+    work, unit = passes * tiles * variant.head_dim // 128, 128 / variant.head_dim
+    alone, few, pair, spread = cluster_variants(variant)
     if passes > multiprocessors:
         chosen, blocks, most = pair, 1, MOST_WORK_OF_PAIRS
     else:
@@ -264,19 +283,21 @@ def choose_cluster(
     at_once = 0 if chosen is None or blocks == 0 else fit(chosen, blocks)
     if chosen is None or at_once == 0:
         return None
-    waves = -(-passes // at_once)
+    waves, line_warps = -(-passes // at_once), variant.warps * multiprocessors
+    of_one = passes // max(sequences, 1)  # what the longest sequence gives the line to do, if all others are empty
+    even = Even(blocks * chosen.warps, waves, line_warps, int(ROUNDS_SAVED * unit))
+    always = bool(sequences) and even.holds(tiles, of_one)
+    wide = min(MOST_SPREAD, multiprocessors // passes)
+    if wide > blocks and not (sequences == 1 and always):
+        near = Even(blocks * chosen.warps, 1, passes * wide * spread.warps, int(ROUNDS_OF_JOIN * unit))
+        far = Even(wide * spread.warps, 1, line_warps, int((ROUNDS_SAVED if sequences else ROUNDS_OF_LAUNCH) * unit))
+        holds = far.holds(tiles, of_one)
+        if not near.holds(tiles, passes):
+            return Cluster(wide, spread, ALWAYS if holds else far) if sequences or holds else None
     if sequences:
-        even = _choose_even(blocks * chosen.warps, waves, passes, tiles, alone, multiprocessors, sequences)
-        return Cluster(blocks, chosen, even) if waves <= MOST_WAVES else None
+        return Cluster(blocks, chosen, ALWAYS if always else even) if waves <= MOST_WAVES else None
     full = passes <= multiprocessors or passes >= 0.9 * at_once * waves
     return Cluster(blocks, chosen) if full and work <= most else None
-
-
-def _choose_even(warps: int, waves: int, passes: int, tiles: int, line: Variant, multiprocessors: int, sequences: int) -> Even:
-    """What the device asks; nothing, where the answer is the same for all lengths up to ``tiles``."""
-    slack, line_warps = ROUNDS_SAVED * 128 // line.head_dim, line.warps * multiprocessors
-    of_line = passes * tiles // line_warps if sequences == 1 else 0  # all heads of a sequence are equally long
-    return ALWAYS if -(-tiles // warps) * waves <= of_line + slack else Even(warps, waves, line_warps, slack)
 
 
 @cache
