@@ -1,6 +1,7 @@
 """vLLM with the TQ4 cache against the same engine's bf16 and fp8 caches: time per token, time to first token, capacity.
 
     python benchmarks/vllm_serving.py        # writes results/vllm-h200.json
+    python benchmarks/vllm_serving.py --tensor-parallel-size 2 --cases b32-8k b1-32k --out results/vllm-tp2-h200.json
 
 An engine for each cache type, all with the shape of Llama-3.1-8B but fewer layers, and dummy weights. They start together, and
 each case is timed in one after another, in whole engine steps; the file is written anew after each. The TQ4 engine checks its
@@ -124,6 +125,7 @@ class Engines:
     layers: int
     cache_bytes: float
     block_size: int
+    tensor_parallel_size: int
 
     def run(self, results: Results, end: float, gate: str = "") -> None:
         """Start them; once all are there and the gate command has ended, time the cases until ``end``."""
@@ -131,8 +133,8 @@ class Engines:
             return
         folder = Path(tempfile.mkdtemp())
         checking = subprocess.Popen(gate, shell=True, stdout=sys.stderr) if gate else None
-        sizes = {"layers": self.layers, "cache-bytes": self.cache_bytes, "block-size": self.block_size}
-        arguments = [f"--{name}={value}" for name, value in sizes.items()]
+        names = ("layers", "cache_bytes", "block_size", "tensor_parallel_size")
+        arguments = [f"--{name.replace('_', '-')}={getattr(self, name)}" for name in names]
         workers = {cache: Worker(cache, folder, arguments) for cache in self.caches}
         for cache, worker in list(workers.items()):
             message = worker.message()
@@ -170,17 +172,18 @@ def main() -> None:
     parser.add_argument("--capacity-layers", type=int, default=8)
     parser.add_argument("--capacity-cache-bytes", type=float, default=27.5e9)
     parser.add_argument("--block-size", type=int, default=64, help="of all caches, so that numbers of blocks compare")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of each engine")
     parser.add_argument("--gate", default="", help="a shell command")
     parser.add_argument("--seconds", type=float, default=3600.0, help="after which no case is begun")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm-h200.json")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
-    names = ("layers", "cache_bytes", "capacity_layers", "capacity_cache_bytes", "block_size")
+    names = ("layers", "cache_bytes", "capacity_layers", "capacity_cache_bytes", "block_size", "tensor_parallel_size")
     results = Results(options.out, {name: getattr(options, name) for name in names})
     timed = [case for case in options.cases if case != "capacity"]
-    some = (options.layers, options.cache_bytes, options.block_size)
+    some = (options.layers, options.cache_bytes, options.block_size, options.tensor_parallel_size)
     Engines(options.caches, timed, *some).run(results, end, options.gate)
-    some_for_capacity = (options.capacity_layers, options.capacity_cache_bytes, options.block_size)
+    some_for_capacity = (options.capacity_layers, options.capacity_cache_bytes, *some[2:])
     Engines(options.caches, [case for case in options.cases if case not in timed], *some_for_capacity).run(results, end)
     Engines(options.later_caches, options.later_cases, *some).run(results, end)
     for row in results.rows():

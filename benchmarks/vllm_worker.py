@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--cache-bytes", type=float, required=True)
     parser.add_argument("--block-size", type=int, required=True)
+    parser.add_argument("--tensor-parallel-size", type=int, required=True, help="above 1: the plugin must be installed")
     options = parser.parse_args()
     os.environ.update(
         VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_FLASHINFER_SAMPLER="0", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1"
@@ -268,6 +269,7 @@ def main() -> None:
         kv_cache_memory_bytes=int(options.cache_bytes),
         gpu_memory_utilization=0.1,  # must be free at the start, whatever the cache takes: other engines are there
         block_size=options.block_size,
+        tensor_parallel_size=options.tensor_parallel_size,
         compilation_config={"cudagraph_capture_sizes": CAPTURED},
         **CACHES[options.cache],
     )
