@@ -14,6 +14,15 @@ from turboquant_vllm import TQ4Codec, reference
 # a boundary may fall on either side.
 _BOUNDARY = 1e-6
 _NORM = 1e-6
+
+
+def _norm_bound(x: torch.Tensor) -> float:
+    """Relative error of a length. On a GPU matrix units sum the squares of half precision, D / 2 in each of two sums, and cut
+    each to the sum's last place: on average half a unit of a sum that is half grown, D / 8 * 2^-23; half of that in the root.
+    """
+    return max(_NORM, x.shape[-1] / 16 * 2.0**-23 + 2.0**-22) if x.is_cuda and x.dtype.itemsize == 2 else _NORM
+
+
 # Relative to the largest magnitude of a vector. Half precision: levels, then the result, are rounded once each, and bfloat16
 # results are computed from float16 levels. float32: a sum of head_dim products.
 _VALUE = {torch.float32: 4e-6, torch.float16: 2 * 2.0**-10, torch.bfloat16: 2 * 2.0**-8}
@@ -61,7 +70,7 @@ def check_compress(
     # Below the normal range of float32 a rotated coordinate is a sum of products rounded to multiples of 2^-149.
     grid = codec.head_dim * 2.0**-150
     # The unbiased scale, a square over a product, feels an error three times.
-    allowed = _NORM * want_norms.abs() + grid + 3 * error
+    allowed = _norm_bound(x) * want_norms.abs() + grid + 3 * error
     wrong_norms = ~((norms.double() - want_norms).abs() <= allowed) & finite
     assert not wrong_norms.any(), f"{norms[wrong_norms].tolist()} instead of {want_norms[wrong_norms].tolist()}"
     length = torch.where(length > 0, length, 1.0).unsqueeze(-1)

@@ -276,7 +276,8 @@ def test_gpu_graph_capture_and_replay(device: torch.device) -> None:
     run, a, b, c = add_on(device)
     run()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
+    # PyTorch's own stream for captures is of the device that the process captured on first.
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=torch.cuda.Stream(device)):
         run()
         run(pdl=True)
     for value in (1.0, 5.0):

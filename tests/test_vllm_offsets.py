@@ -169,6 +169,18 @@ class TestScales:
     def test_numbers_of_layers(self, name, number):
         assert layer_number(name) == number
 
+    @pytest.mark.parametrize("kind", ["ours", "inference tensors"])
+    def test_scales_come_in_any_mode(self, generator, kind):
+        """vLLM makes builders twice: in inference mode while it looks how much memory there is, then outside."""
+        layer = PagedLayer(4, 2, 64, 0.125, exact=None, key_offsets=True)
+        for inference in (True, False, True):
+            with torch.inference_mode(inference or kind != "ours"):
+                w = torch.exp(torch.randn(2, 64, generator=generator))
+            with torch.inference_mode(inference):
+                layer.use_key_scales(w, CPU)
+            assert torch.equal(layer.codec_on(CPU).key_scales, w)
+        assert not layer.codec_on(CPU).key_scales.is_inference()
+
     def test_new_scales_are_written_in_place(self, generator, layer):
         w = layer.codec_on(CPU).key_scales
         new = torch.exp(torch.randn(2, 64, generator=generator))

@@ -32,7 +32,8 @@ Exact = Callable[["LayerShape", torch.Tensor, torch.Tensor, torch.Tensor, Run, t
 @cache
 def codec_for(head_dim: int, device: torch.device) -> TQ4Codec:
     """The codec of all layers of this head dimension on ``device``: the same on every rank and in every process."""
-    return TQ4Codec(head_dim, seed=0, device=device)
+    with torch.inference_mode(False):
+        return TQ4Codec(head_dim, seed=0, device=device)
 
 
 def place_of(head_dim: int, key_offsets: bool) -> tuple[int, int]:
@@ -167,7 +168,8 @@ class PagedLayer(LayerShape):
         if key_scales is not None:
             check_shape("key_scales", key_scales, (self.num_kv_heads, self.head_dim))
         if self._scaled is None or self._scaled.key_scales is None or self._scaled.device != codec.device:
-            self._scaled = codec.with_key_scales(key_scales)
+            with torch.inference_mode(False):  # else they could not be written over in place outside of that mode
+                self._scaled = codec.with_key_scales(None if key_scales is None else key_scales.clone())
             return
         new = codec.with_key_scales(torch.ones(self.num_kv_heads, self.head_dim) if key_scales is None else key_scales)
         assert new.key_scales is not None
