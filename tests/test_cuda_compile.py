@@ -225,6 +225,16 @@ def test_which_calls_over_pages_may_be_one_launch(sequences, tiles, blocks, warp
     assert found.variant.spread == (blocks * sequences * 8 > 64 and sequences <= 5)
 
 
+@pytest.mark.parametrize(("sequences", "served"), [(4, True), (8, True), (16, False), (32, True), (64, False)])
+def test_which_even_lengths_clusters_serve(sequences, served):
+    """All of 32768 tokens, or 8192 where there are more than 16: from some work on the line of tiles is faster."""
+    tiles = 2048 if sequences <= 16 else 512
+    found = choose(8 * sequences, tiles, sequences)
+    assert found is not None
+    assert found.even is not ALWAYS
+    assert found.even.holds(tiles, 8 * sequences) == served
+
+
 def choose(passes: int, tiles: int, sequences: int = 0) -> Cluster | None:
     """On an H200, whose 132 multiprocessors are in groups of 10 to 18."""
     variant, at_once = choose_variant(128, 4, SHARED["sm_90"], hadamard=True, cluster=True), {1: 132, 2: 66, 4: 30, 8: 15}

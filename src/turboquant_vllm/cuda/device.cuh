@@ -264,7 +264,8 @@ struct Line {
 struct Even {
   int warps, waves, line_warps, slack;
   __device__ __forceinline__ bool serves(int longest, int all) const {
-    return (longest + warps - 1) / warps * waves <= all / line_warps + slack;
+    const int rounds = (longest + warps - 1) / warps * waves;
+    return rounds + rounds / 16 <= all / line_warps + slack;
   }
 };
 

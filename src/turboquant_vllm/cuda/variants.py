@@ -29,7 +29,7 @@ ROUNDS_SAVED = 10
 MOST_WAVES = 2  # over pages: where clusters do not serve, their blocks come and go after the line, wave by wave
 # Tiles of head_dim 128 of a warp in the time that blocks need longer to join their results in global memory than as a cluster;
 # and in the time that the line of tiles needs longer for its second launch.
-ROUNDS_OF_JOIN, ROUNDS_OF_LAUNCH = 3, 2
+ROUNDS_OF_JOIN, ROUNDS_OF_LAUNCH = 3, 4
 _LEAST_TILES = 4  # a warp's fewest, where there are enough for all
 
 
@@ -211,10 +211,11 @@ class Division:
 class Even(NamedTuple):
     """Which lengths of sequences clusters serve: with lengths in tiles and a pass for each head of each sequence, those where
 
-        ceil(longest / warps) * waves <= sum over passes / line_warps + slack
+        17 / 16 * ceil(longest / warps) * waves <= sum over passes / line_warps + slack
 
-    A cluster that has a short sequence helps none that has a long one; warps of the line share all evenly, for two launches
-    more. Only the device knows the lengths: all kernels ask there, and the ones that do not serve return.
+    Where memory is the limit a tile takes a cluster's warp longer by a sixteenth: it waits for the slowest of its block in the
+    end. A cluster that has a short sequence helps none that has a long one; warps of the line share all evenly, for two
+    launches more. Only the device knows the lengths: all kernels ask there, and the ones that do not serve return.
 
     Attributes:
         warps: of a cluster.
@@ -230,7 +231,8 @@ class Even(NamedTuple):
 
     def holds(self, longest: int, passes: int) -> bool:
         """For ``passes`` equally long."""
-        return -(-longest // self.warps) * self.waves <= passes * longest // self.line_warps + self.slack
+        rounds = -(-longest // self.warps) * self.waves
+        return rounds + rounds // 16 <= passes * longest // self.line_warps + self.slack
 
 
 ALWAYS, NEVER = Even(1, 1, 1, 1 << 30), Even(1, 1, 1, -(1 << 30))
