@@ -12,6 +12,7 @@ must be found.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import sys
@@ -46,12 +47,13 @@ MASKS: tuple[dict[str, Any], ...] = (
     {}, {"sliding_window": 37}, {"softcap": 2.0}, {"sinks": True}, {"sliding_window": 1, "sinks": True, "softcap": 1.5},
 )  # fmt: skip
 STORES = tuple(itertools.product(("norm", "least_squares", "unbiased"), (torch.int32, torch.int64)))
-# How a call is done: its kernels, whether keys have offsets, and the blocks of a cluster where that serves, over pages also for
-# which lengths. Every other call of several launches rotates by additions.
+# How a call is done: its kernels, whether keys have offsets, and of one launch the blocks of a pass, whether these are spread,
+# and over pages for which lengths they serve. Every other call of several launches rotates by additions.
 KINDS = (
-    *((kind, offsets, None, ALWAYS) for offsets in (False, True) for kind in ("dense", "pages")),
-    ("dense", False, 2, ALWAYS), ("pages", False, 4, ALWAYS), ("dense", True, 4, ALWAYS), ("pages", True, 2, ALWAYS),
-    ("pages", False, 2, Even(4, 1, 24, 1)), ("pages", True, 2, Even(1, 1, 24, 4)),
+    *((kind, offsets, None, False, ALWAYS) for offsets in (False, True) for kind in ("dense", "pages")),
+    ("dense", False, 2, False, ALWAYS), ("pages", False, 4, False, ALWAYS), ("dense", True, 4, False, ALWAYS),
+    ("pages", True, 2, False, ALWAYS), ("dense", False, 5, True, ALWAYS), ("pages", True, 3, True, ALWAYS),
+    ("pages", False, 2, False, Even(4, 1, 24, 1)), ("pages", True, 2, False, Even(1, 1, 24, 4)),
 )  # fmt: skip
 
 BARRIER, LANDED = "no barrier between", "where a copy has not landed"
@@ -83,6 +85,9 @@ FAULTS = (
         "no barrier|may yet write|may have ended",
     ),
     ("cluster", "// all have begun\n  __syncthreads();  // all warps have left theirs\n", "// all have begun\n", BARRIER),
+    ("spread", "  __syncthreads();  // all rows are there\n", "", "another block wrote"),
+    ("spread", "  __syncthreads();  // which block is the last\n", "", BARRIER),
+    ("spread", "  if (*(const u32*)smem != p.blocks - 1) return;\n", "", "that another block (wrote|read)"),
     ("step", "  wait_for_previous();  // the store of the step's own", "  ;  // the store of the step's own", BEFORE),
     ("store", "  __syncthreads();", "", BARRIER),
     ("store", "live = slot[v] < p.num_slots", "live = true", OUTSIDE),
@@ -155,13 +160,15 @@ RUN: dict[str, Callable[..., None]] = {"dense": run_dense, "pages": run_pages}
 
 
 @contextlib.contextmanager
-def emulated(shared_limit: int, blocks: int | None = None, even: Even = ALWAYS) -> Iterator[pytest.MonkeyPatch]:
+def emulated(
+    shared_limit: int, blocks: int | None = None, even: Even = ALWAYS, spread: bool = False
+) -> Iterator[pytest.MonkeyPatch]:
     """Inside, the kernels run on a CPU, as on a GPU of three multiprocessors with so much shared memory for a block, and
-    memory that nobody has written is NaN. ``blocks``: of the cluster that serves each call, or those that are ``even``; else
-    the line of tiles does."""
+    memory that nobody has written is NaN. ``blocks``: of a cluster, or ``spread``, that serve each call, or those that are
+    ``even``; else the line of tiles does."""
 
     def choose(passes: int, tiles: int, variant: Variant, *_: Any) -> Cluster | None:
-        return None if blocks is None else Cluster(blocks, variant, even)
+        return None if blocks is None else Cluster(blocks, dataclasses.replace(variant, spread=spread), even)
 
     with pytest.MonkeyPatch.context() as patch, kernel_lanes.settled(), poisoned_memory():
         kernel_lanes.emulate_decode(patch, shared_limit)
@@ -179,15 +186,16 @@ def run_one(generator: torch.Generator, kind: str) -> None:
     elif kind == "step":
         run_step(generator, 64, HALF, key_offsets=True)
     else:
-        turn = 0 if kind == "cluster" else 1  # of a rotation by matrix products
+        one = kind in ("cluster", "spread")
+        turn = 0 if one else 1  # of a rotation by matrix products
         run = run_pages if kind == "pages" else run_dense
-        run(generator, 64, (4, 1), {}, turn, offsets=False, one=kind == "cluster")
+        run(generator, 64, (4, 1), {}, turn, offsets=False, one=one)
 
 
 def find(generator: torch.Generator, kind: str, old: str, new: str, words: str) -> str:
     """What is said of kernels with this fault."""
-    clusters = kind == "cluster"
-    with emulated(SHARED[0 if clusters else 2], 2 if clusters else None) as patch:
+    clusters = kind in ("cluster", "spread")
+    with emulated(SHARED[0 if clusters else 2], 2 if clusters else None, spread=kind == "spread") as patch:
         name = "store_source" if kind == "store" else "decode_source"
         sound = getattr(kernel_lanes, name)(*((True,) if clusters else ()))
         assert old in sound, old
@@ -208,16 +216,17 @@ def main() -> None:
     for fault in FAULTS:
         count(kernels=fault[0], broken=fault[1].strip(), instead=fault[2].strip(), found=find(generator, *fault))
     calls = list(itertools.product(MASKS, ROWS))
-    for (kind, offsets, blocks, even), shared, head_dim in itertools.product(KINDS, SHARED, (64, 128, 256)):
+    for (kind, offsets, blocks, spread, even), shared, head_dim in itertools.product(KINDS, SHARED, (64, 128, 256)):
         is_plain = not offsets and blocks is None
         if shared == SHARED[1] and not is_plain:
             continue  # no clusters there, and keys with offsets as with more
         turns = range(len(calls)) if is_plain else range(head_dim // 64 % 2, len(calls), 2)
-        with emulated(shared, blocks, even):
+        with emulated(shared, blocks, even, spread):
             for turn in turns:
                 masks, size = calls[turn]
                 RUN[kind](generator, head_dim, size, masks, turn, offsets, blocks is not None)
-        what: dict[str, Any] = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, "cluster": blocks}
+        one = "spread" if spread else "cluster"
+        what: dict[str, Any] = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, one: blocks}
         what |= {} if even is ALWAYS else {"even": even}
         count(kernels=kind, **what, calls=len(turns), errors=0)
     for head_dim, dtype, blocks in itertools.product((64, 128, 256), (HALF, BF16), (None, 2)):

@@ -9,13 +9,15 @@ attention against the definition first, and ``--gate`` names a command whose suc
 say, which run while the engines start.
 
 Half of the layers for times, so that what a step does once weighs little more than in the whole model, and a cache that is
-large enough; then, for capacity, a quarter of them in engines of their own, with a quarter of what one card has for its cache.
+large enough; then, for capacity, a quarter of them in engines of their own, with a quarter of what one card has for its cache:
+once in one process, as all cases before, and once with the engine's core in its own, as vLLM has it unless told otherwise.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -26,9 +28,18 @@ from pathlib import Path
 from typing import Any
 
 from common import RESULTS, environment, write_results
-from vllm_worker import CACHES, CAPACITY, CASES, DECODE, TRACES, TTFT
+from vllm_worker import CACHES, CAPACITY, CASES, DECODE, SERVED, TRACES, TTFT
 
 BLOCKS = ["blocks", "capacity blocks"]
+
+
+def installed(folder: Path) -> Path:
+    """A folder in which the plugin is an installed package, for processes that vLLM starts."""
+    name = folder / "turboquant_plugin-1.dist-info"
+    name.mkdir(exist_ok=True)
+    (name / "METADATA").write_text("Metadata-Version: 2.1\nName: turboquant_plugin\nVersion: 1\n")
+    (name / "entry_points.txt").write_text("[vllm.general_plugins]\nturboquant = turboquant_vllm.vllm:register\n")
+    return folder
 
 
 class Worker:
@@ -39,9 +50,11 @@ class Worker:
         script = Path(__file__).with_name("vllm_worker.py")
         command = [sys.executable, "-P", "-W", "ignore", str(script), cache, "--folder", str(folder / cache), *arguments]
         self.log = folder / f"{cache}.log"
+        path = os.pathsep.join(filter(None, [str(installed(folder)), os.environ.get("PYTHONPATH")]))
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True
-        )
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log.open("w"), text=True,
+            env={**os.environ, "PYTHONPATH": path},
+        )  # fmt: skip
 
     def message(self) -> dict[str, Any]:
         """The next JSON object that it prints; other lines, vLLM's, are passed over. An ``error`` where it has ended."""
@@ -77,8 +90,7 @@ class Results:
         self.path, self.settings = path, settings
         self.values: dict[str, dict[str, Any]] = {}
         self.errors: dict[str, dict[str, str]] = {}
-        self.running: dict[str, int] = {}
-        self.kernel_ms: dict[str, float] = {}
+        self.more: dict[str, dict[str, dict[str, float]]] = {}  # by case and name
 
     def add(self, case: str, cache: str, message: dict[str, Any]) -> None:
         print(cache, json.dumps(message), flush=True)
@@ -86,8 +98,9 @@ class Results:
             self.errors.setdefault(case, {})[cache] = message["error"]
             return
         self.values.setdefault(case, {})[cache] = message["value"]
-        if "running" in message:
-            self.running[cache], self.kernel_ms[cache] = message["running"], message["kernel_ms"]
+        for name in ("running", "kernel_ms"):
+            if name in message:
+                self.more.setdefault(case, {}).setdefault(name, {})[cache] = message[name]
 
     def row(self, case: str) -> dict[str, Any]:
         """Times of each cache and ratios of TQ4's to theirs; for blocks and capacity, numbers and their ratios."""
@@ -102,9 +115,7 @@ class Results:
             return {"id": case, "of": TRACES[case], "step": values, "errors": self.errors.get(case, {})}
         else:
             sizes, unit = dict(zip(("requests", "context"), CAPACITY, strict=True)), "tokens_per_second"
-        row: dict[str, Any] = {"id": case, **sizes, unit: values}
-        if case == "capacity":
-            row |= {"running": self.running, "kernel_ms": self.kernel_ms}
+        row: dict[str, Any] = {"id": case, **sizes, unit: values, **self.more.get(case, {})}
         if "tq4" in values:
             row |= {f"against_{name}": round(values["tq4"] / value, 3) for name, value in values.items() if name != "tq4"}
         return row | ({"errors": self.errors[case]} if case in self.errors else {})
@@ -126,6 +137,7 @@ class Engines:
     cache_bytes: float
     block_size: int
     tensor_parallel_size: int
+    core_process: int = 0
 
     def run(self, results: Results, end: float, gate: str = "") -> None:
         """Start them; once all are there and the gate command has ended, time the cases until ``end``."""
@@ -133,7 +145,7 @@ class Engines:
             return
         folder = Path(tempfile.mkdtemp())
         checking = subprocess.Popen(gate, shell=True, stdout=sys.stderr) if gate else None
-        names = ("layers", "cache_bytes", "block_size", "tensor_parallel_size")
+        names = ("layers", "cache_bytes", "block_size", "tensor_parallel_size", "core_process")
         arguments = [f"--{name.replace('_', '-')}={getattr(self, name)}" for name in names]
         workers = {cache: Worker(cache, folder, arguments) for cache in self.caches}
         for cache, worker in list(workers.items()):
@@ -180,11 +192,13 @@ def main() -> None:
     end = time.monotonic() + options.seconds
     names = ("layers", "cache_bytes", "capacity_layers", "capacity_cache_bytes", "block_size", "tensor_parallel_size")
     results = Results(options.out, {name: getattr(options, name) for name in names})
-    timed = [case for case in options.cases if case != "capacity"]
+    timed = [case for case in options.cases if not case.startswith("capacity")]
     some = (options.layers, options.cache_bytes, options.block_size, options.tensor_parallel_size)
     Engines(options.caches, timed, *some).run(results, end, options.gate)
     some_for_capacity = (options.capacity_layers, options.capacity_cache_bytes, *some[2:])
-    Engines(options.caches, [case for case in options.cases if case not in timed], *some_for_capacity).run(results, end)
+    for core_process, case in enumerate(("capacity", SERVED)):
+        if case in options.cases:
+            Engines(options.caches, [case], *some_for_capacity, core_process).run(results, end)
     Engines(options.later_caches, options.later_cases, *some).run(results, end)
     for row in results.rows():
         print(json.dumps(row))

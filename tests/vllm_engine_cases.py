@@ -86,15 +86,19 @@ class Engine:
             "skip_tokenizer_init": True,
             **options,
         }
-        self.llm = vllm.LLM(
-            model=str(model),
-            dtype=dtype,
-            attention_backend="CUSTOM",
-            additional_config={"turboquant": {"exact_prefill": exact_prefill, "key_offsets": key_offsets}},
-            disable_log_stats=False,
-            seed=0,
-            **given,
-        )
+        try:
+            self.llm = vllm.LLM(
+                model=str(model),
+                dtype=dtype,
+                attention_backend="CUSTOM",
+                additional_config={"turboquant": {"exact_prefill": exact_prefill, "key_offsets": key_offsets}},
+                disable_log_stats=False,
+                seed=0,
+                **given,
+            )
+        except Exception:  # what has started would be in the next engine's way
+            cleanup_dist_env_and_memory()
+            raise
 
     def answers(self, prompts: Sequence[list[int] | dict[str, Any]]) -> list[Answer]:
         """Greedy answers, all prompts at once: tokens, or what else vLLM takes for a prompt."""

@@ -69,7 +69,7 @@ class ClusterCall:
 
 class Counters:
     """Counters that kernels leave as they find them: zero. A call takes the next ones of many, so that calls which run at the
-    same time, on other streams or in graphs, have others."""
+    same time, on other streams or in graphs, have others: a million is more than what some thousand calls take."""
 
     def __init__(self, zeros: torch.Tensor) -> None:
         self._zeros = zeros
@@ -88,7 +88,7 @@ class Counters:
 def _counters(device: torch.device) -> Counters:
     stream = torch.cuda.Stream(device)  # no graph that is being captured has it: these are made once, not by each replay
     with torch.cuda.stream(stream):
-        zeros = torch.zeros(1 << 18, dtype=torch.int32, device=device)
+        zeros = torch.zeros(1 << 20, dtype=torch.int32, device=device)
     stream.synchronize()
     return Counters(zeros)
 
