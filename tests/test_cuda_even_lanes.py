@@ -4,6 +4,7 @@ lane on a CPU, each gives the bits that it gives alone."""
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from typing import Any
 
@@ -15,7 +16,7 @@ from attention_cases import poisoned_memory
 from kernel_lanes import LaneError, emulated_decode, few_objects, needs_compiler, run_pages  # noqa: F401
 from paged_cases import Batch, check_batch, random_batch
 from turboquant_vllm.cuda import cluster, paged
-from turboquant_vllm.cuda.variants import Cluster, Even
+from turboquant_vllm.cuda.variants import Cluster, Even, Variant
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_decode")]
 
@@ -30,11 +31,15 @@ def rotation(emulated_decode: None, monkeypatch: pytest.MonkeyPatch) -> None:  #
     monkeypatch.setattr(paged, "decode_pages", functools.partial(paged.decode_pages, hadamard=True))
 
 
-def choose(monkeypatch: pytest.MonkeyPatch, *, blocks: int = 2, slack: int | None) -> list[str]:
-    """Clusters of ``blocks``, each of two warps, beside a line of 24 warps; returns the names of kernels as they run.
-    ``slack``: as in ``Even``; None: clusters serve all, whatever their lengths; -1: none."""
+def choose(monkeypatch: pytest.MonkeyPatch, *, blocks: int = 2, spread: bool = False, slack: int | None) -> list[str]:
+    """Clusters of ``blocks``, each of two warps, or as many that are ``spread``, beside a line of 24 warps; returns names of
+    kernels as they run. ``slack``: as in ``Even``; None: clusters serve all, whatever their lengths; -1: none."""
     even = [] if slack is None else [Even(2 * blocks, 1, 24, slack)]
-    monkeypatch.setattr(cluster, "choose_cluster", lambda n, m, x, *_: None if slack == -1 else Cluster(blocks, x, *even))
+
+    def found(passes: int, tiles: int, variant: Variant, *_: Any) -> Cluster | None:
+        return None if slack == -1 else Cluster(blocks, dataclasses.replace(variant, spread=spread), *even)
+
+    monkeypatch.setattr(cluster, "choose_cluster", found)
     for plan in (cluster.plan, paged.Call.plan):
         plan.cache_clear()
     return kernel_lanes.names_of_launches(monkeypatch)
@@ -46,19 +51,24 @@ def bits(batch: Batch, **options: Any) -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize(("lengths", "clusters"), [(EVEN, True), (UNEVEN, False)])
 @pytest.mark.parametrize(
-    ("blocks", "head_dim", "group", "offsets", "window"),
-    [(1, 64, 4, False, None), (2, 128, 3, True, None), (2, 64, 4, False, 40)],
+    ("blocks", "spread", "head_dim", "group", "offsets", "window"),
+    [
+        (1, False, 64, 4, False, None),
+        (2, False, 128, 3, True, None),
+        (2, False, 64, 4, False, 40),
+        (3, True, 64, 4, True, None),
+    ],
 )
-def test_lengths_decide_who_serves(generator, monkeypatch, lengths, clusters, blocks, head_dim, group, offsets, window):
+def test_lengths_decide_who_serves(generator, monkeypatch, lengths, clusters, blocks, spread, head_dim, group, offsets, window):
     sizes = {"head_dim": head_dim, "group": group, "page_size": 64, "offsets": offsets, "sliding_window": window}
     batch = random_batch(generator, lengths, dtype=torch.float16, device="cpu", **sizes)
-    launched = choose(monkeypatch, blocks=blocks, slack=2 if clusters or window is None else 0)
+    launched = choose(monkeypatch, blocks=blocks, spread=spread, slack=2 if clusters or window is None else 0)
     got = bits(batch)
     assert launched == ["tq4_rotate", "tq4_decode", "tq4_combine", "tq4_decode"]
-    choose(monkeypatch, blocks=blocks, slack=None if clusters else -1)
+    choose(monkeypatch, blocks=blocks, spread=spread, slack=None if clusters else -1)
     want = bits(batch)
     assert all(torch.equal(x, y) for x, y in zip(got, want, strict=True))
-    choose(monkeypatch, blocks=blocks, slack=-1 if clusters else None)
+    choose(monkeypatch, blocks=blocks, spread=spread, slack=-1 if clusters else None)
     assert not torch.equal(got[1], bits(batch)[1])
 
 
