@@ -272,9 +272,7 @@ def emulate_decode(monkeypatch: pytest.MonkeyPatch, shared_limit: int = SHARED_L
         plan.cache_clear()
     monkeypatch.setattr(cluster, "_load_all", lambda *args: None)  # building takes longer than there is to run
     monkeypatch.setattr(cluster, "has_clusters", lambda index: shared_limit == SHARED_LIMIT)
-    monkeypatch.setattr(
-        cluster, "_counters", functools.cache(lambda device: cluster.Counters(torch.zeros(1024, dtype=torch.int32)))
-    )
+    monkeypatch.setattr(cluster, "_counters", {-1: cluster.Counters(torch.zeros(1024, dtype=torch.int32))})
     monkeypatch.setattr(cluster, "_fit", lambda index, variant, pages, blocks: 4 // blocks)
 
 

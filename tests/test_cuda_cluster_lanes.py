@@ -159,7 +159,7 @@ def test_counters_are_left_as_they_were(generator, monkeypatch):
     """Calls take turns, and begin again where there are no more; each finds zeros."""
     zeros = torch.zeros(40, dtype=torch.int32)
     counters = cluster.Counters(zeros)
-    monkeypatch.setattr(cluster, "_counters", lambda device: counters)
+    monkeypatch.setattr(cluster, "_counters", {-1: counters})
     assert [(counters.take(n) - zeros.data_ptr()) // 4 for n in (16, 8, 16, 1, 39, 1)] == [0, 16, 24, 0, 1, 0]
     for _ in range(6):
         check(run, random_case(generator, dtype=HALF, batch=2, num_kv_heads=4, group=4, kv_len=40, head_dim=64))

@@ -31,42 +31,6 @@ from turboquant_vllm.cuda.variants import (
 __all__ = ["ClusterCall", "plan"]
 
 
-@dataclass(frozen=True)
-class ClusterCall:
-    """What of a call follows from its sizes alone.
-
-    Attributes:
-        kernel: the one that is launched.
-        passes: over the keys, each a cluster's.
-        cluster: blocks of each, and what is compiled.
-        layout: the numbers that the kernel takes about query rows and working warps.
-        last: those that it takes last.
-        part_floats: of what blocks leave in global memory for the last of them.
-    """
-
-    kernel: Kernel
-    passes: int
-    cluster: Cluster
-    layout: tuple[int, ...]
-    last: tuple[int, ...]
-    part_floats: int
-
-    def to_join(self, device: torch.device) -> tuple[torch.Tensor | None, int]:
-        """Where blocks that are spread join their results, on ``device``: room for these, and the address of a counter
-        for each pass, which is zero; else None and 0."""
-        if not self.part_floats:
-            return None, 0
-        return torch.empty(self.part_floats, dtype=torch.float32, device=device), _counters(device).take(self.passes)
-
-    def launch(self, args: tuple[int | float, ...], *, pdl: bool = False) -> None:
-        """Enqueue the kernel on PyTorch's current stream; ``pdl``: behind a native store, and to start while that runs."""
-        blocks, variant = self.cluster.blocks, self.cluster.variant
-        launch(
-            self.kernel, (self.passes * blocks, 1, 1), (32 * variant.warps, 1, 1), variant.cluster_bytes(blocks), None, args,
-            pdl=pdl, cluster=(blocks, 1, 1) if blocks > 1 and not variant.spread else None,
-        )  # fmt: skip
-
-
 class Counters:
     """Counters that kernels leave as they find them: zero. A call takes the next ones of many, so that calls which run at the
     same time, on other streams or in graphs, have others: a million is more than what some thousand calls take."""
@@ -84,13 +48,54 @@ class Counters:
         return self._zeros.data_ptr() + 4 * first
 
 
-@cache
-def _counters(device: torch.device) -> Counters:
-    stream = torch.cuda.Stream(device)  # no graph that is being captured has it: these are made once, not by each replay
-    with torch.cuda.stream(stream):
-        zeros = torch.zeros(1 << 20, dtype=torch.int32, device=device)
-    stream.synchronize()
-    return Counters(zeros)
+@dataclass(frozen=True)
+class ClusterCall:
+    """What of a call follows from its sizes alone.
+
+    Attributes:
+        kernel: the one that is launched.
+        passes: over the keys, each a cluster's.
+        cluster: blocks of each, and what is compiled.
+        layout: the numbers that the kernel takes about query rows and working warps.
+        last: those that it takes last.
+        part_floats: of what blocks that are spread leave in global memory for the last of them.
+        counters: that they take from; else None.
+    """
+
+    kernel: Kernel
+    passes: int
+    cluster: Cluster
+    layout: tuple[int, ...]
+    last: tuple[int, ...]
+    part_floats: int
+    counters: Counters | None
+
+    def to_join(self, device: torch.device) -> tuple[torch.Tensor | None, int]:
+        """Where blocks that are spread join their results, on ``device``: room for these, and the address of a counter
+        for each pass, which is zero; else None and 0."""
+        if self.counters is None:
+            return None, 0
+        return torch.empty(self.part_floats, dtype=torch.float32, device=device), self.counters.take(self.passes)
+
+    def launch(self, args: tuple[int | float, ...], *, pdl: bool = False) -> None:
+        """Enqueue the kernel on PyTorch's current stream; ``pdl``: behind a native store, and to start while that runs."""
+        blocks, variant = self.cluster.blocks, self.cluster.variant
+        launch(
+            self.kernel, (self.passes * blocks, 1, 1), (32 * variant.warps, 1, 1), variant.cluster_bytes(blocks), None, args,
+            pdl=pdl, cluster=(blocks, 1, 1) if blocks > 1 and not variant.spread else None,
+        )  # fmt: skip
+
+
+_counters: dict[int, Counters] = {}  # of each device
+
+
+def _has_counters(index: int) -> bool:
+    """Whether device ``index`` has counters, which are made unless a graph is being captured: it would set them to zero at each
+    replay."""
+    if index not in _counters and not torch.cuda.is_current_stream_capturing():
+        _counters[index] = Counters(torch.zeros(1 << 20, dtype=torch.int32, device=f"cuda:{index}"))
+        torch.cuda.synchronize(index)  # other streams may be the first to use them
+    return index in _counters
 
 
 @cache
@@ -110,7 +115,7 @@ def _load_all(index: int, alone: Variant, line: Variant, pages: bool, kernels: C
     """Load all that other lengths of the same call may take, so that a new length compiles nothing, in a graph's capture above
     all."""
     kernels(index, line)
-    _counters(torch.device("cuda", index))
+    _has_counters(index)
     for variant in cluster_variants(alone):
         if variant is not None:
             _kernel(index, variant, pages)
@@ -149,10 +154,10 @@ def plan(
         return _fit(index, variant, pages, blocks) if variant.cluster_bytes(blocks) <= shared_limit else 0
 
     cluster = choose_cluster(passes, tiles, alone, multiprocessors, fit, heads // num_kv_heads if pages else 0)
-    if cluster is None:
+    if cluster is None or (cluster.variant.spread and not _has_counters(index)):
         return None
     variant, blocks = cluster.variant, cluster.blocks
     layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks), variant.warps)
     last = (blocks, *divisor(blocks), *divisor(blocks * variant.warps))
-    part_floats = passes * blocks * variant.row_floats if variant.spread else 0
-    return ClusterCall(_kernel(index, variant, pages), passes, cluster, layout, last, part_floats)
+    part_floats, counters = passes * blocks * variant.row_floats, _counters[index] if variant.spread else None
+    return ClusterCall(_kernel(index, variant, pages), passes, cluster, layout, last, part_floats, counters)
