@@ -24,7 +24,6 @@ RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 WITHOUT_COMMAND = {
     "decode-contexts-h200", "hf-h200", "quality-demo", "quality-demo-greedy", "quality-keys-bias",
     "quality-keys-h200", "quality-keys-rules", "quality-real", "quality-recall", "quality-text",
-    "vllm-soak-cpu",
 }  # fmt: skip
 SMALL = machine.Machine("cpu", "a processor", torch.float32, 10.0, 10.0, 1)
 
