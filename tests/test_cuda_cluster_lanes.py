@@ -69,21 +69,28 @@ def test_dense(generator, blocks, spread, dtype, head_dim, group, q_len, kv_len,
     check(run, random_case(generator, dtype=dtype, device="cpu", **sizes))
 
 
-@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize(
-    ("q_len", "kv_len", "window", "softcap", "with_sinks"),
-    [(1, 90, None, None, True), (2, 90, 33, None, False), (3, 70, None, 2.0, False), (5, 60, 40, 1.5, True)],
+    ("spread", "q_len", "kv_len", "window", "softcap", "with_sinks"),
+    [
+        (False, 1, 90, None, None, True),
+        (False, 2, 90, 33, None, False),
+        (False, 3, 70, None, 2.0, False),
+        (False, 5, 60, 40, 1.5, True),
+        (True, 2, 90, 33, 1.5, True),
+    ],
 )
-def test_masks(generator, q_len, kv_len, window, softcap, with_sinks):
+def test_masks(generator, spread, q_len, kv_len, window, softcap, with_sinks):
     sizes = {"batch": 2, "group": 4, "q_len": q_len, "kv_len": kv_len, "head_dim": 64, "is_causal": True}
     case = random_case(generator, dtype=HALF, device="cpu", **sizes)
     sinks = torch.randn(case.q.shape[1], generator=generator) + 1 if with_sinks else None
     check(run, case.replace(sliding_window=window, softcap=softcap, sinks=sinks))
 
 
-@pytest.mark.parametrize("spread", [False, True])
-@pytest.mark.parametrize(("head_dim", "group", "kv_len"), [(128, 4, 700), (64, 16, 130), (256, 4, 90)])
-def test_offsets(generator, head_dim, group, kv_len):
+@pytest.mark.parametrize(
+    ("spread", "head_dim", "group", "kv_len"),
+    [(False, 128, 4, 700), (False, 64, 16, 130), (False, 256, 4, 90), (True, 128, 4, 700)],
+)
+def test_offsets(generator, spread, head_dim, group, kv_len):
     sizes = {"group": group, "kv_len": kv_len, "head_dim": head_dim, "num_kv_heads": 1}
     check(run, random_case(generator, dtype=HALF, offsets=True, **sizes))
 
@@ -97,17 +104,18 @@ def test_blocks_that_share_a_multiprocessor(generator, monkeypatch, head_dim, of
     check(run, random_case(generator, dtype=HALF, batch=2, group=4, kv_len=600, head_dim=head_dim, offsets=offsets))
 
 
-@pytest.mark.parametrize("spread", [False, True])
 @pytest.mark.parametrize(
-    ("head_dim", "group", "page_size", "lengths", "options"),
+    ("spread", "head_dim", "group", "page_size", "lengths", "options"),
     [
-        (128, 4, 16, [(1, 37), (1, 100), (0, 20), (1, 1), (1, 32), (1, 0)], {}),
-        (64, 4, 48, [(1, 137), (3, 90), (2, 2), (5, 48), (0, 0)], {"sliding_window": 40}),
-        (64, 7, 64, [(1, 70), (2, 65), (1, 128)], {"causal": False}),
-        (64, 4, 64, [(1, 70), (2, 65), (1, 300)], {"offsets": True}),
+        (False, 128, 4, 16, [(1, 37), (1, 100), (0, 20), (1, 1), (1, 32), (1, 0)], {}),
+        (False, 64, 4, 48, [(1, 137), (3, 90), (2, 2), (5, 48), (0, 0)], {"sliding_window": 40}),
+        (False, 64, 7, 64, [(1, 70), (2, 65), (1, 128)], {"causal": False}),
+        (False, 64, 4, 64, [(1, 70), (2, 65), (1, 300)], {"offsets": True}),
+        (True, 64, 4, 48, [(1, 137), (3, 90), (2, 2), (5, 48), (0, 0)], {"sliding_window": 40}),
+        (True, 64, 4, 64, [(1, 70), (2, 65), (1, 300), (1, 0)], {"offsets": True}),
     ],
 )
-def test_pages(generator, head_dim, group, page_size, lengths, options):
+def test_pages(generator, spread, head_dim, group, page_size, lengths, options):
     sizes = {"head_dim": head_dim, "group": group, "page_size": page_size, **options}
     check_batch(run_pages, random_batch(generator, lengths, dtype=HALF, device="cpu", **sizes))
 

@@ -290,11 +290,13 @@ def choose_cluster(
     even = Even(blocks * chosen.warps, waves, line_warps, int(ROUNDS_SAVED * unit))
     always = bool(sequences) and even.holds(tiles, of_one)
     wide = min(MOST_SPREAD, multiprocessors // passes)
-    if wide > blocks and not (sequences == 1 and always):
+    if wide > blocks and not (
+        sequences == 1 and always
+    ):  # short contexts of one sequence are a cluster's, long ones gain little
         near = Even(blocks * chosen.warps, 1, passes * wide * spread.warps, int(ROUNDS_OF_JOIN * unit))
         far = Even(wide * spread.warps, 1, line_warps, int((ROUNDS_SAVED if sequences else ROUNDS_OF_LAUNCH) * unit))
         holds = far.holds(tiles, of_one)
-        if not near.holds(tiles, passes):
+        if not near.holds(tiles, passes):  # the blocks that clusters lack would take less time than joining takes more
             return Cluster(wide, spread, ALWAYS if holds else far) if sequences or holds else None
     if sequences:
         return Cluster(blocks, chosen, ALWAYS if always else even) if waves <= MOST_WAVES else None
