@@ -290,9 +290,8 @@ def choose_cluster(
     even = Even(blocks * chosen.warps, waves, line_warps, int(ROUNDS_SAVED * unit))
     always = bool(sequences) and even.holds(tiles, of_one)
     wide = min(MOST_SPREAD, multiprocessors // passes)
-    if wide > blocks and not (
-        sequences == 1 and always
-    ):  # short contexts of one sequence are a cluster's, long ones gain little
+    # Over pages clusters keep one sequence, if it may not be long: what short ones would lose is as much as others would gain.
+    if wide > blocks and not (sequences == 1 and always):
         near = Even(blocks * chosen.warps, 1, passes * wide * spread.warps, int(ROUNDS_OF_JOIN * unit))
         far = Even(wide * spread.warps, 1, line_warps, int((ROUNDS_SAVED if sequences else ROUNDS_OF_LAUNCH) * unit))
         holds = far.holds(tiles, of_one)
