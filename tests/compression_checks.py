@@ -18,7 +18,8 @@ _NORM = 1e-6
 
 def _norm_bound(x: torch.Tensor) -> float:
     """Relative error of a length. On a GPU matrix units sum the squares of half precision, D / 2 in each of two sums, and cut
-    each to the sum's last place: on average half a unit of a sum that is half grown, D / 8 * 2^-23; half of that in the root.
+    each to the sum's last place: on average half a unit of a sum that is half grown, D / 8 * 2^-23; half of that in the root,
+    which with its inverse is off by two units more.
     """
     return max(_NORM, x.shape[-1] / 16 * 2.0**-23 + 2.0**-22) if x.is_cuda and x.dtype.itemsize == 2 else _NORM
 

@@ -130,36 +130,36 @@ def test_where_no_cluster_has_room_the_line_serves(generator, monkeypatch, head_
 
 
 @pytest.mark.parametrize(
-    ("sound", "broken", "words"),
+    ("spread", "sound", "broken", "words"),
     [
         (
+            False,
             "    cluster_arrive();\n    cluster_wait();\n",
             "    __syncthreads();\n",
             "no barrier|may yet write|may have ended",
         ),
-        ("  if (p.blocks > 1) cluster_wait();  // all have begun\n", "", "a block that may not have begun"),
-        ("  if (!SPREAD && p.blocks > 1) cluster_arrive();\n", "", "does not arrive"),
-        ("// all have begun\n  __syncthreads();  // all warps have left theirs\n", "// all have begun\n", "no barrier between"),
-        ("  __syncthreads();  // table, rings and queries have served\n", "", "to __syncthreads|no barrier"),
-        ("#define SENT (RESULTS >", "#define SENT (RESULTS <", "no barrier between|another block wrote"),
+        (False, "  if (p.blocks > 1) cluster_wait();  // all have begun\n", "", "a block that may not have begun"),
+        (False, "  if (!SPREAD && p.blocks > 1) cluster_arrive();\n", "", "does not arrive"),
+        (
+            False,
+            "// all have begun\n  __syncthreads();  // all warps have left theirs\n",
+            "// all have begun\n",
+            "no barrier between",
+        ),
+        (False, "  __syncthreads();  // table, rings and queries have served\n", "", "to __syncthreads|no barrier"),
+        (False, "#define SENT (RESULTS >", "#define SENT (RESULTS <", "no barrier between|another block wrote"),
+        (True, "  __syncthreads();  // all rows are there\n", "", "another block wrote"),
+        (True, "  __syncthreads();  // which block is the last\n", "", "no barrier between"),
+        (True, "  if (*(const u32*)smem != p.blocks - 1) return;\n", "", "another block (wrote|read)"),
+        (True, "  if (thread_number() == 0) *(u32*)smem", "  *(u32*)smem", "past the number|no barrier|another block"),
     ],
 )
-def test_what_clusters_must_wait_for(generator, monkeypatch, sound, broken, words):
-    fails_with(generator, monkeypatch, sound, broken, words)
-
-
-@pytest.mark.parametrize("spread", [True])
-@pytest.mark.parametrize(
-    ("sound", "broken", "words"),
-    [
-        ("  __syncthreads();  // all rows are there\n", "", "another block wrote"),
-        ("  __syncthreads();  // which block is the last\n", "", "no barrier between"),
-        ("  if (*(const u32*)smem != p.blocks - 1) return;\n", "", "another block (wrote|read)"),
-        ("  if (thread_number() == 0) *(u32*)smem", "  *(u32*)smem", "past the number|no barrier|another block"),
-    ],
-)
-def test_what_blocks_that_are_spread_must_wait_for(generator, monkeypatch, sound, broken, words):
-    fails_with(generator, monkeypatch, sound, broken, words)
+def test_what_blocks_must_wait_for(generator, monkeypatch, spread, sound, broken, words):
+    text = kernel_lanes.decode_source(True)
+    assert text.count(sound) == 1
+    monkeypatch.setattr(kernel_lanes, "decode_source", lambda clusters: text.replace(sound, broken))
+    with pytest.raises(LaneError, match=words):
+        run(*random_case(generator, dtype=HALF, device="cpu", group=4, kv_len=100).arguments)
 
 
 @pytest.mark.parametrize("spread", [True])
@@ -172,11 +172,3 @@ def test_counters_are_left_as_they_were(generator, monkeypatch):
     for _ in range(6):
         check(run, random_case(generator, dtype=HALF, batch=2, num_kv_heads=4, group=4, kv_len=40, head_dim=64))
         assert not zeros.any()
-
-
-def fails_with(generator, monkeypatch, sound, broken, words):
-    text = kernel_lanes.decode_source(True)
-    assert text.count(sound) == 1
-    monkeypatch.setattr(kernel_lanes, "decode_source", lambda clusters: text.replace(sound, broken))
-    with pytest.raises(LaneError, match=words):
-        run(*random_case(generator, dtype=HALF, device="cpu", group=4, kv_len=100).arguments)

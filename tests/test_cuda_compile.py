@@ -225,10 +225,12 @@ def test_which_calls_over_pages_may_be_one_launch(sequences, tiles, blocks, warp
     assert found.variant.spread == (blocks * sequences * 8 > 64 and sequences <= 5)
 
 
-@pytest.mark.parametrize(("sequences", "served"), [(4, True), (8, True), (16, False), (32, True), (64, False)])
-def test_which_even_lengths_clusters_serve(sequences, served):
-    """All of 32768 tokens, or 8192 where there are more than 16: from some work on the line of tiles is faster."""
-    tiles = 2048 if sequences <= 16 else 512
+@pytest.mark.parametrize(
+    ("sequences", "tiles", "served"),
+    [(4, 2048, True), (8, 2048, True), (16, 2048, False), (12, 512, True), (32, 512, True), (64, 512, False)],
+)
+def test_which_even_lengths_clusters_serve(sequences, tiles, served):
+    """From some work on the line of tiles is faster."""
     found = choose(8 * sequences, tiles, sequences)
     assert found is not None
     assert found.even is not ALWAYS

@@ -70,12 +70,13 @@ class ClusterCall:
     part_floats: int
     counters: Counters | None
 
-    def to_join(self, device: torch.device) -> tuple[torch.Tensor | None, int]:
-        """Where blocks that are spread join their results, on ``device``: room for these, and the address of a counter
-        for each pass, which is zero; else None and 0."""
+    def to_join(self, device: torch.device) -> tuple[torch.Tensor | None, int, int]:
+        """Where blocks that are spread join their results, on ``device``: room for these, to be held until the launch, its
+        address, and that of a counter for each pass, which is zero; else None, 0 and 0."""
         if self.counters is None:
-            return None, 0
-        return torch.empty(self.part_floats, dtype=torch.float32, device=device), self.counters.take(self.passes)
+            return None, 0, 0
+        room = torch.empty(self.part_floats, dtype=torch.float32, device=device)
+        return room, room.data_ptr(), self.counters.take(self.passes)
 
     def launch(self, args: tuple[int | float, ...], *, pdl: bool = False) -> None:
         """Enqueue the kernel on PyTorch's current stream; ``pdl``: behind a native store, and to start while that runs."""

@@ -307,8 +307,7 @@ class Operands:
                 _kernels,
             )
             if one is not None:
-                left, counters = one.to_join(q.device)
-                left_at = 0 if left is None else left.data_ptr()
+                left, left_at, counters = one.to_join(q.device)
                 places = (counters, out.data_ptr(), 0 if lse is None else lse.data_ptr(), sinks_at)
                 rows = (shape[1] * shape[2], shape[2], 1)
                 args = (

@@ -86,8 +86,8 @@ __device__ __forceinline__ void wait_for_previous() {
 // What a block wrote before `arrive`, all of its cluster see after `wait`, in whosever shared memory it is.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-// Count one block more, up to `blocks`, after which it is zero again; what it was. What blocks wrote before they were counted, this one
-// sees after it.
+// Count one block more, up to `blocks`, after which it is zero again; what it was. What blocks wrote before they were counted,
+// this one sees after it.
 __device__ __forceinline__ u32 arrive_of(u32* counter, int blocks) {
   u32 d; asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(d) : "l"(counter), "r"(blocks - 1) : "memory"); return d;
 }
@@ -264,8 +264,8 @@ struct Line {
 struct Even {
   int warps, waves, line_warps, slack;
   __device__ __forceinline__ bool serves(int longest, int all) const {
-    const int rounds = (longest + warps - 1) / warps * waves;
-    return rounds + rounds / 16 <= all / line_warps + slack;
+    const int share = all / line_warps;
+    return (longest + warps - 1) / warps * waves <= share - share / 16 + slack;
   }
 };
 

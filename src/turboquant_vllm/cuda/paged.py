@@ -206,8 +206,7 @@ def decode_pages(
         launches += [functools.partial(call.launch, i, x) for i, x in enumerate((args, args, combine_args))]
     if one is not None:
         of_out = (0, result.stride(1), result.stride(0), 0, 1, num_heads)
-        left, counters = one.to_join(q.device)
-        left_at = 0 if left is None else left.data_ptr()
+        _left, left_at, counters = one.to_join(q.device)
         places = (counters, result.data_ptr(), lse.data_ptr(), sinks_at)
         new_slots = None if new_slots is None else new_slots.contiguous()
         new = (0, 0, 0) if new_slots is None else (new_slots.data_ptr(), new_slots.numel(), new_slots.element_size())

@@ -211,11 +211,11 @@ class Division:
 class Even(NamedTuple):
     """Which lengths of sequences clusters serve: with lengths in tiles and a pass for each head of each sequence, those where
 
-        17 / 16 * ceil(longest / warps) * waves <= sum over passes / line_warps + slack
+        ceil(longest / warps) * waves <= 15 / 16 * sum over passes / line_warps + slack
 
-    Where memory is the limit a tile takes a cluster's warp longer by a sixteenth: it waits for the slowest of its block in the
-    end. A cluster that has a short sequence helps none that has a long one; warps of the line share all evenly, for two
-    launches more. Only the device knows the lengths: all kernels ask there, and the ones that do not serve return.
+    The more there is for all, the more a cluster loses: it waits for the slowest warp of its blocks. A cluster that has a short
+    sequence helps none that has a long one; warps of the line share all evenly, for two launches more. Only the device knows
+    the lengths: all kernels ask there, and the ones that do not serve return.
 
     Attributes:
         warps: of a cluster.
@@ -231,8 +231,8 @@ class Even(NamedTuple):
 
     def holds(self, longest: int, passes: int) -> bool:
         """For ``passes`` equally long."""
-        rounds = -(-longest // self.warps) * self.waves
-        return rounds + rounds // 16 <= passes * longest // self.line_warps + self.slack
+        share = passes * longest // self.line_warps
+        return -(-longest // self.warps) * self.waves <= share - share // 16 + self.slack
 
 
 ALWAYS, NEVER = Even(1, 1, 1, 1 << 30), Even(1, 1, 1, -(1 << 30))
