@@ -127,6 +127,7 @@ static unsigned half_pair(float low, float high, int is_bf16) {
   return is_bf16 ? to_bf16(low) | to_bf16(high) << 16 : half2_bits(low, high);
 }
 
+INLINE void prefetch(const void* x) { (void)*(const volatile char*)x; }  // of memory that there is
 INLINE uint4 load16(const char* x) { return *(const uint4*)x; }
 static float clamped(float y, float factor) {
   const float u = fmaf(y, factor, 0.5f);

@@ -40,9 +40,9 @@ __device__ __forceinline__ Share share_of(const DecodeParams& p, const Pass& pas
 
 #if PAGED
 #define AT_A_TIME (OFFSETS ? GROUPS_AT_ONCE * KEYS_OF_GROUP / 16 : 1)  // tiles, of which what they share is read together
-// Before a warp reads tiles `first` .. `end` - 1 of a pass: waits for the store of the step's own keys and values if that writes
-// one of their pages, or more than 32 tokens.
-__device__ __forceinline__ void await_store(const DecodeParams& p, const Pass& pass, int first, int end) {
+// Whether a warp must wait for the store of the step's own keys and values before it reads tiles `first` .. `end` - 1 of a pass:
+// if that writes one of their pages, or more than 32 tokens.
+__device__ __forceinline__ bool needs_store(const DecodeParams& p, const Pass& pass, int first, int end) {
   const int lane = threadIdx.x & 31;
   bool wait = p.new_tokens > 32;
   if (!wait && p.new_tokens) {
@@ -60,7 +60,7 @@ __device__ __forceinline__ void await_store(const DecodeParams& p, const Pass& p
     }
     wait = __any_sync(~0u, wait);
   }
-  if (wait) wait_for_previous();  // the store of the step's own keys and values
+  return wait;
 }
 #endif
 

@@ -8,6 +8,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
   const int index = p.by_blocks.divide(blockIdx.x), worker = (blockIdx.x - index * p.blocks) * p.active + warp;
   auto locate = [&](int) { return pass_of(p, index); };
 #if PAGED
+  prefetch_pages(p, p.heads.batch(index));
   if (!is_served(p, tokens_of(p, p.heads.batch(index)))) return leave();
 #endif
   const int first_pass = index, rows = 4 * NT;
@@ -51,7 +52,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
   int now = work.begin(worker);
   const int end = warp < p.active ? work.begin(worker + 1) : now;
 #if PAGED && CLUSTER
-  if (now < end) await_store(p, locate(now), now, end);
+  const bool is_late = now < end && needs_store(p, locate(now), now, end);
+#else
+  const bool is_late = false;
 #endif
 
   // Producer: the next tile to copy, tiles left of its pass, and where this lane's pieces lie.
@@ -149,11 +152,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
     wait_for_previous();  // the store of the step's own keys and values
 #endif
   if (next < end) open_pass();
-#if CLUSTER && AHEAD  // with the first tile
-  if (now < end) copy_groups(p, ring + GROUP_ROWS, locate(now), first_of_groups(now * 16), true);
-#endif
-#pragma unroll 1
-  for (int i = 0; i < STAGES - 1; i++) copy_next(i);
 
   // Levels in fp16, over a power of two that the row scales and the result give back.
   const float level_scale = power_below(warp_max(fabsf(level), 1));
@@ -162,11 +160,24 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
     rotate_query(p, smem, query_rows, first_pass, rows, level_scale * p.scale_log2, smem + QUERY, (float*)(smem + ROW_SCALE));
 #endif
   };
-  if (!HADAMARD) rotate();  // where the table will be
-  const float scaled = (OFFSETS ? p.centroids[lane & 15] : level) * inverse_power(level_scale);  // kept, it would be spilled
-  fill_table(smem, half2_bits(scaled, scaled));
-  if (HADAMARD) rotate();
-  __syncthreads();
+  // A warp that must wait for the store does so behind the block's table and query: then the other warps do not wait for it.
+#pragma unroll 1
+  for (int turn = 0; turn < 1 + (PAGED && CLUSTER); turn++) {
+    if (turn == is_late) {
+      if (is_late) wait_for_previous();  // the store of the step's own keys and values
+#if CLUSTER && AHEAD  // with the first tile
+      if (now < end) copy_groups(p, ring + GROUP_ROWS, locate(now), first_of_groups(now * 16), true);
+#endif
+#pragma unroll 1
+      for (int i = 0; i < STAGES - 1; i++) copy_next(i);
+    }
+    if (turn) break;
+    if (!HADAMARD) rotate();  // where the table will be
+    const float scaled = (OFFSETS ? p.centroids[lane & 15] : level) * inverse_power(level_scale);  // kept, it would be spilled
+    fill_table(smem, half2_bits(scaled, scaled));
+    if (HADAMARD) rotate();
+    __syncthreads();
+  }
 #if PAGED && !CLUSTER
   wait_for_previous();
 #endif

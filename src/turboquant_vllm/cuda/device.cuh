@@ -51,6 +51,8 @@ __device__ __forceinline__ void copy16(u32 to, const void* from) {
 __device__ __forceinline__ void copy4(u32 to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(to), "l"(from) : "memory");
 }
+// The line at x comes to the second cache, so that who reads it there does not wait for memory.
+__device__ __forceinline__ void prefetch(const void* x) { asm volatile("prefetch.global.L2 [%0];" :: "l"(x)); }
 // The lower half of `bits`.
 __device__ __forceinline__ float from_half(u32 bits, int is_bf16) {
   if (is_bf16) return __uint_as_float(bits << 16);

@@ -7,7 +7,7 @@
 #define GROUP 64
 #define PRIOR_WEIGHT 8
 #define NOWHERE (~0u)
-#define FEW 4  // rows of a warp at a time
+#define SHORT 4  // rows that one warp stores, at most
 #define ROUNDS (GROUP / (FEW * WARPS))
 
 struct Row { u32 number, slot; };
@@ -18,56 +18,36 @@ struct Plan { u32 count, source, previous, before; };
 struct Farthest { float distance; u32 index; };
 
 struct Shared {
-  uint4 rows[ROUNDS][OUTER][THREADS];
+  uint4 rows[ROUNDS][THREADS];
   float sums[WARPS][D];
   u32 counts[WARPS];
   Farthest farthest[WARPS];
   float scales[D];  // times the rotation's signs
   float offset[WARPS][D];  // of the run that a warp is to store, before that its prior
-  Row own[GROUP], before[GROUP], few[WARPS][FEW];
+  Row own[GROUP], before[GROUP], few[WARPS][SHORT];
   Plan plan;
 };
-
-// A vector of float32 in shared memory, of which a lane has its coordinates.
-__device__ __forceinline__ void read_vector(const float* from, Vector& y) {
-#pragma unroll
-  for (int i = 0; i < OUTER * 2; i++) {
-    const float4 x = *(const float4*)(from + 64 * (i / 2) + threadIdx.x % 32 / 4 * 8 + i % 2 * 4);
-    float* to = &y[i / 2][i % 2 * 4];
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-  }
-}
-__device__ __forceinline__ void write_vector(float* to, const Vector& y) {
-  if (threadIdx.x % 4) return;
-#pragma unroll
-  for (int i = 0; i < OUTER * 2; i++) {
-    const float* x = &y[i / 2][i % 2 * 4];
-    *(float4*)(to + 64 * (i / 2) + threadIdx.x % 32 / 4 * 8 + i % 2 * 4) = make_float4(x[0], x[1], x[2], x[3]);
-  }
-}
 
 // Fetch `count` rows of keys, each lane its parts of the rows that it is to work on.
 template <int TEAM>
 __device__ __forceinline__ void load_rows(const StoreParams& p, Shared& s, u32 head, const Row* list, u32 count) {
-  constexpr int AT_ONCE = TEAM == 1 ? 1 : D == 256 ? 2 : ROUNDS;  // rows on their way in registers
+  constexpr int ALL = TEAM == 1 ? SHORT / FEW : ROUNDS, AT_ONCE = ALL < 8 ? ALL : 8;  // rows on their way in registers
   const u32 lane = threadIdx.x & 31, warp = TEAM > 1 ? threadIdx.x / 32 : 0;
 #pragma unroll 1
-  for (int round = 0; round < (TEAM == 1 ? 1 : ROUNDS); round += AT_ONCE) {
+  for (int round = 0; round < ALL; round += AT_ONCE) {
     const u32 first = (round * TEAM + warp) * FEW;
-    uint4 x[AT_ONCE][OUTER];
+    uint4 x[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      if (first + i * TEAM * FEW >= count) break;
-      const u64 row = list[min(first + i * TEAM * FEW + lane % 4, count - 1)].number;
-      const char* at = p.k + row * p.k_token + (u64)head * p.k_head + lane / 4 * 16;
-#pragma unroll
-      for (int o = 0; o < OUTER; o++) x[i][o] = load16(at + 128 * o);
+      if ((TEAM > 1 || i > 0) && first + i * TEAM * FEW >= count) break;
+      const u64 row = list[min(first + i * TEAM * FEW + lane % FEW, count - 1)].number;
+      const char* at = p.k + row * p.k_token + (u64)head * p.k_head + lane / FEW * 16;
+      x[i] = load16(at);
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      if (first + i * TEAM * FEW >= count) return;
-#pragma unroll
-      for (int o = 0; o < OUTER; o++) s.rows[round + i][o][threadIdx.x] = x[i][o];
+      if ((TEAM > 1 || i > 0) && first + i * TEAM * FEW >= count) return;
+      s.rows[round + i][threadIdx.x] = x[i];
     }
   }
 }
@@ -76,49 +56,9 @@ __device__ __forceinline__ void load_rows(const StoreParams& p, Shared& s, u32 h
 __device__ __forceinline__ void scaled_row(const Shared& s, int round, Vector& y) {
   Vector scales;
   read_vector(s.scales, scales);
+  from_halves(s.rows[round][threadIdx.x], y);
 #pragma unroll
-  for (int o = 0; o < OUTER; o++) {
-    const uint4 x = s.rows[round][o][threadIdx.x];
-    const u32 words[4] = {x.x, x.y, x.z, x.w};
-#pragma unroll
-    for (int i = 0; i < 8; i++) y[o][i] = from_half(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu, BF16) * scales[o][i];
-  }
-}
-
-// y H
-__device__ __forceinline__ void transform(Vector& y) {
-#pragma unroll
-  for (int bit = 1; bit < OUTER * 8; bit <<= 1) {
-#pragma unroll
-    for (int i = 0; i < OUTER * 8; i++) {
-      if (i & bit) continue;
-      float& low = y[i / 8][i % 8];
-      float& high = y[(i | bit) / 8][(i | bit) % 8];
-      const float sum = low + high;
-      high = low - high;
-      low = sum;
-    }
-  }
-#pragma unroll
-  for (int d = 4; d < 32; d <<= 1) {
-    const float sign = threadIdx.x & d ? -1.0f : 1.0f;
-#pragma unroll
-    for (int i = 0; i < OUTER * 8; i++) {
-      float& x = y[i / 8][i % 8];
-      x = fmaf(x, sign, __shfl_xor_sync(FULL_MASK, x, d));
-    }
-  }
-}
-#define UNIT (D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f)  // 1 / sqrt(D)
-
-// What a lane has of a vector: its squared length, brought into range by a power of two, 1 / `back`.
-__device__ __forceinline__ float square_in_range(Vector& y, float& back, bool counts) {
-  float sum = 0;
-#pragma unroll
-  for (int i = 0; i < OUTER * 8; i++) sum = fmaf(y[i / 8][i % 8], y[i / 8][i % 8], sum);
-  sum = vector_sum(sum), back = 1;
-  if (__any_sync(FULL_MASK, counts && !is_usual(sum))) sum = rescale(y, back);
-  return sum;
+  for (int i = 0; i < 8; i++) y[i] *= scales[i];
 }
 
 __device__ __forceinline__ Farthest farther_of(Farthest a, Farthest b) {
@@ -127,7 +67,7 @@ __device__ __forceinline__ Farthest farther_of(Farthest a, Farthest b) {
 // Of a warp's rows, then of all warps' of a team.
 template <int TEAM> __device__ __forceinline__ Farthest farthest_of(Shared& s, Farthest mine) {
 #pragma unroll
-  for (int d = 1; d < 4; d <<= 1)
+  for (int d = 1; d < FEW; d <<= 1)
     mine = farther_of(mine, {__shfl_xor_sync(FULL_MASK, mine.distance, d), __shfl_sync(FULL_MASK, mine.index, threadIdx.x % 32 ^ d)});
   if (TEAM == 1) return mine;
   if (threadIdx.x % 32 == 0) s.farthest[threadIdx.x / 32] = mine;
@@ -142,10 +82,10 @@ template <int TEAM> __device__ __forceinline__ Farthest farthest_of(Shared& s, F
 __device__ __forceinline__ void publish(Shared& s, Vector& sum, u32 count) {
   const u32 lane = threadIdx.x & 31, warp = threadIdx.x / 32;
 #pragma unroll
-  for (int d = 1; d < 4; d <<= 1) {
+  for (int d = 1; d < FEW; d <<= 1) {
     count += __shfl_sync(FULL_MASK, count, lane ^ d);
 #pragma unroll
-    for (int i = 0; i < OUTER * 8; i++) sum[i / 8][i % 8] += __shfl_xor_sync(FULL_MASK, sum[i / 8][i % 8], d);
+    for (int i = 0; i < 8; i++) sum[i] += __shfl_xor_sync(FULL_MASK, sum[i], d);
   }
   write_vector(s.sums[warp], sum);
   if (lane == 0) s.counts[warp] = count;
@@ -160,7 +100,7 @@ __device__ __forceinline__ u32 gather(const Shared& s, Vector& sum) {
     read_vector(s.sums[warp], more);
     count += s.counts[warp];
 #pragma unroll
-    for (int i = 0; i < OUTER * 8; i++) sum[i / 8][i % 8] += more[i / 8][i % 8];
+    for (int i = 0; i < 8; i++) sum[i] += more[i];
   }
   return count;
 }
@@ -168,7 +108,7 @@ __device__ __forceinline__ u32 gather(const Shared& s, Vector& sum) {
 // Publishes a warp's part of the sum of the finite ones of `count` rows but number `without`. Which of a lane's rows are in it is
 // returned, a bit for each round.
 __device__ __forceinline__ u32 sum_rows(Shared& s, u32 count, u32 without) {
-  const u32 c = threadIdx.x % 4, warp = threadIdx.x / 32;
+  const u32 c = threadIdx.x % FEW, warp = threadIdx.x / 32;
   Vector sum = {};
   u32 finite = 0;
 #pragma unroll 1
@@ -179,11 +119,11 @@ __device__ __forceinline__ u32 sum_rows(Shared& s, u32 count, u32 without) {
     scaled_row(s, round, y);
     float none = 0;  // but NaN if a coordinate is not finite
 #pragma unroll
-    for (int i = 0; i < OUTER * 8; i++) none = fmaf(y[i / 8][i % 8], 0.0f, none);
-    if (vector_sum(none) == 0 && first + c < count && first + c != without) {
+    for (int i = 0; i < 8; i++) none = fmaf(y[i], 0.0f, none);
+    if (vector_sum<8>(none) == 0 && first + c < count && first + c != without) {
       finite |= 1u << round;
 #pragma unroll
-      for (int i = 0; i < OUTER * 8; i++) sum[i / 8][i % 8] += y[i / 8][i % 8];
+      for (int i = 0; i < 8; i++) sum[i] += y[i];
     }
   }
   publish(s, sum, __popc(finite));
@@ -192,7 +132,7 @@ __device__ __forceinline__ u32 sum_rows(Shared& s, u32 count, u32 without) {
 
 // The sum of the finite ones of `count` rows but for that farthest from their mean, and how many it is of. The whole block.
 __device__ __forceinline__ u32 sum_but_outlier(Shared& s, u32 count, Vector& sum) {
-  const u32 c = threadIdx.x % 4, warp = threadIdx.x / 32;
+  const u32 c = threadIdx.x % FEW, warp = threadIdx.x / 32;
   u32 without = NOWHERE;
   __syncthreads();  // what was gathered before has been read
 #pragma unroll 1
@@ -213,7 +153,7 @@ __device__ __forceinline__ u32 sum_but_outlier(Shared& s, u32 count, Vector& sum
       float back;
       scaled_row(s, round, y);
 #pragma unroll
-      for (int i = 0; i < OUTER * 8; i++) y[i / 8][i % 8] = fmaf(sum[i / 8][i % 8], -share, y[i / 8][i % 8]);
+      for (int i = 0; i < 8; i++) y[i] = fmaf(sum[i], -share, y[i]);
       const bool counts = finite >> round & 1;
       const float square = square_in_range(y, back, counts), distance = root(square, inverse_length(square)) * back;
       if (counts) farthest = farther_of(farthest, {distance, first + c});
@@ -221,21 +161,18 @@ __device__ __forceinline__ u32 sum_but_outlier(Shared& s, u32 count, Vector& sum
     without = farthest_of<WARPS>(s, farthest).index;
   }
 #pragma unroll
-  for (int i = 0; i < OUTER * 8; i++) sum[i / 8][i % 8] = 0;
+  for (int i = 0; i < 8; i++) sum[i] = 0;
   return 0;
 }
 
 // The values of 8-bit codes, of which a lane has those of its coordinates.
 __device__ __forceinline__ void read_offset(const char* codes, float step, Vector& y) {
+  const uint2 x = *(const uint2*)(codes + threadIdx.x % 32 / FEW * 8);
 #pragma unroll
-  for (int o = 0; o < OUTER; o++) {
-    const uint2 x = *(const uint2*)(codes + 64 * o + threadIdx.x % 32 / 4 * 8);
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      // The byte, as a number from 0 on, behind the exponent of 2^23.
-      const u32 bits = __byte_perm((i < 4 ? x.x : x.y) ^ 0x80808080u, 0x4b000000u, 0x7440 + i % 4);
-      y[o][i] = (__uint_as_float(bits) - 8388736.0f) * step;
-    }
+  for (int i = 0; i < 8; i++) {
+    // The byte, as a number from 0 on, behind the exponent of 2^23.
+    const u32 bits = __byte_perm((i < 4 ? x.x : x.y) ^ 0x80808080u, 0x4b000000u, 0x7440 + i % 4);
+    y[i] = (__uint_as_float(bits) - 8388736.0f) * step;
   }
 }
 
@@ -243,28 +180,24 @@ __device__ __forceinline__ void read_offset(const char* codes, float step, Vecto
 __device__ __forceinline__ float eight_bits(Vector& y, char* codes, bool writes) {
   float largest = 0;
 #pragma unroll
-  for (int i = 0; i < OUTER * 8; i++) largest = fmaxf(largest, fabsf(y[i / 8][i % 8]));
-  largest = vector_max(largest);
+  for (int i = 0; i < 8; i++) largest = fmaxf(largest, fabsf(y[i]));
+  largest = vector_max<8>(largest);
   const float step = largest * (1.0f / 127), up = largest < 1e-30f ? 1.2676506002282294e30f : 1.0f;  // so that the inverse is in range
   const float inverse = largest == 0 ? 0 : 127 * reciprocal(largest * up);
+  u32 bits[8], words[2];
 #pragma unroll
-  for (int o = 0; o < OUTER; o++) {
-    u32 bits[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-      // Adding 3 * 2^22 rounds to the nearest whole number, and leaves its low bits in the lowest places.
-      const float whole = fminf(fmaxf(y[o][i] * up * inverse, -127.0f), 127.0f) + 12582912.0f;
-      bits[i] = __float_as_uint(whole);
-      y[o][i] = (whole - 12582912.0f) * step;
-    }
-    u32 words[2];
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const u32 low = __byte_perm(bits[4 * i], bits[4 * i + 1], 0x0040), high = __byte_perm(bits[4 * i + 2], bits[4 * i + 3], 0x0040);
-      words[i] = __byte_perm(low, high, 0x5410);
-    }
-    if (writes) *(uint2*)(codes + 64 * o + threadIdx.x % 32 / 4 * 8) = make_uint2(words[0], words[1]);
+  for (int i = 0; i < 8; i++) {
+    // Adding 3 * 2^22 rounds to the nearest whole number, and leaves its low bits in the lowest places.
+    const float whole = fminf(fmaxf(y[i] * up * inverse, -127.0f), 127.0f) + 12582912.0f;
+    bits[i] = __float_as_uint(whole);
+    y[i] = (whole - 12582912.0f) * step;
   }
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const u32 low = __byte_perm(bits[4 * i], bits[4 * i + 1], 0x0040), high = __byte_perm(bits[4 * i + 2], bits[4 * i + 3], 0x0040);
+    words[i] = __byte_perm(low, high, 0x5410);
+  }
+  if (writes) *(uint2*)(codes + threadIdx.x % 32 / FEW * 8) = make_uint2(words[0], words[1]);
   return step;
 }
 #endif

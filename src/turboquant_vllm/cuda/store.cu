@@ -1,7 +1,7 @@
 // Storing keys and values: rotate by a randomized Hadamard matrix, quantise, pack, straight into pages.
 //
-// A warp takes 8 vectors at a time; nothing is shared between warps but the signs of the rotation. Keys with offsets take
-// another way: `store_keys.cuh`.
+// A warp takes 8 vectors at a time; nothing is shared between warps but the signs of the rotation. Of few tokens it takes fewer,
+// in less code: a launch between others finds its code in no cache. Keys with offsets take another way: `store_keys.cuh`.
 //
 // The rotation is H diag(s) / sqrt(D). H is a Kronecker product over the bits of a coordinate's number, so each bit may be
 // taken where it suits: bits 0, 3, 4, 5 by a matrix instruction with the 16 x 16 Hadamard matrix, whose entries +-1 are
@@ -51,7 +51,6 @@ __device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u
     ((u32*)signs)[i] = (__float_as_uint(s.x) >> 31 << 15) | (__float_as_uint(s.y) >> 31 << 31);
   }
   const Quantiser quantiser(p);
-  const float unit = D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f;  // of y
   u32 a[2][4];  // the matrix and its negative
 #pragma unroll
   for (int i = 0; i < 4; i++) {
@@ -114,17 +113,44 @@ __device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u
 
 #pragma unroll
     for (int v = 0; v < 2; v++) {
-      Vector z;
+      float z[OUTER * 8];
 #pragma unroll
-      for (int i = 0; i < OUTER * 8; i++) z[i / 8][i % 8] = y[i / 8][i / 2 % 4][v + i % 2 * 2];
+      for (int i = 0; i < OUTER * 8; i++) z[i] = y[i / 8][i / 2 % 4][v + i % 2 * 2];
       if (extreme) sum[v] = rescale(z, back[v]) * (1.0f / D);
       const float inverse = inverse_length(sum[v]), length = root(sum[v], inverse) * back[v];
       const bool live = slot[v] < p.num_slots;
       const u32 page = divide(slot[v], p.page_inverse, p.page_shift), place = slot[v] - page * p.page_slots;
       char* to = p.pages + page * p.page_stride + head[v] * chunk;
-      const float norm = quantiser.quantise(z, unit, inverse, length, live, to + (codes_part + (u64)place * (D / 2)));
+      const float norm = quantiser.quantise(z, UNIT, inverse, length, live, to + (codes_part + (u64)place * (D / 2)));
       if (live && g == 0) *(float*)(to + (norms_part + (u64)place * 4)) = norm;
     }
+  }
+}
+
+// The same, FEW vectors of a warp at a time.
+__device__ __forceinline__ void store_few(const StoreParams& p, bool is_v, u32 block, u32 blocks) {
+  const u32 lane = threadIdx.x & 31, c = lane % FEW, g = lane / FEW;
+  const Quantiser quantiser(p);
+  Vector signs;
+  read_vector(p.rotation, signs);  // as above, its first row
+#pragma unroll 1
+  for (u32 first = (block * WARPS + threadIdx.x / 32) * FEW; first < p.rows; first += blocks * WARPS * FEW) {
+    const u32 row = min(first + c, p.rows - 1), token = divide(row, p.head_inverse, p.head_shift), head = row - token * p.heads;
+    const u64 there = (u64)((const SLOT*)p.slots)[token];
+    const bool live = first + c < p.rows && there < p.num_slots;
+    const u32 slot = live ? (u32)there : 0, page = divide(slot, p.page_inverse, p.page_shift), place = slot - page * p.page_slots;
+    const u64 from = (u64)token * (is_v ? p.v_token : p.k_token) + (u64)head * (is_v ? p.v_head : p.k_head);
+    Vector y;
+    from_halves(load16((is_v ? p.v : p.k) + from + 16 * g), y);
+#pragma unroll
+    for (int i = 0; i < 8; i++) y[i] = __uint_as_float(__float_as_uint(y[i]) ^ (__float_as_uint(signs[i]) & 0x80000000u));
+    float back;
+    const float square = square_in_range(y, back, live), inverse = inverse_length(square), length = root(square, inverse) * back;
+    transform(y);
+    char* to = p.pages + page * p.page_stride + head * chunk_bytes(p);
+    const u64 codes = (is_v ? (u64)p.page_size * (D / 2) : 0) + (u64)place * (D / 2) + 4 * g;
+    const float norm = quantiser.quantise(y, UNIT, inverse, length, live, to + codes);
+    if (live && g == 0) *((float*)(to + (u64)p.page_size * (is_v ? D + 4 : D)) + place) = norm;
   }
 }
 
@@ -132,8 +158,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tq4_store(const __
   let_next_start();
 #if OFFSETS
   if (blockIdx.x >= p.value_blocks) return store_groups(p, blockIdx.x - p.value_blocks);
-  store_vectors(p, true, blockIdx.x, p.value_blocks);
+  const bool is_v = true;
+  const u32 blocks = p.value_blocks;
 #else
-  store_vectors(p, blockIdx.y, blockIdx.x, gridDim.x);
+  const bool is_v = blockIdx.y;
+  const u32 blocks = gridDim.x;
 #endif
+  if (p.is_few) store_few(p, is_v, blockIdx.x, blocks);
+  else store_vectors(p, is_v, blockIdx.x, blocks);
 }

@@ -3,8 +3,8 @@
 // The caller defines HEAD_DIM (64, 128, 256), BF16 (0: fp16, 1: bf16), SLOT (int or long long), SCALE (0: lengths, 1: least
 // squares, 2: unbiased), OFFSETS (1: of keys) and BLOCKS, how many a multiprocessor runs.
 //
-// A rotated vector is held by 8 lanes of a warp, lane = 4 * g + c: of vector c the coordinates 8 g ... 8 g + 7 of each 64, which
-// are one word of codes.
+// A rotated vector is held by D / N lanes of a warp, N coordinates by each. Lane 32 * N / D * g + c has of vector c the coordinates
+// 8 g ... 8 g + 7, or of each 64 of them these where N is more than 8: whole words of codes.
 typedef unsigned u32;
 typedef unsigned long long u64;
 typedef long long i64;
@@ -13,10 +13,9 @@ typedef long long i64;
 #define OUTER (D / 64)
 #define WARPS 4
 #define THREADS (WARPS * 32)
+#define FEW (256 / D)  // vectors of a warp at a time, of 8 coordinates a lane
 #define FULL_MASK 0xffffffffu
 #define INFINITE __uint_as_float(0x7f800000u)
-
-typedef float Vector[OUTER][8];
 
 struct StoreParams {
   const char* k; const char* v; const void* slots; const void* previous_slots; char* pages;
@@ -25,7 +24,7 @@ struct StoreParams {
   u32 k_token, k_head, v_token, v_head, rows, heads, page_size;
   u32 page_slots, num_slots, head_inverse, page_inverse;  // page_slots: from a page to the next
   u32 tokens, span, value_blocks;  // of keys with offsets: tokens whose runs a block looks for; blocks that store values
-  int head_shift, page_shift;
+  int head_shift, page_shift, is_few;
 };
 
 // ---- PTX
@@ -52,6 +51,8 @@ __device__ __forceinline__ uint4 load16(const char* x) {
                : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w) : "l"(x));
   return d;
 }
+// The line at x comes to the second cache, so that who reads it there does not wait for memory.
+__device__ __forceinline__ void prefetch(const void* x) { asm volatile("prefetch.global.L2 [%0];" :: "l"(x)); }
 // The lower half of `bits`.
 __device__ __forceinline__ float from_half(u32 bits, int is_bf16) {
   if (is_bf16) return __uint_as_float(bits << 16);
@@ -97,12 +98,12 @@ __device__ __forceinline__ u32 cell(float y, float factor, const float* curve) {
   return whole_part(u, fmaf(q, w, curve[0]));
 }
 
-__device__ __forceinline__ float vector_sum(float x) {  // over the lanes that hold a vector
-  for (int d = 4; d < 32; d <<= 1) x += __shfl_xor_sync(FULL_MASK, x, d);
+template <int N> __device__ __forceinline__ float vector_sum(float x) {  // over the lanes that hold a vector
+  for (int d = 32 * N / D; d < 32; d <<= 1) x += __shfl_xor_sync(FULL_MASK, x, d);
   return x;
 }
-__device__ __forceinline__ float vector_max(float x) {
-  for (int d = 4; d < 32; d <<= 1) x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, d));
+template <int N> __device__ __forceinline__ float vector_max(float x) {
+  for (int d = 32 * N / D; d < 32; d <<= 1) x = fmaxf(x, __shfl_xor_sync(FULL_MASK, x, d));
   return x;
 }
 
@@ -110,20 +111,19 @@ __device__ __forceinline__ float vector_max(float x) {
 __device__ __forceinline__ bool is_usual(float square) { return square > 1e-30f && square < 1e30f; }
 
 // Bring a vector of extreme length into a range safe to square, by a power of two, 1 / `back`. Its squared length is returned.
-__device__ __forceinline__ float rescale(Vector& y, float& back) {
+template <int N> __device__ __forceinline__ float rescale(float (&y)[N], float& back) {
   float largest = 0, sum = 0;
 #pragma unroll
-  for (int i = 0; i < OUTER * 8; i++) largest = fmaxf(largest, fabsf(y[i / 8][i % 8]));
-  largest = vector_max(largest);
+  for (int i = 0; i < N; i++) largest = fmaxf(largest, fabsf(y[i]));
+  largest = vector_max<N>(largest);
   const float shift = largest > 1e15f ? 7.888609052210118e-31f : largest < 1e-15f ? 1.2676506002282294e30f : 1.0f;
   back = largest > 1e15f ? 1.2676506002282294e30f : largest < 1e-15f ? 7.888609052210118e-31f : 1.0f;
 #pragma unroll
-  for (int i = 0; i < OUTER * 8; i++) {
-    float& x = y[i / 8][i % 8];
-    x *= shift;
-    sum = fmaf(x, x, sum);
+  for (int i = 0; i < N; i++) {
+    y[i] *= shift;
+    sum = fmaf(y[i], y[i], sum);
   }
-  return vector_sum(sum);
+  return vector_sum<N>(sum);
 }
 
 // The square root, `inverse` being its approximate inverse (0 for 0).
@@ -147,7 +147,8 @@ struct Quantiser {
 
   // Write this lane's codes of a vector, that is y * unit, from `codes` on if it is `live`. The squared length of that product,
   // the inverse length and the length, which a power of two may have left out of y, are given; the norm is returned.
-  __device__ __forceinline__ float quantise(const Vector& y, float unit, float inverse, float length, bool live,
+  template <int N>
+  __device__ __forceinline__ float quantise(const float (&y)[N], float unit, float inverse, float length, bool live,
                                             char* codes) const {
     const float factor = inverse * (scale * unit);
     float norm = length;
@@ -155,28 +156,87 @@ struct Quantiser {
     float dot = 0, square = 0;  // of the rotated vector with its levels, of the levels
 #endif
 #pragma unroll
-    for (int o = 0; o < OUTER; o++) {
+    for (int o = 0; o < N / 8; o++) {
       u32 bytes[4];
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const u32 even = cell(y[o][2 * i], factor, curve), odd = cell(y[o][2 * i + 1], factor, curve);
+        const float low = y[8 * o + 2 * i], high = y[8 * o + 2 * i + 1];
+        const u32 even = cell(low, factor, curve), odd = cell(high, factor, curve);
         bytes[i] = even * 16 + odd;
 #if SCALE
         const float even_level = __shfl_sync(FULL_MASK, level, even), odd_level = __shfl_sync(FULL_MASK, level, odd);
-        dot = fmaf(y[o][2 * i], even_level, fmaf(y[o][2 * i + 1], odd_level, dot));
+        dot = fmaf(low, even_level, fmaf(high, odd_level, dot));
         square = fmaf(even_level, even_level, fmaf(odd_level, odd_level, square));
 #endif
       }
-      const u32 low = __byte_perm(bytes[0], bytes[1], 0x0040), high = __byte_perm(bytes[2], bytes[3], 0x0040);
-      if (live) *(u32*)(codes + 32 * o) = __byte_perm(low, high, 0x5410);
+      const u32 first = __byte_perm(bytes[0], bytes[1], 0x0040), last = __byte_perm(bytes[2], bytes[3], 0x0040);
+      if (live) *(u32*)(codes + 32 * o) = __byte_perm(first, last, 0x5410);
     }
 #if SCALE == 1
-    norm *= vector_sum(dot) * inverse * unit / vector_sum(square);
+    norm *= vector_sum<N>(dot) * inverse * unit / vector_sum<N>(square);
 #elif SCALE == 2
-    dot = vector_sum(dot);
+    dot = vector_sum<N>(dot);
     if (norm != 0) norm /= dot * inverse * unit;
 #endif
     // A vector that is not finite has norm NaN, which attention cannot overlook.
     return norm < INFINITE ? norm : __uint_as_float(0x7fc00000u);
   }
 };
+
+// ---- vectors of 8 coordinates a lane
+typedef float Vector[8];
+
+// A vector of float32 in memory, of which a lane has its coordinates.
+__device__ __forceinline__ void read_vector(const float* from, Vector& y) {
+#pragma unroll
+  for (int i = 0; i < 8; i += 4) {
+    const float4 x = *(const float4*)(from + threadIdx.x % 32 / FEW * 8 + i);
+    y[i] = x.x, y[i + 1] = x.y, y[i + 2] = x.z, y[i + 3] = x.w;
+  }
+}
+__device__ __forceinline__ void write_vector(float* to, const Vector& y) {
+  if (threadIdx.x % FEW) return;
+#pragma unroll
+  for (int i = 0; i < 8; i += 4)
+    *(float4*)(to + threadIdx.x % 32 / FEW * 8 + i) = make_float4(y[i], y[i + 1], y[i + 2], y[i + 3]);
+}
+
+// The numbers of 8 halves.
+__device__ __forceinline__ void from_halves(uint4 x, Vector& y) {
+  const u32 words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+  for (int i = 0; i < 8; i++) y[i] = from_half(i % 2 ? words[i / 2] >> 16 : words[i / 2] & 0xffffu, BF16);
+}
+
+// y H
+__device__ __forceinline__ void transform(Vector& y) {
+#pragma unroll
+  for (int bit = 1; bit < 8; bit <<= 1) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      if (i & bit) continue;
+      float& low = y[i];
+      float& high = y[i | bit];
+      const float sum = low + high;
+      high = low - high;
+      low = sum;
+    }
+  }
+#pragma unroll
+  for (int d = FEW; d < 32; d <<= 1) {
+    const float sign = threadIdx.x & d ? -1.0f : 1.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) y[i] = fmaf(y[i], sign, __shfl_xor_sync(FULL_MASK, y[i], d));
+  }
+}
+#define UNIT (D == 64 ? 0.125f : D == 128 ? 0.08838834764831845f : 0.0625f)  // 1 / sqrt(D)
+
+// What a lane has of a vector: its squared length, brought into range by a power of two, 1 / `back`.
+__device__ __forceinline__ float square_in_range(Vector& y, float& back, bool counts) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < 8; i++) sum = fmaf(y[i], y[i], sum);
+  sum = vector_sum<8>(sum), back = 1;
+  if (__any_sync(FULL_MASK, counts && !is_usual(sum))) sum = rescale(y, back);
+  return sum;
+}

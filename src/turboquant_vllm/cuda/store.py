@@ -16,7 +16,7 @@ from turboquant_vllm.paged import slots_per_page
 __all__ = ["THREADS", "TokenWriter", "blocks_per_multiprocessor", "defines", "source", "store"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("store.cuh", "key_rows.cuh", "store_keys.cuh", "store.cu"))
-PARAMS = "P" * 9 + "q" + "I" * 14 + "i" * 2
+PARAMS = "P" * 9 + "q" + "I" * 14 + "i" * 3
 THREADS = 128
 _SCALES = ("norm", "least_squares", "unbiased")
 _WARPS = THREADS // 32
@@ -184,12 +184,14 @@ def _prepare(
     (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_slots)
     previous, scales = (0 if x is None else x.data_ptr() for x in (previous_slots, key_scales))
     # Half of the blocks for keys, half for values; or for values, and blocks without end for keys.
-    vector_blocks = min(-(-rows // _ROWS), max(1, blocks // 2))
+    half, few_rows = max(1, blocks // 2), 256 // head_dim * _WARPS
+    is_few = rows <= few_rows * half
+    vector_blocks = min(-(-rows // (few_rows if is_few else _ROWS)), half)
     span = min(_MOST_TOKENS, _WARPS * -(-rows // (_WARPS * blocks)))
     arguments = (
         k.data_ptr(), v.data_ptr(), slots.data_ptr(), previous, buffer.data_ptr(), rotation.data_ptr(), companding.data_ptr(),
         centroids.data_ptr(), scales, buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size, page_slots,
-        buffer.shape[0] * page_slots, head_inverse, page_inverse, tokens, span, vector_blocks, head_shift, page_shift,
+        buffer.shape[0] * page_slots, head_inverse, page_inverse, tokens, span, vector_blocks, head_shift, page_shift, int(is_few),
     )  # fmt: skip
     grid = (vector_blocks + -(-tokens // span) * heads, 1, 1) if has_offsets else (vector_blocks, 2, 1)
     return kernel, grid, arguments

@@ -94,20 +94,17 @@ __device__ __forceinline__ void read_mean(const StoreParams& p, Shared& s, u32 h
   Vector sum = {};
 #pragma unroll 1
   for (u32 round = 0; round < ROUNDS; round++) {
-    const u32 first = (round * WARPS + warp) * FEW, at = min(first + lane % 4, count - 1);
+    const u32 first = (round * WARPS + warp) * FEW, at = min(first + lane % FEW, count - 1);
     if (first >= count) break;
     const float found = *chunk.norm(at);
-    const bool counts = first + lane % 4 < count && found >= 0 && found < INFINITE;
+    const bool counts = first + lane % FEW < count && found >= 0 && found < INFINITE;
     const float norm = counts ? found : 0;
     good += counts;
+    const u32 word = *(const u32*)(chunk.codes(at) + lane / FEW * 4);
 #pragma unroll
-    for (int o = 0; o < OUTER; o++) {
-      const u32 word = *(const u32*)(chunk.codes(at) + 32 * o + lane / 4 * 4);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {  // the higher half of a byte comes first
-        const float level = __shfl_sync(FULL_MASK, some_level, word >> (i / 2 * 8 + (i + 1) % 2 * 4) & 15);
-        sum[o][i] = fmaf(norm, level, sum[o][i]);
-      }
+    for (int i = 0; i < 8; i++) {  // the higher half of a byte comes first
+      const float level = __shfl_sync(FULL_MASK, some_level, word >> (i / 2 * 8 + (i + 1) % 2 * 4) & 15);
+      sum[i] = fmaf(norm, level, sum[i]);
     }
   }
   __syncthreads();  // what was gathered before has been read
@@ -118,7 +115,7 @@ __device__ __forceinline__ void read_mean(const StoreParams& p, Shared& s, u32 h
   const float share = any ? reciprocal(good) : 0;
   read_offset(chunk.shared(), any ? step : 0, mean);
 #pragma unroll
-  for (int i = 0; i < OUTER * 8; i++) mean[i / 8][i % 8] = any ? fmaf(sum[i / 8][i % 8], share, mean[i / 8][i % 8]) : 0;
+  for (int i = 0; i < 8; i++) mean[i] = any ? fmaf(sum[i], share, mean[i]) : 0;
 }
 
 // The offset of a group that begins with `plan.count` rows, which are loaded then. The whole block.
@@ -141,16 +138,16 @@ __device__ __forceinline__ void begin_group(const StoreParams& p, Shared& s, u32
     transform(sum);
     if (is_own) break;
 #pragma unroll
-    for (int i = 0; i < OUTER * 8; i++) sum[i / 8][i % 8] *= UNIT * reciprocal(max(kept, 1u));
+    for (int i = 0; i < 8; i++) sum[i] *= UNIT * reciprocal(max(kept, 1u));
     write_vector(own, sum);
   }
   __syncwarp();
   read_vector(own, prior);
   const float weight = plan.source == NO_PRIOR ? 0 : PRIOR_WEIGHT, share = reciprocal(fmaxf(kept + weight, 1));
 #pragma unroll
-  for (int i = 0; i < OUTER * 8; i++)
-    sum[i / 8][i % 8] = fmaf(sum[i / 8][i % 8], UNIT, weight * prior[i / 8][i % 8]) * share;
-  const bool writes = threadIdx.x < 32 && threadIdx.x % 4 == 0;
+  for (int i = 0; i < 8; i++)
+    sum[i] = fmaf(sum[i], UNIT, weight * prior[i]) * share;
+  const bool writes = threadIdx.x < 32 && threadIdx.x % FEW == 0;
   const float step = eight_bits(sum, chunk.shared(), writes);
   __syncwarp();  // the prior has been read
   write_vector(own, sum);
@@ -164,24 +161,25 @@ __device__ __forceinline__ void residual(const Shared& s, int round, Vector& y) 
   transform(y);
   read_vector(s.offset[threadIdx.x / 32], offset);
 #pragma unroll
-  for (int i = 0; i < OUTER * 8; i++) y[i / 8][i % 8] = fmaf(y[i / 8][i % 8], UNIT, -offset[i / 8][i % 8]);
+  for (int i = 0; i < 8; i++) y[i] = fmaf(y[i], UNIT, -offset[i]);
 }
 
 // Stores a run: codes and norms of its rows, and the outlier if that is among them. One warp, or with TEAM > 1 the whole block.
 template <int TEAM>
-__device__ __forceinline__ void store_run(const StoreParams& p, Shared& s, u32 head, const Row* list, Plan plan) {
-  const u32 lane = threadIdx.x & 31, c = lane % 4, warp = TEAM > 1 ? threadIdx.x / 32 : 0, count = plan.count;
+__device__ __forceinline__ void store_run(const StoreParams& p, const Quantiser& quantiser, Shared& s, u32 head, const Row* list,
+                                          Plan plan) {
+  const u32 lane = threadIdx.x & 31, c = lane % FEW, warp = TEAM > 1 ? threadIdx.x / 32 : 0, count = plan.count;
   const u32 slot = list[0].slot, places = slot % GROUP;
   const Chunk chunk(p, slot, head);
   float distance = -1;  // of the outlier that there is
   if (TEAM == 1 || places) {
-    load_rows<TEAM>(p, s, head, list, count);
-    bool marked = false;
+    bool marked = false;  // all that is there is asked for before any of it is needed
 #pragma unroll
     for (u32 i = lane; i < GROUP; i += 32) marked |= i < places && *chunk.norm(i) < 0;
     const float step = chunk.steps()[0], there = chunk.steps()[2];
     Vector offset;
     read_offset(chunk.shared(), step, offset);
+    load_rows<TEAM>(p, s, head, list, count);
     write_vector(s.offset[threadIdx.x / 32], offset);
     if (__any_sync(FULL_MASK, marked)) distance = there;
   } else {
@@ -189,50 +187,51 @@ __device__ __forceinline__ void store_run(const StoreParams& p, Shared& s, u32 h
   }
   __syncwarp();
 
-  const Quantiser quantiser(p);
-  Farthest mine = {0, NOWHERE};
+  Farthest farthest = {0, NOWHERE};
+  bool is_outlier = false;
 #pragma unroll 1
-  for (u32 round = 0; round < (TEAM > 1 ? ROUNDS : 1); round++) {
+  for (u32 round = 0;; round++) {  // the rows, and the one that lies farthest once more: the same code, which may be in no cache
     const u32 first = (round * TEAM + warp) * FEW, at = min(first + c, count - 1);
-    if (first >= count) break;
+    if (first >= count) {
+      if (TEAM == 1) __syncwarp();  // every lane has read what is written below
+      farthest = farthest_of<TEAM>(s, farthest);
+      if (!(farthest.distance > distance)) return;
+      for (u32 i = lane; i < places && warp == 0; i += 32) {
+        float& norm = *chunk.norm(i);
+        if (norm < 0) norm = -norm;
+      }
+      const u32 index = farthest.index == NOWHERE ? 0 : farthest.index;
+      if (index / FEW % TEAM != warp) return;
+      round = index / FEW / TEAM, is_outlier = true;
+    }
     Vector y;
-    float back;
     residual(s, round, y);
+    if (is_outlier) {
+      const bool found = farthest.index != NOWHERE;
+      const u32 index = found ? farthest.index : 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++) y[i] = found ? y[i] : 0;
+      const float step = eight_bits(y, chunk.shared() + D, c == index % FEW);
+      if (lane != index % FEW) return;
+      chunk.steps()[1] = step, chunk.steps()[2] = farthest.distance;
+      if (found) {
+        float& norm = *chunk.norm(list[index].slot % GROUP);
+        norm = -norm;
+      }
+      return;
+    }
+    float back;
     const bool live = first + c < count;
     const float square = square_in_range(y, back, live), inverse = inverse_length(square), length = root(square, inverse) * back;
     const u32 place = list[at].slot % GROUP;
-    const float norm = quantiser.quantise(y, 1, inverse, length, live, chunk.codes(place) + lane / 4 * 4);
-    if (live && lane < 4) *chunk.norm(place) = norm;
-    if (live && length > mine.distance && length < INFINITE) mine = {length, at};
-  }
-
-  if (TEAM == 1) __syncwarp();  // every lane has read what is written below
-  const Farthest farthest = farthest_of<TEAM>(s, mine);
-  if (!(farthest.distance > distance)) return;
-  const bool found = farthest.index != NOWHERE;
-  const u32 index = found ? farthest.index : 0;
-  for (u32 i = lane; i < places && warp == 0; i += 32) {
-    float& norm = *chunk.norm(i);
-    if (norm < 0) norm = -norm;
-  }
-  if (index / FEW % TEAM != warp) return;
-  Vector y;
-  residual(s, index / FEW / TEAM, y);
-  if (!found) {
-#pragma unroll
-    for (int i = 0; i < OUTER * 8; i++) y[i / 8][i % 8] = 0;
-  }
-  const float step = eight_bits(y, chunk.shared() + D, c == index % FEW);
-  if (lane != index % FEW) return;
-  chunk.steps()[1] = step, chunk.steps()[2] = farthest.distance;
-  if (found) {
-    float& norm = *chunk.norm(list[index].slot % GROUP);
-    norm = -norm;
+    const float norm = quantiser.quantise(y, 1, inverse, length, live, chunk.codes(place) + lane / FEW * 4);
+    if (live && lane < FEW) *chunk.norm(place) = norm;
+    if (live && length > farthest.distance && length < INFINITE) farthest = {length, at};
   }
 }
 
 // The run that begins with row `row`, which is longer than a warp's or begins a group. The whole block.
-__device__ __forceinline__ void store_long_run(const StoreParams& p, Shared& s, u32 head, u32 row) {
+__device__ __forceinline__ void store_long_run(const StoreParams& p, const Quantiser& quantiser, Shared& s, u32 head, u32 row) {
   __syncthreads();  // the run before has been stored
   if (threadIdx.x < 32) {
     const Rows own = list_rows(p, row, 1, p.tokens - row, s.own);
@@ -251,7 +250,7 @@ __device__ __forceinline__ void store_long_run(const StoreParams& p, Shared& s, 
     if (threadIdx.x == 0) s.plan = plan;
   }
   __syncthreads();
-  store_run<WARPS>(p, s, head, s.own, s.plan);
+  store_run<WARPS>(p, quantiser, s, head, s.own, s.plan);
 }
 
 // The runs that begin in span number `block` / heads, for one head.
@@ -259,6 +258,8 @@ __device__ __forceinline__ void store_groups(const StoreParams& p, u32 block) {
   __shared__ Shared s;
   const u32 lane = threadIdx.x & 31, lower = (1u << lane) - 1;
   const u32 number = divide(block, p.head_inverse, p.head_shift), head = block - number * p.heads;
+  u32 base = number * p.span, slot = slot_of(p, base + lane);
+  const Quantiser quantiser(p);
   for (u32 i = threadIdx.x; i < D; i += THREADS) {
     const float scale = p.key_scales ? p.key_scales[head * D + i] : 1.0f;
     s.scales[i] = __uint_as_float(__float_as_uint(scale) ^ (__float_as_uint(p.rotation[i]) & 0x80000000u));
@@ -266,15 +267,15 @@ __device__ __forceinline__ void store_groups(const StoreParams& p, u32 block) {
   __syncthreads();
   const u32 stop = min((number + 1) * p.span, p.tokens);
 #pragma unroll 1
-  for (u32 base = number * p.span; base < stop; base += 32) {
-    const u32 slot = slot_of(p, base + lane), last = slot_before(p, base);
+  for (; base < stop; base += 32, slot = slot_of(p, base + lane)) {
+    const u32 last = slot_before(p, base);
     const u32 kept = __ballot_sync(FULL_MASK, slot != NOWHERE), neighbour = __shfl_sync(FULL_MASK, slot, highest(kept & lower));
     const bool leads = slot != NOWHERE && !follows(kept & lower ? neighbour : last, slot);
     // What a lane that leads a run knows of it.
     const u32 leaders = __ballot_sync(FULL_MASK, leads), next = leaders & ~lower & ~(1u << lane);
     const u32 rows = kept & ~lower & (next ? (next & -next) - 1 : FULL_MASK), end = __shfl_sync(FULL_MASK, slot, highest(rows));
     const bool ends = next || base + 32 >= p.tokens || end % GROUP == GROUP - 1;
-    const bool is_short = ends && __popc(rows) <= FEW && slot % GROUP;
+    const bool is_short = ends && __popc(rows) <= SHORT && slot % GROUP;
     const bool here = leads && base + lane < stop;
     const u32 all_short = __ballot_sync(FULL_MASK, here && is_short);
     u32 mine = __ballot_sync(FULL_MASK, all_short >> lane & 1 && __popc(all_short & lower) % WARPS == threadIdx.x / 32);
@@ -286,10 +287,10 @@ __device__ __forceinline__ void store_groups(const StoreParams& p, u32 block) {
       __syncwarp();  // the run before has been stored
       if (those >> lane & 1) list[__popc(those & lower)] = {base + lane, slot};
       __syncwarp();
-      store_run<1>(p, s, head, list, {(u32)__popc(those), NO_PRIOR, NOWHERE, 0});
+      store_run<1>(p, quantiser, s, head, list, {(u32)__popc(those), NO_PRIOR, NOWHERE, 0});
     }
 #pragma unroll 1
-    for (; all_long; all_long &= all_long - 1) store_long_run(p, s, head, base + __ffs(all_long) - 1);
+    for (; all_long; all_long &= all_long - 1) store_long_run(p, quantiser, s, head, base + __ffs(all_long) - 1);
   }
 }
 #endif
