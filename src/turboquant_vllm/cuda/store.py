@@ -191,7 +191,8 @@ def _prepare(
     arguments = (
         k.data_ptr(), v.data_ptr(), slots.data_ptr(), previous, buffer.data_ptr(), rotation.data_ptr(), companding.data_ptr(),
         centroids.data_ptr(), scales, buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size, page_slots,
-        buffer.shape[0] * page_slots, head_inverse, page_inverse, tokens, span, vector_blocks, head_shift, page_shift, int(is_few),
+        buffer.shape[0] * page_slots, head_inverse, page_inverse, tokens, span, vector_blocks, head_shift, page_shift,
+        int(is_few),
     )  # fmt: skip
     grid = (vector_blocks + -(-tokens // span) * heads, 1, 1) if has_offsets else (vector_blocks, 2, 1)
     return kernel, grid, arguments
