@@ -80,7 +80,7 @@ def test_speeds_in_the_readme() -> None:
 def test_vllm_in_the_readme() -> None:
     text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     rows = {row["id"]: row for row in rows_of("vllm-h200.json")}
-    middle, full = rows["b32-8k"], rows["capacity"]
+    middle, full = rows["b32-8k"], rows["capacity-served"]
     assert f"takes {middle['against_bf16']:.2f} of bf16's time and {middle['against_fp8']:.2f} of fp8's" in text
     assert f"it gives {full['against_bf16']:.1f} times bf16's tokens a second" in text
     one, some = (f"{rows[name]['against_bf16']:.2f}" for name in ("short-1", "short-32"))

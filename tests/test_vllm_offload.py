@@ -16,7 +16,7 @@ from vllm_engine_cases import (  # isort: skip  (skips where there is no engine)
 )
 from vllm.config import KVTransferConfig
 
-pytest.importorskip("vllm.v1.simple_kv_offload.worker", exc_type=ImportError)
+worker = pytest.importorskip("vllm.v1.simple_kv_offload.worker", exc_type=ImportError)
 
 import host_offload
 from host_offload import HostWorker
@@ -36,7 +36,11 @@ def connector(request, monkeypatch):
         monkeypatch.setattr("vllm.v1.simple_kv_offload.worker.DmaCopyBackend", host_offload.HostCopies)
         monkeypatch.setattr("vllm.v1.simple_kv_offload.worker.torch", host_offload.TorchWithoutGPU())
     monkeypatch.setattr(HostWorker, "moved", (0, 0))
-    return KVTransferConfig(kv_connector=request.param, kv_role="kv_both", kv_connector_extra_config=extra)
+    pinned, pin = [], worker.pin_tensor
+    monkeypatch.setattr(worker, "pin_tensor", lambda tensor: (pin(tensor), pinned.append(tensor)))
+    yield KVTransferConfig(kv_connector=request.param, kv_role="kv_both", kv_connector_extra_config=extra)
+    for tensor in pinned:  # vLLM leaves that to the end of the process; other tensors may get these pages before
+        torch.cuda.cudart().cudaHostUnregister(tensor.data_ptr())
 
 
 def caches(engine):
