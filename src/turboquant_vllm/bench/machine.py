@@ -168,11 +168,13 @@ def write_results(path: Path, env: dict[str, Any], rows: list[dict[str, Any]]) -
 
 
 def _command() -> str:
-    """The command line of this process, without the folders that programs lie in."""
+    """The command line of this process, without the folders that programs lie in and results go to."""
     program = Path(sys.argv[0])
     folder = f"{program.parent.name}/" if program.parent.name == "benchmarks" else ""
     name = "turboquant" if program.stem in ("turboquant", "__main__") else f"python {folder}{program.name}"
-    return " ".join([name, *sys.argv[1:]])
+    arguments = iter(sys.argv[1:])
+    kept = [argument for argument in arguments if not (argument == "--out" and next(arguments, ""))]
+    return " ".join([name, *kept])
 
 
 def _processor() -> str:
