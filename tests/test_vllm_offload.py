@@ -16,7 +16,9 @@ from vllm_engine_cases import (  # isort: skip  (skips where there is no engine)
 )
 from vllm.config import KVTransferConfig
 
-worker = pytest.importorskip("vllm.v1.simple_kv_offload.worker", exc_type=ImportError)
+pytest.importorskip("vllm.v1.simple_kv_offload.worker", exc_type=ImportError)
+
+from vllm.v1.simple_kv_offload import worker
 
 import host_offload
 from host_offload import HostWorker
