@@ -51,8 +51,6 @@ __device__ __forceinline__ uint4 load16(const char* x) {
                : "=r"(d.x), "=r"(d.y), "=r"(d.z), "=r"(d.w) : "l"(x));
   return d;
 }
-// The line at x comes to the second cache, so that who reads it there does not wait for memory.
-__device__ __forceinline__ void prefetch(const void* x) { asm volatile("prefetch.global.L2 [%0];" :: "l"(x)); }
 // The lower half of `bits`.
 __device__ __forceinline__ float from_half(u32 bits, int is_bf16) {
   if (is_bf16) return __uint_as_float(bits << 16);
