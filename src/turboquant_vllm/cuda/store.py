@@ -183,8 +183,8 @@ def _prepare(
     page_slots = slots_per_page(page_size, has_offsets)
     (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_slots)
     previous, scales = (0 if x is None else x.data_ptr() for x in (previous_slots, key_scales))
-    # Half of the blocks for keys, half for values; or for values, and blocks without end for keys. Vectors are few if every warp
-    # of a half takes no more than it holds at once.
+    # Half of the blocks for keys, half for values; or for values, and blocks without end for keys. Vectors are few if no
+    # warp of a half takes more than it holds at once.
     half, few_rows = max(1, blocks // 2), 256 // head_dim * _WARPS
     is_few = rows <= few_rows * half
     vector_blocks = min(-(-rows // (few_rows if is_few else _ROWS)), half)
