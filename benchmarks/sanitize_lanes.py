@@ -65,7 +65,7 @@ FAULTS = (
     ("dense", "wait_copies<STAGES - 2>();", "wait_copies<STAGES - 1>();", LANDED),
     ("dense", "row[D] = largest;\n    }\n    __syncthreads();", "row[D] = largest;\n    }", BARRIER),
     ("dense", "      }\n    }\n    __syncthreads();\n  }\n}", "      }\n    }\n  }\n}", BARRIER),
-    ("dense", "__syncthreads();\n#if PAGED && !CLUSTER\n  wait", "#if PAGED && !CLUSTER\n  wait", BARRIER),
+    ("dense", "__syncthreads();\n  }\n#if PAGED && !CLUSTER", "}\n#if PAGED && !CLUSTER", BARRIER),
     ("dense", "make_float2(top, total);\n  __syncthreads();", "make_float2(top, total);", BARRIER),
     ("dense", "__syncthreads();\n#if HADAMARD\n  for (int i", "#if HADAMARD\n  for (int i", BARRIER),
     ("dense", "back = min(row, there - 1) - copy_row", "back = row - copy_row", OUTSIDE),
@@ -92,6 +92,8 @@ FAULTS = (
     ("store", "  __syncthreads();", "", BARRIER),
     ("store", "live = slot[v] < p.num_slots", "live = true", OUTSIDE),
     ("store", "min(tile * 8 + g, p.rows - 1)", "tile * 8 + g", OUTSIDE),
+    ("store", "min(first + c, p.rows - 1), token", "first + c, token", OUTSIDE),
+    ("store", "first + c < p.rows && there < p.num_slots", "first + c < p.rows", OUTSIDE),
 )
 
 
@@ -135,7 +137,7 @@ def run_store(generator: torch.Generator, head_dim: int, dtype: torch.dtype, sca
         tables = (rotation, companding, centroids, scale, case.cache.page_size)
         store.store(case.k, case.v, case.cache.buffer, case.slot_mapping, *tables)
 
-    for tokens, heads, page_size in ((1, 1, 16), (67, 5, 48)):
+    for tokens, heads, page_size in ((1, 1, 16), (3, 2, 48), (67, 5, 48)):
         sizes = {"tokens": tokens, "heads": heads, "page_size": page_size, "head_dim": head_dim, "dtype": dtype}
         layout = ("contiguous", "sliced", "transposed")[turn % 3]
         check_store(run, random_store(generator, scale=scale, slot_dtype=slot, layout=layout, **sizes))
