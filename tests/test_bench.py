@@ -79,6 +79,11 @@ def test_files_and_plots(tmp_path: Path) -> None:
     assert [row["part"] for row in found["rows"]] == ["decode", "decode"]
 
 
+def test_a_command_without_the_folders_of_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/store.py", "--rep", "30", "--out", "/root/results", "--contexts"])
+    assert machine.environment()["command"] == "python benchmarks/store.py --rep 30 --contexts"
+
+
 def test_quality_is_measured_once_for_all_formats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rows = {name: {"format": name, "bytes_per_token": 9.0, "kl": 0.1, "tvd": 0.1, "increase_percent": 1.0, "agreement": 1.0}
             for name in ("plain", "offsets", "tq4")}  # fmt: skip

@@ -172,9 +172,11 @@ def _command() -> str:
     program = Path(sys.argv[0])
     folder = f"{program.parent.name}/" if program.parent.name == "benchmarks" else ""
     name = "turboquant" if program.stem in ("turboquant", "__main__") else f"python {folder}{program.name}"
-    arguments = iter(sys.argv[1:])
-    kept = [argument for argument in arguments if not (argument == "--out" and next(arguments, ""))]
-    return " ".join([name, *kept])
+    arguments = sys.argv[1:]
+    if "--out" in arguments:
+        at = arguments.index("--out")
+        del arguments[at : at + 2]
+    return " ".join([name, *arguments])
 
 
 def _processor() -> str:

@@ -15,15 +15,14 @@ __device__ __forceinline__ int tiles_of(const Params& p, int sequence, int token
   return is_served(p, tokens) ? (len + 15) / 16 - first_tile(p, sequence, len - tokens, len) : 0;
 }
 
+#if CLUSTER
 // Which pages a sequence has, and where a store writes, on their way while its length is.
-template <class Params>
-__device__ __forceinline__ void prefetch_pages(const Params& p, int sequence) {
+__device__ __forceinline__ void prefetch_pages(const DecodeParams& p, int sequence) {
   const int line = threadIdx.x * 32;  // entries
   if (line * p.page_tiles < p.max_len / 16) prefetch(p.block_table + sequence * p.table_stride + line);
-#if CLUSTER
   if (threadIdx.x == 0 && p.new_tokens) prefetch(p.slots);
-#endif
 }
+#endif
 
 // Whether clusters serve, and not the line. Every warp works it out.
 template <class Params>
