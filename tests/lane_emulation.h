@@ -91,6 +91,12 @@ static unsigned sub_half2(unsigned x, unsigned y) {
 INLINE void copy16(unsigned to, const void* from) { copy_later(to, from, 16); }
 INLINE void copy4(unsigned to, const void* from) { copy_later(to, from, 4); }
 template <int PENDING> INLINE void wait_copies() { land_copies(PENDING); }
+INLINE unsigned shared_address_here(const void* x) { return shared_address(x); }
+INLINE unsigned or_of_warp(unsigned x) {
+  unsigned all = 0;
+  for (int i = 0; i < 32; i++) all |= exchange(x, i);
+  return all;
+}
 INLINE void cluster_arrive() { arrive_at_cluster(); }
 INLINE void cluster_wait() { wait_for_cluster(); }
 INLINE unsigned arrive_of(unsigned* counter, int blocks) { return count_block(counter, blocks); }

@@ -2,7 +2,7 @@
 // does all of it: see cluster.cuh.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char smem[];
-  const int tid = threadIdx.x, lane = tid & 31, warp = tid >> 5, r = lane >> 2, c = lane & 3;
+  const int tid = threadIdx.x, lane = tid & 31, warp = or_of_warp(tid >> 5), r = lane >> 2, c = lane & 3;
   const float level = p.centroids[lane & 15];
 #if CLUSTER
   const int index = p.by_blocks.divide(blockIdx.x), worker = (blockIdx.x - index * p.blocks) * p.active + warp;
@@ -52,7 +52,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
   int now = work.begin(worker);
   const int end = warp < p.active ? work.begin(worker + 1) : now;
 #if PAGED && CLUSTER
-  const bool is_late = now < end && needs_store(p, locate(now), now, end);
+  const bool is_late = or_of_warp(now < end && needs_store(p, locate(now), now, end));
 #else
   const bool is_late = false;
 #endif
@@ -181,7 +181,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
 #if PAGED && !CLUSTER
   wait_for_previous();
 #endif
-  auto levels = [&](u32 word, int byte) { return lds_table(prmt(word, lane4, 0x5504u | (byte << 4)) + base); };
+  const u32 table = shared_address_here(smem);
+  auto levels = [&](u32 word, int byte) { return lds_table(prmt(word, lane4, 0x5504u | (byte << 4)) + table); };
 
   // Of P V's right side, drawn in query.cuh.
   const u32 select_low = (r & 1) ? 0x1044u : 0x4410u, select_high = (r & 1) ? 0x3244u : 0x4432u;
