@@ -33,7 +33,7 @@ from paged_cases import check_batch, random_batch
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm import ops
 from turboquant_vllm.cuda import cluster, decode, store
-from turboquant_vllm.cuda.variants import ALWAYS, Cluster, Even, Variant
+from turboquant_vllm.cuda.variants import ALWAYS, Cluster, Even, Variant, cluster_variants
 from turboquant_vllm.limits import most_rows_over_pages
 from turboquant_vllm.vllm.layer import PagedLayer
 from vllm_cases import random_step
@@ -47,14 +47,17 @@ MASKS: tuple[dict[str, Any], ...] = (
     {}, {"sliding_window": 37}, {"softcap": 2.0}, {"sinks": True}, {"sliding_window": 1, "sinks": True, "softcap": 1.5},
 )  # fmt: skip
 STORES = tuple(itertools.product(("norm", "least_squares", "unbiased"), (torch.int32, torch.int64)))
-# How a call is done: its kernels, whether keys have offsets, and of one launch the blocks of a pass, whether these are spread,
-# and over pages for which lengths they serve. Every other call of several launches rotates by additions.
+# How a call is done: its kernels, whether keys have offsets, and of one launch the blocks of a pass, what these are, and over
+# pages for which lengths they serve. Every other call of several launches rotates by additions.
 KINDS = (
-    *((kind, offsets, None, False, ALWAYS) for offsets in (False, True) for kind in ("dense", "pages")),
-    ("dense", False, 2, False, ALWAYS), ("pages", False, 4, False, ALWAYS), ("dense", True, 4, False, ALWAYS),
-    ("pages", True, 2, False, ALWAYS), ("dense", False, 5, True, ALWAYS), ("pages", True, 3, True, ALWAYS),
-    ("pages", False, 2, False, Even(4, 1, 24, 1)), ("pages", True, 2, False, Even(1, 1, 24, 4)),
+    *((kind, offsets, None, "", ALWAYS) for offsets in (False, True) for kind in ("dense", "pages")),
+    ("dense", False, 2, "cluster", ALWAYS), ("pages", False, 4, "cluster", ALWAYS), ("dense", True, 4, "cluster", ALWAYS),
+    ("pages", True, 2, "cluster", ALWAYS), ("dense", False, 5, "spread", ALWAYS), ("pages", True, 3, "spread", ALWAYS),
+    ("pages", False, 2, "cluster", Even(4, 1, 24, 1)), ("pages", True, 2, "cluster", Even(1, 1, 24, 4)),
+    ("dense", False, 1, "teams", ALWAYS), ("pages", True, 1, "teams", ALWAYS),
 )  # fmt: skip
+
+LAYOUTS = ("cluster", "spread", "teams")
 
 BARRIER, LANDED = "no barrier between", "where a copy has not landed"
 BEFORE, OUTSIDE = "without having waited for it", "where there is no tensor"
@@ -84,9 +87,16 @@ FAULTS = (
         "    __syncthreads();\n",
         "no barrier|may yet write|may have ended",
     ),
-    ("cluster", "// all have begun\n  __syncthreads();  // all warps have left theirs\n", "// all have begun\n", BARRIER),
-    ("spread", "  __syncthreads();  // all rows are there\n", "", "another block wrote"),
-    ("spread", "  __syncthreads();  // which block is the last\n", "", BARRIER),
+    (
+        "cluster",
+        "// all have begun\n  meet();  // all warps have left theirs\n",
+        "// all have begun\n",
+        f"{BARRIER}|not landed",
+    ),
+    ("teams", "team_barrier(1 + team_of_thread(),", "team_barrier(1,", "of others than come"),
+    ("teams", "SENT + team * PART * 4;", "SENT;", BARRIER),
+    ("spread", "  meet();  // all rows are there\n", "", "another block wrote"),
+    ("spread", "  meet();  // which block is the last\n", "", BARRIER),
     ("spread", "  if (*(const u32*)smem != p.blocks - 1) return;\n", "", "that another block (wrote|read)"),
     ("step", "  wait_for_previous();  // the store of the step's own", "  ;  // the store of the step's own", BEFORE),
     ("store", "  __syncthreads();", "", BARRIER),
@@ -115,7 +125,7 @@ def run_pages(
     most = min(rows[1], most_rows_over_pages(head_dim) // rows[0])
     few = [(1, 5)] * (2 if one else 26)  # more sequences in all than a warp has lanes
     lengths = few + [(min(n, most), keys) for n, keys in ((1, 90), (0, 20), (1, 16), (2, 3), (1, 0), (3, 47), (1, 1), (4, 133))]
-    sizes: dict[str, Any] = {"num_kv_heads": 3, "group": rows[0], "head_dim": head_dim, "offsets": offsets}
+    sizes: dict[str, Any] = {"num_kv_heads": 2 + turn % 2, "group": rows[0], "head_dim": head_dim, "offsets": offsets}
     sizes["page_size"] = (64, 128)[turn % 2] if offsets else (16, 48, 64)[turn % 3]
     batch = random_batch(generator, lengths, dtype=(HALF, BF16)[turn % 2], causal="sliding_window" in masks, **sizes)
     batch = batch.replace(**with_sinks(masks, batch.q.shape[1], generator))
@@ -163,14 +173,17 @@ RUN: dict[str, Callable[..., None]] = {"dense": run_dense, "pages": run_pages}
 
 @contextlib.contextmanager
 def emulated(
-    shared_limit: int, blocks: int | None = None, even: Even = ALWAYS, spread: bool = False
+    shared_limit: int, blocks: int | None = None, even: Even = ALWAYS, one: str = "cluster"
 ) -> Iterator[pytest.MonkeyPatch]:
     """Inside, the kernels run on a CPU, as on a GPU of three multiprocessors with so much shared memory for a block, and
-    memory that nobody has written is NaN. ``blocks``: of a cluster, or ``spread``, that serve each call, or those that are
-    ``even``; else the line of tiles does."""
+    memory that nobody has written is NaN. ``blocks``: of a cluster, spread or of teams, by ``one``, that serve each call, or
+    those that are ``even``; else the line of tiles does."""
 
-    def choose(passes: int, tiles: int, variant: Variant, *_: Any) -> Cluster | None:
-        return None if blocks is None else Cluster(blocks, dataclasses.replace(variant, spread=spread), even)
+    def choose(passes: int, tiles: int, variant: Variant, *rest: Any) -> Cluster | None:
+        if blocks is None:
+            return None
+        teams = cluster_variants(variant).teams if one == "teams" and rest[-1] else None
+        return Cluster(blocks, teams or dataclasses.replace(variant, spread=one == "spread"), even)
 
     with pytest.MonkeyPatch.context() as patch, kernel_lanes.settled(), poisoned_memory():
         kernel_lanes.emulate_decode(patch, shared_limit)
@@ -188,16 +201,17 @@ def run_one(generator: torch.Generator, kind: str) -> None:
     elif kind == "step":
         run_step(generator, 64, HALF, key_offsets=True)
     else:
-        one = kind in ("cluster", "spread")
+        one = kind in LAYOUTS
         turn = 0 if one else 1  # of a rotation by matrix products
-        run = run_pages if kind == "pages" else run_dense
-        run(generator, 64, (4, 1), {}, turn, offsets=False, one=one)
+        run = run_pages if kind == "pages" or kind == "teams" else run_dense
+        run(generator, 128 if one else 64, (4, 1), {}, turn, offsets=False, one=one)
 
 
 def find(generator: torch.Generator, kind: str, old: str, new: str, words: str) -> str:
     """What is said of kernels with this fault."""
-    clusters = kind in ("cluster", "spread")
-    with emulated(SHARED[0 if clusters else 2], 2 if clusters else None, spread=kind == "spread") as patch:
+    clusters = kind in LAYOUTS
+    blocks = 1 if kind == "teams" else 2 if clusters else None
+    with emulated(SHARED[0 if clusters else 2], blocks, one=kind) as patch:
         name = "store_source" if kind == "store" else "decode_source"
         sound = getattr(kernel_lanes, name)(*((True,) if clusters else ()))
         assert old in sound, old
@@ -218,17 +232,16 @@ def main() -> None:
     for fault in FAULTS:
         count(kernels=fault[0], broken=fault[1].strip(), instead=fault[2].strip(), found=find(generator, *fault))
     calls = list(itertools.product(MASKS, ROWS))
-    for (kind, offsets, blocks, spread, even), shared, head_dim in itertools.product(KINDS, SHARED, (64, 128, 256)):
+    for (kind, offsets, blocks, one, even), shared, head_dim in itertools.product(KINDS, SHARED, (64, 128, 256)):
         is_plain = not offsets and blocks is None
         if shared == SHARED[1] and not is_plain:
             continue  # no clusters there, and keys with offsets as with more
         turns = range(len(calls)) if is_plain else range(head_dim // 64 % 2, len(calls), 2)
-        with emulated(shared, blocks, even, spread):
+        with emulated(shared, blocks, even, one):
             for turn in turns:
                 masks, size = calls[turn]
                 RUN[kind](generator, head_dim, size, masks, turn, offsets, blocks is not None)
-        one = "spread" if spread else "cluster"
-        what: dict[str, Any] = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, one: blocks}
+        what: dict[str, Any] = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, one or "cluster": blocks}
         what |= {} if even is ALWAYS else {"even": even}
         count(kernels=kind, **what, calls=len(turns), errors=0)
     for head_dim, dtype, blocks in itertools.product((64, 128, 256), (HALF, BF16), (None, 2)):

@@ -48,7 +48,7 @@ class _Launch(ctypes.Structure):
         ("name", ctypes.c_char_p),
         *(
             (name, ctypes.c_int)
-            for name in ("columns", "rows", "cluster", "threads", "shared_bytes", "before_previous_ends", "ranges")
+            for name in ("columns", "rows", "cluster", "threads", "team", "shared_bytes", "before_previous_ends", "ranges")
         ),
         ("memory", ctypes.c_void_p),
     )
@@ -71,10 +71,11 @@ def _runtime() -> Path:
 
 
 class Library:
-    """The kernels of a source, by name: parameter structs as the sources have them."""
+    """The kernels of a source, by name: parameter structs as the sources have them. ``team``: threads of a block that have
+    barriers of their own; 0: all."""
 
-    def __init__(self, path: Path, kernels: Sequence[str]) -> None:
-        self._path, self._library = path, ctypes.CDLL(str(path))
+    def __init__(self, path: Path, kernels: Sequence[str], team: int) -> None:
+        self._path, self._library, self._team = path, ctypes.CDLL(str(path)), team
         for name in kernels:
             getattr(self._library, f"{name}_run").restype = ctypes.POINTER(_Failure)
 
@@ -101,7 +102,7 @@ class Library:
         assert 0 <= shared_bytes <= SHARED_LIMIT
         ranges = live_memory()
         memory = (ctypes.c_uint64 * (2 * len(ranges)))(*(edge for both in ranges for edge in both))
-        sizes = (grid[0], grid[1], blocks, threads, shared_bytes, pdl, len(ranges))
+        sizes = (grid[0], grid[1], blocks, threads, self._team or threads, shared_bytes, pdl, len(ranges))
         call = _Launch(name.encode(), *sizes, ctypes.cast(memory, ctypes.c_void_p))
         failure = getattr(self._library, f"{name}_run")(packed, ctypes.byref(call)).contents
         if failure.what:
@@ -180,7 +181,9 @@ def build(text: str, kernels: tuple[tuple[str, str], ...], macros: tuple[tuple[s
     source.write_text(text)
     _compile(*_WATCHED, "-c", "-o", code, source)
     _compile("-shared", "-o", library, code, _runtime())
-    return Library(library, [name for name, _ in kernels])
+    sizes = dict(macros)
+    team = 32 * sizes["WARPS"] // sizes["PASSES"] if sizes.get("CLUSTER") else 0
+    return Library(library, [name for name, _ in kernels], team)
 
 
 def store_source() -> str:
@@ -241,9 +244,9 @@ def small_variant(
 ) -> variants.Variant:
     """The variant for ``rows`` rows per key/value head, but with two warps."""
     row_tiles = next(n for n in (1, 2, 4, 8) if 4 * n >= rows)
-    stages, ahead = 3 if offsets and head_dim < 256 else 2, offsets and head_dim < 256
+    stages = 3 if offsets and head_dim < 256 else 2
     sizes = (head_dim, row_tiles, 2, stages, 1 if cluster else 3, head_dim < 256 and row_tiles <= 2)
-    return variants.Variant(*sizes, masked, offsets, ahead, cluster, hadamard)
+    return variants.Variant(*sizes, masked, offsets, cluster, hadamard)
 
 
 def emulate_decode(monkeypatch: pytest.MonkeyPatch, shared_limit: int = SHARED_LIMIT) -> None:

@@ -94,9 +94,10 @@ template <int PENDING> INLINE void wait_copies() { land_copies(PENDING); }
 INLINE unsigned shared_address_here(const void* x) { return shared_address(x); }
 INLINE unsigned or_of_warp(unsigned x) {
   unsigned all = 0;
-  for (int i = 0; i < 32; i++) all |= exchange(x, i);
+  for (int i = 0; i < 32 && votes(x >> i != 0); i++) all |= (unsigned)(votes(x >> i & 1) != 0) << i;
   return all;
 }
+INLINE void team_barrier(int number, int count) { wait_for_team(number, count); }
 INLINE void cluster_arrive() { arrive_at_cluster(); }
 INLINE void cluster_wait() { wait_for_cluster(); }
 INLINE unsigned arrive_of(unsigned* counter, int blocks) { return count_block(counter, blocks); }

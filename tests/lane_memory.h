@@ -24,12 +24,12 @@ constexpr unsigned SHARED_BEGIN = 1024;   // the address where a block's own sha
 constexpr int MOST_BLOCKS = 16;           // of a cluster
 alignas(1024) inline char shared_memory[MOST_BLOCKS][SHARED_LIMIT];
 
-// An access: by whom, in which launch, and how many barriers of its cluster, its block and its warp came before. At a cluster's
-// a lane arrives, and waits later.
+// An access: by whom, in which launch, and how many barriers of its cluster, its block, its team and its warp came before. At a
+// cluster's a lane arrives, and waits later.
 struct Access {
   unsigned launch;
-  int cluster, block, warp, thread;
-  unsigned cluster_arrivals, cluster_waits, block_barriers, warp_barriers;
+  int cluster, block, team, warp, thread;
+  unsigned cluster_arrivals, cluster_waits, block_barriers, team_barriers, warp_barriers;
 };
 struct Word { Access write, read; bool in_flight; };
 struct Page { Word words[1024]; };
@@ -57,7 +57,8 @@ inline bool ordered(const Access& past, const Access& now, bool waited) {
   if (past.cluster != now.cluster) return counted(past, now);
   if (past.cluster_arrivals < now.cluster_waits) return true;
   if (past.block != now.block) return false;
-  if (past.warp != now.warp) return past.block_barriers < now.block_barriers;
+  if (past.warp != now.warp)
+    return past.block_barriers < now.block_barriers || (past.team == now.team && past.team_barriers < now.team_barriers);
   return past.thread == now.thread || past.warp_barriers < now.warp_barriers;
 }
 // Joins a read to the earlier ones, keeping what the next write must be ordered with.
@@ -67,6 +68,8 @@ inline void add(Access& past, const Access& now) {
   else if (past.cluster_arrivals < now.cluster_waits) past = now;
   else if (past.block != now.block) past.block = SEVERAL;
   else if (past.block_barriers < now.block_barriers) past = now;
+  else if (past.team != now.team) past.team = past.warp = SEVERAL;
+  else if (past.team_barriers < now.team_barriers) past = now;
   else if (past.warp != now.warp) past.warp = SEVERAL;
   else if (past.warp_barriers < now.warp_barriers) past = now;
   else if (past.thread != now.thread) past.thread = SEVERAL;

@@ -22,8 +22,8 @@ namespace {
 
 constexpr int WARP = 32, MOST_THREADS = 4096;  // of a cluster
 constexpr size_t STACK = 1 << 17;
-enum State { READY, WARP_BARRIER, BLOCK_BARRIER, CLUSTER_BARRIER, EXCHANGE, VOTE, MULTIPLY, ENDED };
-const char* const WAITING_FOR[] = {"nothing", "__syncwarp", "__syncthreads", "a cluster's barrier", "a shuffle", "a vote", "a matrix product", "its end"};
+enum State { READY, WARP_BARRIER, TEAM_BARRIER, BLOCK_BARRIER, CLUSTER_BARRIER, EXCHANGE, VOTE, MULTIPLY, ENDED };
+const char* const WAITING_FOR[] = {"nothing", "__syncwarp", "a team's barrier", "__syncthreads", "a cluster's barrier", "a shuffle", "a vote", "a matrix product", "its end"};
 
 struct Copy { uintptr_t to; int bytes; char data[16]; };
 struct Lane {
@@ -34,7 +34,7 @@ struct Lane {
   bool waited;  // for the kernel before
   Access now;
   unsigned value;
-  int from;
+  int from, team, team_size;
   Four c;
   Operands operands;
   std::vector<std::vector<Copy>> copies;  // groups, the last one not committed yet
@@ -160,7 +160,7 @@ bool together(Lane* first, int count) {
   return true;
 }
 
-// Until all lanes of the warp have ended or wait for the block or the cluster.
+// Until all lanes of the warp have ended or wait for the team, the block or the cluster.
 bool advance(Lane* warp) {
   for (;;) {
     for (int i = 0; i < WARP; i++) {
@@ -168,17 +168,38 @@ bool advance(Lane* warp) {
       if (failure.what) return false;
     }
     if (!together(warp, WARP)) return false;
-    if (warp->state == BLOCK_BARRIER || warp->state == CLUSTER_BARRIER || warp->state == ENDED) return true;
+    if (warp->state == TEAM_BARRIER || warp->state == BLOCK_BARRIER || warp->state == CLUSTER_BARRIER || warp->state == ENDED) return true;
     complete(warp);
   }
+}
+
+// Whether a team has come together, whose lanes may go on.
+bool release_team(Lane* block, int threads) {
+  for (int i = 0; i < threads; i += WARP) {
+    const auto waits = [&](const Lane& lane) { return lane.state == TEAM_BARRIER && lane.team == block[i].team; };
+    if (block[i].state != TEAM_BARRIER || std::count_if(block, block + threads, waits) != block[i].team_size) continue;
+    const int team = block[i].team;
+    for (int t = 0; t < threads; t++)
+      if (block[t].state == TEAM_BARRIER && block[t].team == team)
+        block[t].state = READY, block[t].now.warp_barriers++, block[t].now.team_barriers++;
+    return true;
+  }
+  return false;
 }
 
 // Until all lanes of the block have ended or wait for the cluster.
 bool run_block(Lane* block, int threads) {
   for (;;) {
     for (int first = 0; first < threads; first += WARP)
-      if (!advance(block + first)) return false;
+      if (block[first].state == READY && !advance(block + first)) return false;
+    if (release_team(block, threads)) continue;
     if (!together(block, threads)) return false;
+    if (block->state == TEAM_BARRIER) {
+      current = block;
+      if (!_setjmp(scheduler)) fail(nullptr, "waits for a team of others than come to its barrier");
+      current = nullptr;
+      return false;
+    }
     if (block->state != BLOCK_BARRIER) return true;
     for (int t = 0; t < threads; t++) block[t].state = READY, block[t].now.warp_barriers++, block[t].now.block_barriers++;
   }
@@ -217,7 +238,7 @@ void start_lanes(const Launch& launch, int cluster) {
     Lane& lane = lanes[i];
     const int t = i % launch.threads;
     lane.state = READY, lane.waited = !launch.before_previous_ends, lane.copies.resize(1);
-    lane.now = {launches, cluster, cluster * launch.cluster + (int)i / launch.threads, t / WARP, t, 0, 0, 0, 0};
+    lane.now = {launches, cluster, cluster * launch.cluster + (int)i / launch.threads, t / launch.team, t / WARP, t, 0, 0, 0, 0, 0};
     getcontext(&lane.start);
     lane.start.uc_stack.ss_sp = stacks + i * STACK, lane.start.uc_stack.ss_size = STACK;
     makecontext(&lane.start, enter, 0);
@@ -258,6 +279,12 @@ Index grid_size() { return grid; }
 
 void wait_for_warp() { wait(WARP_BARRIER); }
 void wait_for_block() { wait(BLOCK_BARRIER); }
+void wait_for_team(int number, int count) {
+  if (number < 1 || number > 15) fail(CALLER, "waits at a barrier that there is not");
+  if (count != memory.launch->team) fail(CALLER, "waits for others than its team");
+  current->team = number, current->team_size = count;
+  wait(TEAM_BARRIER);
+}
 void arrive_at_cluster() { current->now.cluster_arrivals++; }
 void wait_for_cluster() { wait(CLUSTER_BARRIER); }
 unsigned exchange(unsigned value, int from) {

@@ -9,6 +9,7 @@ Index grid_size();
 // What lanes of a warp, of a block or of a cluster of blocks do together. Only barriers order memory.
 void wait_for_warp();
 void wait_for_block();
+void wait_for_team(int number, int count);  // until `count` lanes of the block wait for this one
 void arrive_at_cluster();
 void wait_for_cluster();  // until all lanes of the cluster have arrived as often as this one
 unsigned count_block(unsigned* counter, int blocks);  // and order what this lane's block did before behind what the others did
@@ -35,10 +36,11 @@ void let_next_start();
 void wait_for_previous();
 float fma_towards_zero(float x, float y, float z);
 
-// One launch: a grid of columns x rows blocks, `cluster` of them at a time; `memory`: begins and ends of the memory that there is, in order.
+// One launch: a grid of columns x rows blocks, `cluster` of them at a time, of threads in teams of `team`, which have barriers of
+// their own; `memory`: begins and ends of the memory that there is, in order.
 struct Launch {
   const char* name;
-  int columns, rows, cluster, threads, shared_bytes, before_previous_ends, ranges;
+  int columns, rows, cluster, threads, team, shared_bytes, before_previous_ends, ranges;
   const unsigned long long (*memory)[2];
 };
 // The first fault of a launch, and the place in the code.

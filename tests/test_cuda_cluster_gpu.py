@@ -1,5 +1,5 @@
-"""Native decoding in one launch on a GPU, with clusters of every size and blocks that are spread: contracts, odd lengths,
-graphs, streams, bits that repeat."""
+"""Native decoding in one launch on a GPU, with clusters of every size, blocks that are spread and teams of a block's warps:
+contracts, odd lengths, graphs, streams, bits that repeat."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from turboquant_vllm.limits import why_not_decode
 pytestmark = pytest.mark.gpu
 
 HALF, BF16 = torch.float16, torch.bfloat16
-SIZES = (1, 2, 3, 4, 8, "spread 2", "spread 5", "spread 16")
+SIZES = (1, 2, 3, 4, 8, "spread 2", "spread 5", "spread 16", "teams 1")
 
 
 @pytest.fixture(autouse=True)
@@ -41,20 +41,21 @@ def dtype(request):
     return request.param
 
 
-@pytest.fixture(params=(1, 4, 8, "spread 5"))
+@pytest.fixture(params=(1, 4, 8, "spread 5", "teams 1"))
 def blocks(request, monkeypatch):
-    """Blocks of every pass, as a cluster or spread; a call that takes the line of tiles after all fails."""
+    """Blocks of every pass: a cluster, spread or, where there may be such, with teams; a call that takes the line fails."""
     force(monkeypatch, request.param)
 
 
 def force(monkeypatch, size):
     from turboquant_vllm.cuda import cluster, decode, paged
-    from turboquant_vllm.cuda.variants import Cluster
+    from turboquant_vllm.cuda.variants import Cluster, cluster_variants
 
-    blocks, spread = int(str(size).split()[-1]), isinstance(size, str)
+    *kind, blocks = str(size).split()
 
-    def choose(passes, tiles, variant, *_):
-        return Cluster(blocks, dataclasses.replace(variant, spread=spread))
+    def choose(passes, tiles, variant, multiprocessors, fit, sequences, in_twos):
+        teams = cluster_variants(variant).teams if kind == ["teams"] and in_twos else None
+        return Cluster(int(blocks), teams or dataclasses.replace(variant, spread=kind == ["spread"]))
 
     cluster.plan.cache_clear()
     monkeypatch.setattr(cluster, "plan", functools.lru_cache(cluster.plan.__wrapped__))  # what is forced is forgotten

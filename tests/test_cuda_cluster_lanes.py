@@ -1,5 +1,5 @@
-"""Native decoding in one launch, run lane by lane on a CPU with clusters and blocks that are spread, of several sizes, against
-float64."""
+"""Native decoding in one launch, run lane by lane on a CPU with clusters, blocks that are spread and teams of a block's warps,
+of several sizes, against float64."""
 
 from __future__ import annotations
 
@@ -23,20 +23,39 @@ HALF, BF16 = torch.float16, torch.bfloat16
 
 
 @pytest.fixture
+def kind() -> str:
+    return ""
+
+
+@pytest.fixture
 def blocks() -> int:
     return 2
 
 
 @pytest.fixture
-def spread() -> bool:
-    return False
+def spread(kind: str) -> bool:
+    return kind == "spread"
+
+
+@pytest.fixture
+def teams(kind: str) -> bool:
+    return kind == "teams"
 
 
 @pytest.fixture(autouse=True)
-def clusters(emulated_decode: None, monkeypatch: pytest.MonkeyPatch, blocks: int, spread: bool) -> None:  # noqa: F811
-    """Clusters of ``blocks``, or as many that are ``spread``, serve every call; one that takes the line after all fails."""
+def clusters(
+    emulated_decode: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: int,
+    spread: bool,
+    teams: bool,
+) -> None:
+    """Clusters of ``blocks``, as many that are ``spread``, or blocks of two ``teams`` of two warps serve every call; one that
+    takes the line after all fails."""
 
     def choose(passes: int, tiles: int, variant: Variant, *_: Any) -> Cluster:
+        if teams:
+            return Cluster(1, dataclasses.replace(variant, warps=4, passes=2))
         return Cluster(blocks, dataclasses.replace(variant, spread=spread))
 
     monkeypatch.setattr(cluster, "choose_cluster", choose)
@@ -99,9 +118,31 @@ def test_offsets(generator, spread, head_dim, group, kv_len):
 @pytest.mark.parametrize(("head_dim", "offsets"), [(128, True), (64, True), (128, False)])
 def test_blocks_that_share_a_multiprocessor(generator, monkeypatch, head_dim, offsets):
     small = kernel_lanes.small_variant
-    changes = {"ahead": False, "stages": 2, "resident": 2}
+    changes = {"stages": 2, "resident": 2}
     monkeypatch.setattr(cluster, "choose_variant", lambda *args: dataclasses.replace(small(*args), **changes))
     check(run, random_case(generator, dtype=HALF, batch=2, group=4, kv_len=600, head_dim=head_dim, offsets=offsets))
+
+
+@pytest.mark.parametrize("teams", [True])
+@pytest.mark.parametrize(
+    ("dtype", "head_dim", "q_len", "kv_len", "options"),
+    [
+        (HALF, 128, 1, 100, {}),
+        (BF16, 64, 2, 600, {"is_causal": True}),
+        (HALF, 128, 1, 700, {"offsets": True}),
+    ],
+)
+def test_teams_of_a_block(generator, dtype, head_dim, q_len, kv_len, options):
+    sizes = {"batch": 3, "num_kv_heads": 2, "group": 4, "q_len": q_len, "kv_len": kv_len, "head_dim": head_dim}
+    check(run, random_case(generator, dtype=dtype, device="cpu", **sizes, **options))
+
+
+@pytest.mark.parametrize("teams", [True])
+@pytest.mark.parametrize("options", [{}, {"offsets": True}, {"sliding_window": 40}])
+def test_teams_over_pages(generator, options):
+    lengths = [(1, 137), (0, 20), (2, 300), (5, 64), (1, 1), (1, 0)]
+    sizes = {"head_dim": 64, "group": 4, "page_size": 64, "num_kv_heads": 2, **options}
+    check_batch(run_pages, random_batch(generator, lengths, dtype=HALF, device="cpu", **sizes))
 
 
 @pytest.mark.parametrize(
@@ -130,36 +171,48 @@ def test_where_no_cluster_has_room_the_line_serves(generator, monkeypatch, head_
 
 
 @pytest.mark.parametrize(
-    ("spread", "sound", "broken", "words"),
+    ("kind", "group", "sound", "broken", "words"),
     [
         (
-            False,
+            "",
+            4,
             "    cluster_arrive();\n    cluster_wait();\n",
             "    __syncthreads();\n",
             "no barrier|may yet write|may have ended",
         ),
-        (False, "  if (p.blocks > 1) cluster_wait();  // all have begun\n", "", "a block that may not have begun"),
-        (False, "  if (!SPREAD && p.blocks > 1) cluster_arrive();\n", "", "does not arrive"),
+        ("", 4, "  if (p.blocks > 1) cluster_wait();  // all have begun\n", "", "a block that may not have begun"),
+        ("", 4, "  if (!SPREAD && p.blocks > 1) cluster_arrive();\n", "", "does not arrive"),
+        ("", 4, "// all have begun\n  meet();  // all warps have left theirs\n", "// all have begun\n", "no barrier between"),
+        ("", 16, "      else __syncthreads();  // table, rings", "      // table, rings", "to __syncthreads|no barrier"),
         (
-            False,
-            "// all have begun\n  __syncthreads();  // all warps have left theirs\n",
-            "// all have begun\n",
-            "no barrier between",
+            "",
+            4,
+            "#define SENT (USED > RESULT(WARPS) ?",
+            "#define SENT (USED < RESULT(WARPS) ?",
+            "no barrier between|another block wrote",
         ),
-        (False, "  __syncthreads();  // table, rings and queries have served\n", "", "to __syncthreads|no barrier"),
-        (False, "#define SENT (RESULTS >", "#define SENT (RESULTS <", "no barrier between|another block wrote"),
-        (True, "  __syncthreads();  // all rows are there\n", "", "another block wrote"),
-        (True, "  __syncthreads();  // which block is the last\n", "", "no barrier between"),
-        (True, "  if (*(const u32*)smem != p.blocks - 1) return;\n", "", "another block (wrote|read)"),
-        (True, "  if (thread_number() == 0) *(u32*)smem", "  *(u32*)smem", "past the number|no barrier|another block"),
+        ("spread", 4, "  meet();  // all rows are there\n", "", "another block wrote"),
+        ("spread", 4, "  meet();  // which block is the last\n", "", "no barrier between"),
+        ("spread", 4, "  if (*(const u32*)smem != p.blocks - 1) return;\n", "", "another block (wrote|read)"),
+        ("spread", 4, "  if (thread_number() == 0) *(u32*)smem", "  *(u32*)smem", "past the number|no barrier|another block"),
+        (
+            "teams",
+            4,
+            "// all have begun\n  meet();  // all warps have left theirs\n",
+            "// all have begun\n",
+            "no barrier|not landed",
+        ),
+        ("teams", 4, "  } else {\n    meet();\n  }\n", "  }\n", "no barrier between"),
+        ("teams", 4, "team_barrier(1 + team_of_thread(),", "team_barrier(1,", "of others than come"),
+        ("teams", 4, "SENT + team * PART * 4;", "SENT;", "no barrier between"),
     ],
 )
-def test_what_blocks_must_wait_for(generator, monkeypatch, spread, sound, broken, words):
+def test_what_blocks_must_wait_for(generator, monkeypatch, sound, broken, words, group):
     text = kernel_lanes.decode_source(True)
     assert text.count(sound) == 1
     monkeypatch.setattr(kernel_lanes, "decode_source", lambda clusters: text.replace(sound, broken))
     with pytest.raises(LaneError, match=words):
-        run(*random_case(generator, dtype=HALF, device="cpu", group=4, kv_len=100).arguments)
+        run(*random_case(generator, dtype=HALF, device="cpu", group=group, kv_len=100, head_dim=128).arguments)
 
 
 @pytest.mark.parametrize("spread", [True])

@@ -92,7 +92,6 @@ def test_compiles_with_masks_without_spills(arch, head_dim):
 )
 def test_compiles_with_offsets_without_spills(arch, head_dim, pages, masked):
     variant = choose_variant(head_dim, 4, SHARED[arch], masked=masked, offsets=True)
-    assert variant.ahead == (head_dim < 256 and SHARED[arch] > 200_000)
     assert variant.shared_bytes_without_query + pages * 12 * MAX_SEQUENCES <= SHARED[arch], variant
     defines = {**variant.defines, "PAGED": pages}
     usage = runtime.resource_usage(runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
@@ -237,10 +236,28 @@ def test_which_even_lengths_clusters_serve(sequences, tiles, served):
     assert found.even.holds(tiles, 8 * sequences) == served
 
 
-def choose(passes: int, tiles: int, sequences: int = 0) -> Cluster | None:
+@pytest.mark.parametrize(
+    ("passes", "tiles", "sequences", "in_twos", "warps", "resident", "even"),
+    [
+        (256, 512, 0, True, 16, 1, ALWAYS),  # 8 x 8192 of 32 heads: two passes a block, all at once
+        (256, 512, 0, False, 8, 2, ALWAYS),  # a block's passes might be of two sequences
+        (264, 512, 32, True, 16, 1, Even(8, 1, 2112, 10)),
+        (272, 512, 34, True, 8, 2, Even(8, 2, 2112, 10)),  # more than run at once: a block's end lies beside another's keys
+    ],
+)
+def test_where_a_block_has_two_passes(passes, tiles, sequences, in_twos, warps, resident, even):
+    found = choose(passes, tiles, sequences, in_twos)
+    assert found is not None
+    assert (found.blocks, found.variant.warps, found.variant.resident, found.even) == (1, warps, resident, even)
+    assert found.variant.passes == 3 - resident
+    assert found.variant.team_warps == 8
+
+
+def choose(passes: int, tiles: int, sequences: int = 0, in_twos: bool = False) -> Cluster | None:
     """On an H200, whose 132 multiprocessors are in groups of 10 to 18."""
     variant, at_once = choose_variant(128, 4, SHARED["sm_90"], hadamard=True, cluster=True), {1: 132, 2: 66, 4: 30, 8: 15}
-    found = choose_cluster(passes, tiles, variant, 132, lambda variant, blocks: at_once[blocks] * variant.resident, sequences)
+    fit = lambda variant, blocks: at_once[blocks] * variant.resident  # noqa: E731
+    found = choose_cluster(passes, tiles, variant, 132, fit, sequences, in_twos)
     if found is not None:
         assert found.variant.resident * (found.variant.cluster_bytes(found.blocks) + 1024) <= SHARED["sm_90"] + 1024
     return found

@@ -12,11 +12,25 @@
 //
 //   block 0   |  rotate  |  tiles  |  join warps, leave rows, count  |  the last: join rows 0, 1, ...   rotate back  |
 //
+// Where there are more passes than multiprocessors, two teams of a block's warps have a pass each: they share the table, and so
+// have room for longer rings than two blocks of a multiprocessor would, of which the hardware serves the older one first.
+//
 // So the bits repeat; they depend on how many blocks and warps share a pass, which follows from the sizes of a call.
 #if CLUSTER
+#define TEAM_WARPS (WARPS / PASSES)
+// A warp's results lie in its ring, or, where that is too short, over all that has served.
+#define IN_RING (PART * 4 <= WARP_BYTES)
+#define RESULT(warp) (IN_RING ? RING + (warp) * WARP_BYTES : (warp) * PART * 4)
 // Rows that were sent, behind all else in a block's shared memory: at (row / blocks * blocks + sender) * PART_PITCH floats.
-#define RESULTS (WARPS * PART * 4)
-#define SENT (RESULTS > ROW_SCALE + 16 * NT ? RESULTS : ROW_SCALE + 16 * NT)
+#define USED (ROW_SCALE + PASSES * 16 * NT)
+#define SENT (USED > RESULT(WARPS) ? USED : RESULT(WARPS))
+
+// The team of a thread, and a barrier of it.
+__device__ __forceinline__ int team_of_thread() { return thread_number() / (TEAM_WARPS * 32); }
+__device__ __forceinline__ void meet() {
+  if (PASSES == 1) __syncthreads();
+  else team_barrier(1 + team_of_thread(), TEAM_WARPS * 32);
+}
 
 // Tiles of a pass, from `first` on: `share` of them each warp of a cluster, the first `more` one more.
 struct Share {
@@ -67,24 +81,25 @@ __device__ __forceinline__ bool needs_store(const DecodeParams& p, const Pass& p
 // What a warp without tiles leaves for the others to join.
 __device__ __forceinline__ void leave_nothing(char* smem) {
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
-  if (lane < 4 * NT) ((float*)smem)[warp * PART + lane * PART_PITCH + D] = -INFINITE;
+  if (lane < 4 * NT) ((float*)(smem + RESULT(warp)))[lane * PART_PITCH + D] = -INFINITE;
 }
 
-// The rows that each warp has left in `smem`, or nothing, joined: `keep(row, dim, x, y, lse)` takes two dimensions of one.
+// The rows that each warp of a team has left in `smem`, or nothing, joined: `keep(row, dim, x, y, lse)` takes two dimensions of
+// one.
 template <class Keep>
 __device__ __forceinline__ void join_warps(const char* smem, int rows, Keep keep) {
 #pragma unroll 1
-  for (int i = thread_number(); i < rows * (D / 2); i += THREADS) {
-    const int row = i / (D / 2), dim = i % (D / 2) * 2;
-    const float* mine = (const float*)smem + row * PART_PITCH;
+  for (int i = thread_number() % (TEAM_WARPS * 32); i < rows * (D / 2); i += TEAM_WARPS * 32) {
+    const int row = i / (D / 2), dim = i % (D / 2) * 2, pitch = (RESULT(1) - RESULT(0)) / 4;
+    const float* mine = (const float*)(smem + RESULT(team_of_thread() * TEAM_WARPS)) + row * PART_PITCH;
     float top = LOWEST, total = 0, x = 0, y = 0;
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) top = fmaxf(top, mine[w * PART + D]);
+    for (int w = 0; w < TEAM_WARPS; w++) top = fmaxf(top, mine[w * pitch + D]);
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      const float lse = mine[w * PART + D], weight = ex2(lse - top);
+    for (int w = 0; w < TEAM_WARPS; w++) {
+      const float lse = mine[w * pitch + D], weight = ex2(lse - top);
       if (lse == -INFINITE) continue;  // saw no key
-      const float2 pair = *(const float2*)(mine + w * PART + dim);
+      const float2 pair = *(const float2*)(mine + w * pitch + dim);
       total += weight, x += weight * pair.x, y += weight * pair.y;
     }
     const float inverse = total == 0 ? 0 : reciprocal(total);
@@ -134,12 +149,13 @@ __device__ __forceinline__ void store_row(const DecodeParams& p, int index, int 
 
 // Join what the warps have left in `smem`, then the blocks, rotate back and store.
 __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
-  const int index = p.by_blocks.divide(blockIdx.x), warp = thread_number() / 32;
+  const int number = p.by_blocks.divide(blockIdx.x), team = team_of_thread(), index = number * PASSES + team;
+  const int warp = thread_number() / 32 % TEAM_WARPS;
   const int count = min(4 * NT, p.heads.rows - p.heads.first_row(index));
   float signs[OF_LANE];
   load_part(signs, p.rotation);
 #if SPREAD
-  __syncthreads();  // all warps have left theirs
+  meet();  // all warps have left theirs
   float* parts = p.parts + (i64)index * p.blocks * PART;  // [blocks, 4 * NT, PART_PITCH]
   const int mine = (blockIdx.x - index * p.blocks) * PART;
   join_warps(smem, count, [&](int row, int dim, float x, float y, float lse) {
@@ -147,9 +163,9 @@ __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
     *(float2*)(to + dim) = make_float2(x, y);
     if (dim == 0) to[D] = lse;
   });
-  __syncthreads();  // all rows are there
+  meet();  // all rows are there
   if (thread_number() == 0) *(u32*)smem = arrive_of(p.counters + index, p.blocks);
-  __syncthreads();  // which block is the last
+  meet();  // which block is the last
   if (*(const u32*)smem != p.blocks - 1) return;
 #pragma unroll 1
   for (int i = warp; i < count; i += WARPS) {
@@ -158,10 +174,10 @@ __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
               [&](int block, int dim) { return *(const float2*)(from + block * PART + dim); });
   }
 #else
-  const int rank = blockIdx.x - index * p.blocks;
-  const u32 sent = shared_address(smem) + SENT;
+  const int rank = blockIdx.x - number * p.blocks;
+  const u32 sent = shared_address(smem) + SENT + team * PART * 4;
   if (p.blocks > 1) cluster_wait();  // all have begun
-  __syncthreads();  // all warps have left theirs
+  meet();  // all warps have left theirs
   join_warps(smem, count, [&](int row, int dim, float x, float y, float lse) {
     const int group = p.by_blocks.divide(row) * p.blocks;
     const u32 to = sent + (group + rank) * PART_PITCH * 4;
@@ -177,10 +193,10 @@ __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
     cluster_arrive();
     cluster_wait();
   } else {
-    __syncthreads();
+    meet();
   }
 #pragma unroll 1
-  for (int i = rank + warp * p.blocks; i < count; i += WARPS * p.blocks) {
+  for (int i = rank + warp * p.blocks; i < count; i += TEAM_WARPS * p.blocks) {
     const u32 from = sent + (i - rank) * PART_PITCH * 4;
     store_row(p, index, i, signs, [&](int block) { return __uint_as_float(lds(from + (block * PART_PITCH + D) * 4)); },
               [&](int block, int dim) {

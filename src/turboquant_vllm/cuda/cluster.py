@@ -81,9 +81,10 @@ class ClusterCall:
     def launch(self, args: tuple[int | float, ...], *, pdl: bool = False) -> None:
         """Enqueue the kernel on PyTorch's current stream; ``pdl``: behind a native store, and to start while that runs."""
         blocks, variant = self.cluster.blocks, self.cluster.variant
+        grid, together = self.passes // variant.passes * blocks, blocks > 1 and not variant.spread
         launch(
-            self.kernel, (self.passes * blocks, 1, 1), (32 * variant.warps, 1, 1), variant.cluster_bytes(blocks), None, args,
-            pdl=pdl, cluster=(blocks, 1, 1) if blocks > 1 and not variant.spread else None,
+            self.kernel, (grid, 1, 1), (32 * variant.warps, 1, 1), variant.cluster_bytes(blocks), None, args,
+            pdl=pdl, cluster=(blocks, 1, 1) if together else None,
         )  # fmt: skip
 
 
@@ -154,11 +155,12 @@ def plan(
     def fit(variant: Variant, blocks: int) -> int:
         return _fit(index, variant, pages, blocks) if variant.cluster_bytes(blocks) <= shared_limit else 0
 
-    cluster = choose_cluster(passes, tiles, alone, multiprocessors, fit, heads // num_kv_heads if pages else 0)
+    in_twos = (num_kv_heads * chunks) % 2 == 0
+    cluster = choose_cluster(passes, tiles, alone, multiprocessors, fit, heads // num_kv_heads if pages else 0, in_twos)
     if cluster is None or (cluster.variant.spread and not _has_counters(index)):
         return None
     variant, blocks = cluster.variant, cluster.blocks
-    layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks), variant.warps)
-    last = (blocks, *divisor(blocks), *divisor(blocks * variant.warps))
+    layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks), variant.team_warps)
+    last = (blocks, *divisor(blocks), *divisor(blocks * variant.team_warps))
     part_floats, counters = passes * blocks * variant.row_floats, _counters[index] if variant.spread else None
     return ClusterCall(_kernel(index, variant, pages), passes, cluster, layout, last, part_floats, counters)

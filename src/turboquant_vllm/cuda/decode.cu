@@ -5,16 +5,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
   const int tid = threadIdx.x, lane = tid & 31, warp = or_of_warp(tid >> 5), r = lane >> 2, c = lane & 3;
   const float level = p.centroids[lane & 15];
 #if CLUSTER
-  const int index = p.by_blocks.divide(blockIdx.x), worker = (blockIdx.x - index * p.blocks) * p.active + warp;
+  const int team = warp / TEAM_WARPS, member = warp - team * TEAM_WARPS, number = p.by_blocks.divide(blockIdx.x);
+  const int index = number * PASSES + team, worker = (blockIdx.x - number * p.blocks) * p.active + member;
   auto locate = [&](int) { return pass_of(p, index); };
 #if PAGED
   prefetch_pages(p, p.heads.batch(index));
   if (!is_served(p, tokens_of(p, p.heads.batch(index)))) return leave();
 #endif
-  const int first_pass = index, rows = 4 * NT;
+  const int first_pass = number * PASSES, rows = PASSES * 4 * NT;
   const Share work = share_of(p, locate(0));
 #else
-  const int worker = blockIdx.x * p.active + warp;
+  const int worker = blockIdx.x * p.active + warp, member = warp;
   // The next kernel's blocks may take their places as soon as blocks of this one leave them.
   let_next_start();
 #if PAGED
@@ -50,7 +51,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
   const u32 base = shared_address(smem);
   const u32 ring = base + RING + warp * WARP_BYTES;
   int now = work.begin(worker);
-  const int end = warp < p.active ? work.begin(worker + 1) : now;
+  const int end = member < p.active ? work.begin(worker + 1) : now;
 #if PAGED && CLUSTER
   const bool is_late = or_of_warp(now < end && needs_store(p, locate(now), now, end));
 #else
@@ -165,9 +166,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
   for (int turn = 0; turn < 1 + (PAGED && CLUSTER); turn++) {
     if (turn == is_late) {
       if (is_late) wait_for_previous();  // the store of the step's own keys and values
-#if CLUSTER && AHEAD  // with the first tile
-      if (now < end) copy_groups(p, ring + GROUP_ROWS, locate(now), first_of_groups(now * 16), true);
-#endif
 #pragma unroll 1
       for (int i = 0; i < STAGES - 1; i++) copy_next(i);
     }
@@ -190,7 +188,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
 
 #if CLUSTER
   if (now == end) {  // this warp has nothing to do: it only meets the others
-    __syncthreads();
+    if (!IN_RING) __syncthreads();
     leave_nothing(smem);
   }
 #endif
@@ -255,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
     for (int n0 = tile0 * 16; n0 < tile1 * 16; n0 += 16) {
 #if OFFSETS
       if (n0 == tile0 * 16 || n0 % (GROUPS_AT_ONCE * KEYS_OF_GROUP) == 0)  // the pass is worked out anew: it takes no registers
-        enter_groups(p, ring, locate(now - 1), n0, tile0, tile1, row_scales, inverse_power(level_scale),
+        score_groups(p, ring + GROUP_SCORES, locate(now - 1), first_of_groups(n0), row_scales, inverse_power(level_scale),
                      [&](u32* to, int i) { HELD_QUERY ? query_of(to, i) : load_query(to, i); });
 #endif
       wait_copies<STAGES - 2>();
@@ -402,8 +400,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
       const Pass pass = locate(now - 1);
       const int first_row = p.heads.first_row(pass.index);
 #if CLUSTER
-      __syncthreads();  // table, rings and queries have served
-      float* part = (float*)smem + tid / 32 * PART;
+      if (IN_RING) __syncwarp();
+      else __syncthreads();  // table, rings and queries have served
+      float* part = (float*)(smem + RESULT(tid / 32));
 #else
       const int worker = blockIdx.x * p.active + tid / 32;
       float* part = p.parts + (i64)work.slot(worker, pass.index, now - 1 - pass.start) * PART;

@@ -1,7 +1,7 @@
 // What both kernels share: single instructions, sums over lanes, the rotation of 16 rows, and how work is divided.
 //
 // The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES, PASSES, RESIDENT (blocks that are to
-// share a multiprocessor), and as 0 or 1 PAGED, MASKED, OFFSETS, AHEAD, CLUSTER and HADAMARD, which CLUSTER needs.
+// share a multiprocessor), and as 0 or 1 PAGED, MASKED, OFFSETS, CLUSTER and HADAMARD, which CLUSTER needs.
 typedef unsigned u32;
 typedef long long i64;
 
@@ -94,6 +94,10 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 #if CLUSTER
+// Among the `count` threads of a block whose barrier `number` is.
+__device__ __forceinline__ void team_barrier(int number, int count) {
+  asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(count) : "memory");
+}
 // What a block wrote before `arrive`, all of its cluster see after `wait`, in whosever shared memory it is.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }

@@ -45,37 +45,12 @@ __device__ __forceinline__ Group find_group(const DecodeParams& p, const Pass& p
 #endif
 }
 
-#if AHEAD
-// Ask for what the groups from `first` on share; it lands with the next tile that is asked for. So do, over pages, the numbers
-// of the pages of the groups behind these, but for those of the first groups, which are waited for.
-__device__ __forceinline__ void copy_groups(const DecodeParams& p, u32 to, const Pass& pass, int first, bool begins) {
-  const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3, group = group_of(pass, first);
-  int number = 0;
-#if PAGED
-  const u32 numbers = to + 8 * GROUP_PITCH + 64 + r * 4;
-  number = begins ? *page_of(p, pass, group) : (int)lds(numbers);
-  __syncwarp();  // all have read
-  if (c == 2) copy4(numbers, page_of(p, pass, group_of(pass, first + GROUPS_AT_ONCE)));
-#endif
-  const Group from = find_group(p, pass, group, number);
-#pragma unroll
-  for (int i = c * 16; i < 2 * D; i += 64) copy16(to + r * GROUP_PITCH + i, from.rows + i);
-  if (c < 2) copy4(to + 8 * GROUP_PITCH + r * 8 + c * 4, from.steps + c);
-}
-#endif
-
 // Scores of the groups from `first` on of a pass, in log2. `query(q, n * KSTEPS + i)` gives the fragment of column tile
 // n, step i; `unit` is what makes row c of row tile t a score.
 template <class Query>
-__device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, u32 ahead, const Pass& pass, int first,
+__device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, const Pass& pass, int first,
                                              const float* row_scales, float unit, Query query) {
   const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
-#if AHEAD
-  u32 both[2];
-  lds2(both, ahead + 8 * GROUP_PITCH + r * 8);
-  const float step = __uint_as_float(both[0]) * unit, outlier_step = __uint_as_float(both[1]) * unit;
-  auto numbers = [&](u32* x, int at) { lds4(x, ahead + r * GROUP_PITCH + at); };
-#else
   int number = 0;
 #if PAGED
   number = *page_of(p, pass, group_of(pass, first));
@@ -86,11 +61,10 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, u32 
     const uint4 found = *(const uint4*)(from.rows + at);
     x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
   };
-#endif
   float s[NQ][4];
 #pragma unroll
   for (int n = 0; n < NQ; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
-#pragma unroll HELD_QUERY ? KSTEPS : 1  // registers are short
+#pragma unroll D == 256 && !HELD_QUERY ? 1 : KSTEPS  // registers are short
   for (int i = 0; i < KSTEPS; i += 4) {  // 16 numbers of each row at a time
     const int at = D == 64 ? c * 16 : 128 * (i / 8) + c * 32 + 4 * (i % 8);
     u32 xs[4], ys[4];
@@ -113,24 +87,5 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, u32 
     const float offset = s[t / 2][t & 1] * (step * row_scales[t]), outlier = s[t / 2][2 + (t & 1)] * (outlier_step * row_scales[t]);
     sts2(to + ((r * NT + t) * 4 + c) * 8, offset, offset + outlier);
   }
-}
-
-// What a warp does where its tiles tile0 .. tile1 - 1 of a pass come to other groups, at token n0.
-template <class Query>
-__device__ __forceinline__ void enter_groups(const DecodeParams& p, u32 ring, const Pass& pass, int n0, int tile0, int tile1,
-                                             const float* row_scales, float unit, Query query) {
-  const int first = first_of_groups(n0);
-  const u32 ahead = ring + GROUP_ROWS;
-#if AHEAD
-  if (n0 < (tile0 + STAGES) * 16) {  // later ones have landed with a tile that has been waited for
-    if (!CLUSTER && n0 == tile0 * 16) copy_groups(p, ahead, pass, first, true), commit_copies();  // a cluster has asked
-    wait_copies<0>();
-    __syncwarp();
-  }
-#endif
-  score_groups(p, ring + GROUP_SCORES, ahead, pass, first, row_scales, unit, query);
-#if AHEAD  // a warp that waited for them there would ask for no tiles meanwhile
-  if ((first + GROUPS_AT_ONCE) * KEYS_OF_GROUP < tile1 * 16) copy_groups(p, ahead, pass, first + GROUPS_AT_ONCE, false);
-#endif
 }
 #endif

@@ -4,10 +4,10 @@
 //                                           32 times side by side: entry b, copy of lane l at b * 256 + l * 4
 //                                   ring    per warp, STAGES tiles of 16 tokens: K codes, V codes, norms
 //                                   query   per pass, fragments of the rotated rows in fp16, then one scale per row;
-//                                           a block touches PASSES consecutive passes at most
-//                                           behind each ring, of keys with offsets, scores, and what the next groups
-//                                           share: see groups.cuh
-//                                   in the end, of a CLUSTER, over all of these: per warp, its results (cluster.cuh)
+//                                           a block touches PASSES consecutive passes at most, of a CLUSTER so many teams
+//                                           of its warps one each
+//                                           behind each ring, of keys with offsets, scores of what groups share: groups.cuh
+//                                   in the end, of a CLUSTER, in each ring: its warp's results (cluster.cuh)
 //
 //   a stage of the ring   | K codes, 16 rows of D / 2 bytes | V codes, likewise | 16 K norms | 16 V norms |
 //   at                      0                                 8 * D               16 * D       16 * D + 64
@@ -30,9 +30,7 @@
 #define TILE_BYTES (16 * D + 128)
 #define RING 65536
 #define GROUP_SCORES (STAGES * TILE_BYTES)  // of a warp, behind its ring
-#define GROUP_ROWS (GROUP_SCORES + OFFSETS * 256 * NT)  // behind these, if AHEAD: what groups share, steps, pages
-#define GROUP_PITCH (2 * D + 16)
-#define WARP_BYTES (GROUP_ROWS + AHEAD * (8 * GROUP_PITCH + 96))
+#define WARP_BYTES (GROUP_SCORES + OFFSETS * 256 * NT)
 #define QUERY (RING + WARPS * WARP_BYTES)
 #define QUERY_BYTES (NQ * 16 * D)
 #define ROW_SCALE (QUERY + PASSES * QUERY_BYTES)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
-    "ALWAYS", "COMBINE_THREADS", "NEVER", "Cluster", "Division", "Even", "Variant", "choose_cluster", "choose_variant",
-    "cluster_variants", "device_limits", "divisor", "fits_clusters", "has_clusters", "rows_at_once",
+    "ALWAYS", "COMBINE_THREADS", "NEVER", "Cluster", "ClusterVariants", "Division", "Even", "Variant", "choose_cluster",
+    "choose_variant", "cluster_variants", "device_limits", "divisor", "fits_clusters", "has_clusters", "rows_at_once",
 ]  # fmt: skip
 
 COMBINE_THREADS = {64: 256, 128: 512, 256: 512}  # of a block of the second kernel, by head_dim
@@ -42,11 +42,10 @@ class Variant:
         row_tiles: tiles of four query rows in one pass over the keys.
         warps: of a block.
         stages: tiles of 16 tokens in each warp's ring.
-        passes: that one block's range may touch.
+        passes: that one block's range may touch; of a cluster's block, how many teams of its warps have one each.
         query_in_registers: or read from shared memory again for each tile.
         masked: whether calls have a sliding window, a soft cap or sinks.
         offsets: whether keys have offsets.
-        ahead: whether what groups share is copied to shared memory before it is needed.
         cluster: whether a pass is one cluster's, which does all of it in one launch (``cluster.cuh``).
         hadamard: whether the rotation is a Hadamard matrix times signs (``hadamard.cuh``).
         resident: blocks that are to share a multiprocessor.
@@ -61,7 +60,6 @@ class Variant:
     query_in_registers: bool
     masked: bool = False
     offsets: bool = False
-    ahead: bool = False
     cluster: bool = False
     hadamard: bool = False
     resident: int = 1
@@ -80,7 +78,6 @@ class Variant:
             "PAGED": 0,
             "MASKED": int(self.masked),
             "OFFSETS": int(self.offsets),
-            "AHEAD": int(self.ahead),
             "CLUSTER": int(self.cluster),
             "HADAMARD": int(self.hadamard),
             "RESIDENT": self.resident,
@@ -95,8 +92,9 @@ class Variant:
 
     @property
     def part_bytes(self) -> int:
-        """What the results of a cluster's block take, in place of table, rings and query."""
-        return self.warps * 4 * self.row_floats
+        """What the results of a cluster's block take, in place of table, rings and query, or in the rings."""
+        in_rings = 4 * self.row_floats * self.warps <= self.shared_bytes_without_query - _TABLE_BYTES
+        return 0 if in_rings else self.warps * 4 * self.row_floats
 
     @property
     def row_floats(self) -> int:
@@ -107,13 +105,17 @@ class Variant:
         """Dynamic shared memory of a block of a cluster of ``blocks``: behind all that, the rows that are sent to it."""
         if self.spread:
             return self.shared_bytes
-        return self.shared_bytes + -(-4 * self.row_tiles // blocks) * blocks * 4 * (self.head_dim + 4)
+        return self.shared_bytes + self.passes * -(-4 * self.row_tiles // blocks) * blocks * 4 * (self.head_dim + 4)
+
+    @property
+    def team_warps(self) -> int:
+        """Warps of a cluster's block that have a pass together."""
+        return self.warps // self.passes
 
     @property
     def shared_bytes_without_query(self) -> int:
         """Of that, table, rings and the scores of offsets."""
         scores = 256 * self.row_tiles if self.offsets else 0
-        scores += 8 * (2 * self.head_dim + 16) + 96 if self.ahead else 0
         return _TABLE_BYTES + self.warps * (self.stages * (16 * self.head_dim + 128) + scores)
 
     @property
@@ -170,12 +172,11 @@ def _fitting(
     many_warps = 16 if sums <= 256 else 12 if sums <= 512 and not (cluster and row_tiles == 8) else 8
     in_registers = head_dim < 256 and row_tiles <= 2
     candidates = (
-        Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked, offsets, ahead, cluster, hadamard)
+        Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked, offsets, cluster, hadamard)
         for warps in (16, 12, 8, 4, 2)
         if warps <= many_warps
         for passes in ((1,) if cluster else (8, 6, 3, 2))
         for stages in range(max(3, 64 // warps * 64 // head_dim), 1, -1)
-        for ahead in ((True, False) if offsets else (False,))
     )
     return (v for v in candidates if (v.cluster_bytes(MOST_BLOCKS) if cluster else v.shared_bytes) <= shared_limit)
 
@@ -247,20 +248,44 @@ class Cluster:
     even: Even = ALWAYS
 
 
-def cluster_variants(alone: Variant) -> tuple[Variant, Variant | None, Variant | None, Variant]:
-    """What may be compiled for clusters: ``alone``, of a block that has a multiprocessor to itself; the same with half as many
-    warps, if these are many; a block of two that share one, if the table fits twice; and ``alone`` where blocks are spread."""
+class ClusterVariants(NamedTuple):
+    """What may be compiled for clusters.
+
+    Attributes:
+        alone: of a block that has a multiprocessor to itself.
+        few: the same with half as many warps, if these are many.
+        pair: of a block of two that share a multiprocessor, if the table fits twice.
+        teams: ``alone``, with two passes, if ``pair`` is there.
+        spread: ``alone``, where blocks are spread.
+    """
+
+    alone: Variant
+    few: Variant | None
+    pair: Variant | None
+    teams: Variant | None
+    spread: Variant
+
+
+def cluster_variants(alone: Variant) -> ClusterVariants:
+    """What may be compiled for clusters, given what is for a block that has a multiprocessor to itself."""
     spread = dataclasses.replace(alone, spread=True)
     if alone.warps <= 8:
-        return alone, None, None, spread
+        return ClusterVariants(alone, None, None, None, spread)
     few = dataclasses.replace(alone, warps=8)
     if alone.head_dim == 256 or alone.row_tiles > 2:
-        return alone, few, None, spread
-    return alone, few, dataclasses.replace(few, stages=256 // alone.head_dim, ahead=False, resident=2), spread
+        return ClusterVariants(alone, few, None, None, spread)
+    pair = dataclasses.replace(few, stages=256 // alone.head_dim, resident=2)
+    return ClusterVariants(alone, few, pair, dataclasses.replace(alone, passes=2), spread)
 
 
 def choose_cluster(
-    passes: int, tiles: int, variant: Variant, multiprocessors: int, fit: Callable[[Variant, int], int], sequences: int = 0
+    passes: int,
+    tiles: int,
+    variant: Variant,
+    multiprocessors: int,
+    fit: Callable[[Variant, int], int],
+    sequences: int = 0,
+    in_twos: bool = False,
 ) -> Cluster | None:
     """What serves ``passes`` of ``tiles`` tiles each in one launch; None where the line of tiles is as fast.
 
@@ -271,28 +296,31 @@ def choose_cluster(
         multiprocessors: of the device.
         fit: clusters of so many blocks that run at once.
         sequences: over pages, how many; else 0.
+        in_twos: whether two passes, the first and the second, the third and the fourth and so on, are always of one sequence.
 
     The limits were measured on an H200 (``docs/performance.md``).
     """
     work, unit = passes * tiles * variant.head_dim // 128, 128 / variant.head_dim
-    alone, few, pair, spread = cluster_variants(variant)
+    alone, few, pair, teams, spread = cluster_variants(variant)
     if passes > multiprocessors:
         chosen, blocks, most = pair, 1, MOST_WORK_OF_PAIRS
+        if in_twos and teams is not None and passes <= 2 * fit(teams, 1):  # at once
+            chosen = teams
     else:
         blocks = next((n for n in (MOST_BLOCKS, 4, 2, 1) if passes <= fit(alone, n)), 0)
         chosen = few if few is not None and tiles <= 32 * blocks else alone
         most = MOST_WORK if passes * blocks >= 0.9 * multiprocessors else MOST_WORK_OF_FEW
-    at_once = 0 if chosen is None or blocks == 0 else fit(chosen, blocks)
+    at_once = 0 if chosen is None or blocks == 0 else fit(chosen, blocks) * chosen.passes
     if chosen is None or at_once == 0:
         return None
     waves, line_warps = -(-passes // at_once), variant.warps * multiprocessors
     of_one = passes // max(sequences, 1)  # what the longest sequence gives the line to do, if all others are empty
-    even = Even(blocks * chosen.warps, waves, line_warps, int(ROUNDS_SAVED * unit))
+    even = Even(blocks * chosen.team_warps, waves, line_warps, int(ROUNDS_SAVED * unit))
     always = bool(sequences) and even.holds(tiles, of_one)
     wide = min(MOST_SPREAD, multiprocessors // passes)
     # Over pages clusters keep one sequence, if it may not be long: what short ones would lose is as much as others would gain.
     if wide > blocks and not (sequences == 1 and always):
-        near = Even(blocks * chosen.warps, 1, passes * wide * spread.warps, int(ROUNDS_OF_JOIN * unit))
+        near = Even(blocks * chosen.team_warps, 1, passes * wide * spread.warps, int(ROUNDS_OF_JOIN * unit))
         far = Even(wide * spread.warps, 1, line_warps, int((ROUNDS_SAVED if sequences else ROUNDS_OF_LAUNCH) * unit))
         holds = far.holds(tiles, of_one)
         if not near.holds(tiles, passes):  # the blocks that clusters lack would take less time than joining takes more
