@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import re
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -234,6 +237,24 @@ def test_which_even_lengths_clusters_serve(sequences, tiles, served):
     assert found is not None
     assert found.even is not ALWAYS
     assert found.even.holds(tiles, 8 * sequences) == served
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "rows", "masked", "offsets"),
+    [(128, 4, False, True), (128, 8, True, True), (256, 4, False, False)],
+)
+def test_no_addition_for_each_value_that_is_looked_up(tmp_path, head_dim, rows, masked, offsets):
+    """Over pages, where a cluster's warps may wait for a store: the table's address is in a register that all threads share,
+    which a load adds itself."""
+    tool = Path(pytest.importorskip("triton").__file__).parent / "backends/nvidia/bin/nvdisasm"
+    if not tool.exists():
+        pytest.skip("this triton has no nvdisasm")
+    alone = choose_variant(head_dim, rows, SHARED["sm_90"], masked, offsets, hadamard=True, cluster=True)
+    for variant in filter(None, cluster_variants(alone)):
+        defines = {**variant.defines, "PAGED": 1}
+        (tmp_path / "cubin").write_bytes(runtime.compile_cubin(source(True), arch="sm_90", name="x", defines=defines).cubin)
+        text = subprocess.run([tool, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
+        assert len(re.findall(r"\bLDS R\d+, \[R\d+\+UR\d+", text)) >= head_dim // 2, variant
 
 
 @pytest.mark.parametrize(
