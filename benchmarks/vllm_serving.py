@@ -2,6 +2,7 @@
 
     python benchmarks/vllm_serving.py        # writes results/vllm-h200.json
     python benchmarks/vllm_serving.py --tensor-parallel-size 2 --cases b32-8k b1-32k --out results/vllm-tp2-h200.json
+    python benchmarks/vllm_serving.py --cases b32-8k --keep results/vllm-h200.json        # its other rows stay as they are
 
 An engine for each cache type, all with the shape of Llama-3.1-8B but fewer layers, and dummy weights. They start together, and
 each case is timed in one after another, in whole engine steps; the file is written anew after each. The TQ4 engine checks its
@@ -91,6 +92,13 @@ class Results:
         self.values: dict[str, dict[str, Any]] = {}
         self.errors: dict[str, dict[str, str]] = {}
         self.more: dict[str, dict[str, dict[str, float]]] = {}  # by case and name
+        self.kept: dict[str, dict[str, Any]] = {}  # rows of an earlier run
+
+    def keep(self, path: Path) -> None:
+        """Let rows of an earlier file stay where this run has none; they say of which revision they are."""
+        earlier = json.loads(path.read_text())
+        for row in earlier["rows"]:
+            self.kept[row["id"]] = {**row, "revision": row.get("revision", earlier["environment"]["revision"])}
 
     def add(self, case: str, cache: str, message: dict[str, Any]) -> None:
         print(cache, json.dumps(message), flush=True)
@@ -121,7 +129,8 @@ class Results:
         return row | ({"errors": self.errors[case]} if case in self.errors else {})
 
     def rows(self) -> list[dict[str, Any]]:
-        return [self.row(case) for case in BLOCKS + CASES if case in self.values or case in self.errors]
+        has = {case: case in self.values or case in self.errors for case in BLOCKS + CASES}
+        return [self.row(case) if here else self.kept[case] for case, here in has.items() if here or case in self.kept]
 
     def write(self) -> None:
         write_results(self.path, environment(**self.settings), self.rows())
@@ -187,11 +196,14 @@ def main() -> None:
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of each engine")
     parser.add_argument("--gate", default="", help="a shell command")
     parser.add_argument("--seconds", type=float, default=3600.0, help="after which no case is begun")
+    parser.add_argument("--keep", type=Path, help="a file of an earlier run, whose rows stay where this one has none")
     parser.add_argument("--out", type=Path, default=RESULTS / "vllm-h200.json")
     options = parser.parse_args()
     end = time.monotonic() + options.seconds
     names = ("layers", "cache_bytes", "capacity_layers", "capacity_cache_bytes", "block_size", "tensor_parallel_size")
     results = Results(options.out, {name: getattr(options, name) for name in names})
+    if options.keep is not None:
+        results.keep(options.keep)
     timed = [case for case in options.cases if not case.startswith("capacity")]
     some = (options.layers, options.cache_bytes, options.block_size, options.tensor_parallel_size)
     Engines(options.caches, timed, *some).run(results, end, options.gate)
