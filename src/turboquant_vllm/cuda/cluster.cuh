@@ -54,8 +54,8 @@ __device__ __forceinline__ Share share_of(const DecodeParams& p, const Pass& pas
 
 #if PAGED
 #define AT_A_TIME (OFFSETS ? GROUPS_AT_ONCE * KEYS_OF_GROUP / 16 : 1)  // tiles, of which what they share is read together
-// Whether a warp must wait for the store of the step's own keys and values before it reads tiles `first` .. `end` - 1 of a pass:
-// if that writes one of their pages, or more than 32 tokens.
+// Whether a lane has found that its warp must wait for the store of the step's own keys and values before it reads tiles
+// `first` .. `end` - 1 of a pass: that writes one of their pages, or more than 32 tokens.
 __device__ __forceinline__ bool needs_store(const DecodeParams& p, const Pass& pass, int first, int end) {
   const int lane = threadIdx.x & 31;
   bool wait = p.new_tokens > 32;
@@ -72,7 +72,6 @@ __device__ __forceinline__ bool needs_store(const DecodeParams& p, const Pass& p
 #pragma unroll 1
       for (int i = 0; i < p.new_tokens; i++) wait |= number == __shfl_sync(~0u, written, i);
     }
-    wait = __any_sync(~0u, wait);
   }
   return wait;
 }
