@@ -28,6 +28,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 from common import RESULTS, environment, write_results
 from vllm_worker import CACHES, CAPACITY, CASES, DECODE, SERVED, TRACES, TTFT
 

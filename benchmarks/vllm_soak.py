@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
+
 from common import RESULTS, environment, write_results
 
 MODEL = Path(__file__).parents[1] / "src/turboquant_vllm/demo/model"
