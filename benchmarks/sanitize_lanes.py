@@ -87,12 +87,7 @@ FAULTS = (
         "    __syncthreads();\n",
         "no barrier|may yet write|may have ended",
     ),
-    (
-        "cluster",
-        "// all have begun\n  meet();  // all warps have left theirs\n",
-        "// all have begun\n",
-        f"{BARRIER}|not landed",
-    ),
+    ("cluster", "// all have begun\n  meet();  // all warps have left theirs\n", "// all have begun\n", BARRIER),
     ("teams", "team_barrier(1 + team_of_thread(),", "team_barrier(1,", "of others than come"),
     ("teams", "SENT + team * PART * 4;", "SENT;", BARRIER),
     ("spread", "  meet();  // all rows are there\n", "", "another block wrote"),
@@ -125,7 +120,7 @@ def run_pages(
     most = min(rows[1], most_rows_over_pages(head_dim) // rows[0])
     few = [(1, 5)] * (2 if one else 26)  # more sequences in all than a warp has lanes
     lengths = few + [(min(n, most), keys) for n, keys in ((1, 90), (0, 20), (1, 16), (2, 3), (1, 0), (3, 47), (1, 1), (4, 133))]
-    sizes: dict[str, Any] = {"num_kv_heads": 2 + turn % 2, "group": rows[0], "head_dim": head_dim, "offsets": offsets}
+    sizes: dict[str, Any] = {"num_kv_heads": 2 + turn // 2 % 2, "group": rows[0], "head_dim": head_dim, "offsets": offsets}
     sizes["page_size"] = (64, 128)[turn % 2] if offsets else (16, 48, 64)[turn % 3]
     batch = random_batch(generator, lengths, dtype=(HALF, BF16)[turn % 2], causal="sliding_window" in masks, **sizes)
     batch = batch.replace(**with_sinks(masks, batch.q.shape[1], generator))
@@ -203,7 +198,7 @@ def run_one(generator: torch.Generator, kind: str) -> None:
     else:
         one = kind in LAYOUTS
         turn = 0 if one else 1  # of a rotation by matrix products
-        run = run_pages if kind == "pages" or kind == "teams" else run_dense
+        run = run_pages if kind in ("pages", "teams") else run_dense
         run(generator, 128 if one else 64, (4, 1), {}, turn, offsets=False, one=one)
 
 

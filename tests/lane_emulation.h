@@ -91,7 +91,6 @@ static unsigned sub_half2(unsigned x, unsigned y) {
 INLINE void copy16(unsigned to, const void* from) { copy_later(to, from, 16); }
 INLINE void copy4(unsigned to, const void* from) { copy_later(to, from, 4); }
 template <int PENDING> INLINE void wait_copies() { land_copies(PENDING); }
-INLINE unsigned shared_address_here(const void* x) { return shared_address(x); }
 INLINE unsigned or_of_warp(unsigned x) {
   unsigned all = 0;
   for (int i = 0; i < 32 && votes(x >> i != 0); i++) all |= (unsigned)(votes(x >> i & 1) != 0) << i;

@@ -200,7 +200,7 @@ def test_where_no_cluster_has_room_the_line_serves(generator, monkeypatch, head_
             4,
             "// all have begun\n  meet();  // all warps have left theirs\n",
             "// all have begun\n",
-            "no barrier|not landed",
+            "where a copy has not landed",
         ),
         ("teams", 4, "  } else {\n    meet();\n  }\n", "  }\n", "no barrier between"),
         ("teams", 4, "team_barrier(1 + team_of_thread(),", "team_barrier(1,", "of others than come"),

@@ -18,6 +18,7 @@ from turboquant_vllm.cuda.variants import (
     Cluster,
     Division,
     Even,
+    Variant,
     choose_cluster,
     choose_variant,
     cluster_variants,
@@ -277,7 +278,10 @@ def test_where_a_block_has_two_passes(passes, tiles, sequences, in_twos, warps, 
 def choose(passes: int, tiles: int, sequences: int = 0, in_twos: bool = False) -> Cluster | None:
     """On an H200, whose 132 multiprocessors are in groups of 10 to 18."""
     variant, at_once = choose_variant(128, 4, SHARED["sm_90"], hadamard=True, cluster=True), {1: 132, 2: 66, 4: 30, 8: 15}
-    fit = lambda variant, blocks: at_once[blocks] * variant.resident  # noqa: E731
+
+    def fit(variant: Variant, blocks: int) -> int:
+        return at_once[blocks] * variant.resident
+
     found = choose_cluster(passes, tiles, variant, 132, fit, sequences, in_twos)
     if found is not None:
         assert found.variant.resident * (found.variant.cluster_bytes(found.blocks) + 1024) <= SHARED["sm_90"] + 1024

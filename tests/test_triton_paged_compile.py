@@ -23,7 +23,7 @@ CALLS = {
     "wide-offsets": {"dtype": BF16, "head_dim": 256, "group": 8, "page_size": 64, "offsets": True},
     "wide-512": {"dtype": BF16, "head_dim": 512, "group": 8, "page_size": 64, "offsets": True},
     "windows": {"dtype": HALF, "windows": torch.tensor([3, 4], dtype=torch.int32)},
-    "masks": {"dtype": HALF, "head_dim": 96, "group": 4, "sliding_window": 100, "softcap": 30.0, "sinks": torch.zeros(8)},
+    "masks": {"dtype": HALF, "head_dim": 192, "group": 4, "sliding_window": 100, "softcap": 30.0, "sinks": torch.zeros(8)},
 }
 FITS = {
     "sm_80": ["page-16"],

@@ -179,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
 #if PAGED && !CLUSTER
   wait_for_previous();
 #endif
-  const u32 table = shared_address_here(smem);
+  const u32 table = shared_address(smem);  // again: see there
   auto levels = [&](u32 word, int byte) { return lds_table(prmt(word, lane4, 0x5504u | (byte << 4)) + table); };
 
   // Of P V's right side, drawn in query.cuh.

@@ -66,17 +66,14 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 template <int PENDING> __device__ __forceinline__ void wait_copies() {
   asm volatile("cp.async.wait_group %0;" :: "n"(PENDING) : "memory");
 }
+// Worked out where it is asked for: behind a branch one that was known before would be kept in each lane's own register.
 __device__ __forceinline__ u32 shared_address(const void* x) {
-  u32 d; asm("{.reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t;}" : "=r"(d) : "l"(x)); return d;
+  u32 d; asm volatile("{.reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t;}" : "=r"(d) : "l"(x)); return d;
 }
 // The bits that any lane's x has. It is in a register that lanes share, so the compiler knows that all take the same branches
 // behind it. Where it does not, it adds the table's address to each that is looked up; else loads do that.
 __device__ __forceinline__ u32 or_of_warp(u32 x) {
   u32 d; asm volatile("redux.sync.or.b32 %0, %1, 0xffffffff;" : "=r"(d) : "r"(x)); return d;
-}
-// Of shared memory, worked out anew behind such branches.
-__device__ __forceinline__ u32 shared_address_here(const void* x) {
-  u32 d; asm volatile("{.reg .u64 t; cvta.to.shared.u64 t, %1; cvt.u32.u64 %0, t;}" : "=r"(d) : "l"(x)); return d;
 }
 // The thread's number, read anew rather than kept in a register.
 __device__ __forceinline__ int thread_number() { int d; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(d)); return d; }

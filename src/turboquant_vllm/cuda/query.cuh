@@ -7,7 +7,7 @@
 //                                           a block touches PASSES consecutive passes at most, of a CLUSTER so many teams
 //                                           of its warps one each
 //                                           behind each ring, of keys with offsets, scores of what groups share: groups.cuh
-//                                   in the end, of a CLUSTER, in each ring: its warp's results (cluster.cuh)
+//                                   in the end, of a CLUSTER, in each ring or over all: a warp's results (cluster.cuh)
 //
 //   a stage of the ring   | K codes, 16 rows of D / 2 bytes | V codes, likewise | 16 K norms | 16 V norms |
 //   at                      0                                 8 * D               16 * D       16 * D + 64
