@@ -77,6 +77,7 @@ def run(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
         (2, False, HALF, 256, 3, 1, 33, False),
         (2, False, HALF, 64, 16, 2, 32, True),
         (8, False, HALF, 64, 4, 1, 17, False),
+        (2, False, HALF, 128, 4, 4, 90, True),
         (3, True, HALF, 128, 4, 1, 100, False),
         (2, True, BF16, 64, 5, 2, 77, True),
         (5, True, HALF, 256, 3, 1, 33, False),

@@ -30,6 +30,10 @@ HALF, BF16 = torch.float16, torch.bfloat16
         (BF16, 128, 4, 3, 50, True),
         (HALF, 256, 3, 1, 33, False),
         (HALF, 64, 16, 2, 32, True),  # one key of the last tile, its last, is hidden from the first query
+        (HALF, 128, 16, 1, 100, False),
+        (BF16, 128, 8, 3, 70, True),
+        (HALF, 256, 5, 3, 41, True),
+        (HALF, 64, 4, 4, 50, True),
     ],
 )
 def test_dense(generator, dtype, head_dim, group, q_len, kv_len, causal):
@@ -101,6 +105,7 @@ def test_rotation_folded_into_the_weights(generator):
         (64, 7, 64, [(1, 70), (2, 65), (1, 128)], False),
         (256, 4, 32, [(1, 50), (1, 33)], True),
         (128, 8, 16, [(4, 40), (1, 17), (2, 1)], True),
+        (128, 16, 48, [(1, 137), (1, 50), (0, 3), (1, 16)], False),
     ],
 )
 def test_pages(generator, head_dim, group, page_size, lengths, causal):

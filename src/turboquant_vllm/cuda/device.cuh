@@ -131,8 +131,8 @@ __device__ __forceinline__ float warp_max(float x, int from, int to = 32) {
   for (int d = from; d < to; d <<= 1) x = fmaxf(x, __shfl_xor_sync(~0u, x, d));
   return x;
 }
-__device__ __forceinline__ float warp_sum(float x, int from) {
-  for (int d = from; d < 32; d <<= 1) x += __shfl_xor_sync(~0u, x, d);
+__device__ __forceinline__ float warp_sum(float x, int from, int to = 32) {
+  for (int d = from; d < to; d <<= 1) x += __shfl_xor_sync(~0u, x, d);
   return x;
 }
 

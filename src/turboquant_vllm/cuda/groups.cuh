@@ -3,13 +3,17 @@
 //   A: row r           offset of group `first` + r, 8 bits           C: s[n][0], s[n][1]   its scores with columns 2 * c, 2 * c + 1
 //      row r + 8       outlier of that group                            s[n][2], s[n][3]   the outlier's
 //
-// Contracted over in the order of Q K^T (query.cuh), so that the query's fragments serve: there a lane reads 16 consecutive
-// bytes of codes, here the 32 numbers that stand for their dimensions.
+// Where query rows are rows (query_rows.cuh), they are columns of two products, of the offsets and of the outliers, and lane
+// (r, c) has scores of groups 2 * c and 2 * c + 1.
+//
+// Contracted over in the order of Q K^T (query.cuh), so that the query's fragments serve: there a lane reads 16 consecutive bytes
+// of codes, here the 32 numbers that stand for their dimensions.
 //
 //   scores of a warp, in shared memory: for each group and row of the query   | offset | offset + outlier |
 #define KEYS_OF_GROUP 64
 #define GROUPS_AT_ONCE 8
-#define HELD_QUERY (PAGED && !CLUSTER && Q_IN_REGISTERS)  // what is in shared memory is read again: that takes no registers
+// Whether the query is taken from registers: else it is read again from shared memory, and takes none.
+#define HELD_QUERY (Q_IN_REGISTERS && (MANY || (PAGED && !CLUSTER)))
 
 #if OFFSETS
 // Two of four signed bytes, as half2: 1152 = 1024 + 128 is in the exponent 0x64 what a byte of 0 is, once its sign is turned.
@@ -47,9 +51,9 @@ __device__ __forceinline__ Group find_group(const DecodeParams& p, const Pass& p
 
 // Scores of the groups from `first` on of a pass, in log2. `query(q, n * KSTEPS + i)` gives the fragment of column tile
 // n, step i; `unit` is what makes row c of row tile t a score.
-template <class Query>
-__device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, const Pass& pass, int first,
-                                             const float* row_scales, float unit, Query query) {
+template <class Sums, class Query>
+__device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, const Pass& pass, int first, const Sums& sums,
+                                             float unit, Query query) {
   const int lane = threadIdx.x & 31, r = lane >> 2, c = lane & 3;
   int number = 0;
 #if PAGED
@@ -61,7 +65,7 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, cons
     const uint4 found = *(const uint4*)(from.rows + at);
     x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
   };
-  float s[NQ][4];
+  float s[NQ][4];  // MANY: of row tile n / 2, offsets' where n is even
 #pragma unroll
   for (int n = 0; n < NQ; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
 #pragma unroll D == 256 && !HELD_QUERY ? 1 : KSTEPS  // registers are short
@@ -74,18 +78,40 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, cons
       const u32 xj = xs[j] ^ 0x80808080u, yj = ys[j] ^ 0x80808080u;
       const u32 a0 = two_of(xj, 0x4140u), a1 = two_of(yj, 0x4140u), a2 = two_of(xj, 0x4342u), a3 = two_of(yj, 0x4342u);
 #pragma unroll
-      for (int n = 0; n < NQ; n++) {
-        u32 q[2];
-        query(q, n * KSTEPS + i + j);
-        mma(s[n], a0, a1, a2, a3, q[0], q[1]);
+      for (int n = 0; n < NQ; n += 1 + MANY) {
+        u32 q[4];
+        query(q, n / (1 + MANY) * KSTEPS + i + j);
+        if (MANY) {
+          mma(s[n], q[0], q[1], q[2], q[3], a0, a2);
+          mma(s[n + MANY], q[0], q[1], q[2], q[3], a1, a3);
+        } else {
+          mma(s[n], a0, a1, a2, a3, q[0], q[1]);
+        }
       }
     }
   }
   __syncwarp();  // the scores of the groups before have served
+  auto leave = [&](int group, int row, float offset, float outlier) {
+    sts2(to + (group * 4 * NT + row) * 8, offset, offset + outlier);
+  };
+#if MANY
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    const int group = 2 * c + e;
+    const float of_offset = __shfl_sync(~0u, step, group * 4), of_outlier = __shfl_sync(~0u, outlier_step, group * 4);
+#pragma unroll
+    for (int i = 0; i < NQ; i++) {  // row i % 2 * 8 + r of row tile i / 2
+      const float scale = sums.row_scales[i / 2][i % 2];
+      const int at = i % 2 * 2 + e;
+      leave(group, i * 8 + r, s[i / 2 * 2][at] * (of_offset * scale), s[i / 2 * 2 + 1][at] * (of_outlier * scale));
+    }
+  }
+#else
 #pragma unroll
   for (int t = 0; t < NT; t++) {
-    const float offset = s[t / 2][t & 1] * (step * row_scales[t]), outlier = s[t / 2][2 + (t & 1)] * (outlier_step * row_scales[t]);
-    sts2(to + ((r * NT + t) * 4 + c) * 8, offset, offset + outlier);
+    const float scale = sums.row_scales[t];
+    leave(r, t * 4 + c, s[t / 2][t & 1] * (step * scale), s[t / 2][2 + (t & 1)] * (outlier_step * scale));
   }
+#endif
 }
 #endif

@@ -100,12 +100,10 @@ __device__ __forceinline__ void rotate_query(const DecodeParams& p, char*, Rows&
 #pragma unroll
       for (int j = 0; j < OF_LANE; j++) largest = fmaxf(largest, fabsf(x[j]));
       const float top = power_below(warp_max(largest, 1)), inverse = inverse_power(top);
-      const int column = 2 * (row & 3) + ((row >> 2) & 1), place = PAGED && !CLUSTER ? pass : pass % PASSES;
+      const int place = PAGED && !CLUSTER ? pass : pass % PASSES;
 #pragma unroll
       for (int j = 0; j < OF_LANE / 2; j++) {
-        const int byte = lane * (OF_LANE / 2) + j, c = D == 64 ? byte >> 3 : (byte >> 4) & 3;
-        const int step = D == 64 ? (byte & 7) >> 1 : 8 * (byte >> 6) + ((byte & 15) >> 1);
-        ((u32*)(fragments + (i64)place * QUERY_BYTES))[(((row >> 3) * KSTEPS + step) * 32 + 4 * column + c) * 2 + (byte & 1)] =
+        ((u32*)(fragments + (i64)place * QUERY_BYTES))[fragment_word(row, lane * (OF_LANE / 2) + j)] =
             half2_bits(x[2 * j] * inverse, x[2 * j + 1] * inverse);
       }
       if (lane == 0) row_scales[place * 4 * NT + row] = top * scale;

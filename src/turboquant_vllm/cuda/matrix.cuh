@@ -89,12 +89,9 @@ __device__ __forceinline__ void rotate_query(const DecodeParams& p, char* smem, 
           const int at = done + tile * 16 + (lane >> 2) + 8 * i, row = at % (4 * NT);
           if (at >= all) continue;
           const float top = raw[(at - done) * ROW_PITCH + D], inverse = inverse_power(top);
-          const int byte = n0 / 2 + (lane & 3), c = D == 64 ? byte >> 3 : (byte >> 4) & 3;
-          const int step = D == 64 ? (byte & 7) >> 1 : 8 * (byte >> 6) + ((byte & 15) >> 1);
-          const int column = 2 * (row & 3) + ((row >> 2) & 1);
-          const int place = PAGED ? first + at / (4 * NT) : (first + at / (4 * NT)) % PASSES;
-          ((u32*)(fragments + (i64)place * QUERY_BYTES))[(((row >> 3) * KSTEPS + step) * 32 + 4 * column + c) * 2 +
-                                                               (byte & 1)] = half2_bits(y[2 * i] * inverse, y[2 * i + 1] * inverse);
+          const int byte = n0 / 2 + (lane & 3), place = PAGED ? first + at / (4 * NT) : (first + at / (4 * NT)) % PASSES;
+          ((u32*)(fragments + (i64)place * QUERY_BYTES))[fragment_word(row, byte)] =
+              half2_bits(y[2 * i] * inverse, y[2 * i + 1] * inverse);
           if (byte == 0) row_scales[place * 4 * NT + row] = top * scale;
         }
       }

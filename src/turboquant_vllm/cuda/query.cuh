@@ -101,10 +101,39 @@ __device__ __forceinline__ int first_tile(const Params& p, int s, int shift, int
   return MASKED ? min(max(shift - window_of(p, s) + 1, 0), len) / 16 : 0;
 }
 
+// How many query rows a pass has decides which side of the products they are on: query_columns.cuh, query_rows.cuh.
+#define MANY (NT >= 4)
+
+// Which keys rows of a pass see.
+struct Seen {
+  // Before `open_end` every row sees every key; from `open_begin` on no row's window hides one.
+  int first_row, window, open_end, open_begin;
+  __device__ __forceinline__ Seen(const DecodeParams& p, const Pass& pass, int first_row) : first_row(first_row) {
+    open_end = p.is_causal ? min(pass.shift + 1, pass.kv_len) : pass.kv_len;
+    window = window_of(p, p.heads.batch(p.heads.head_of(pass.index))), open_begin = pass.kv_len - window;
+  }
+  // Whether some row does not see some of 16 keys.
+  __device__ __forceinline__ bool has_edge(int n0) const { return n0 + 16 > open_end || (MASKED && n0 < open_begin); }
+  // The first and the last key that row i of the pass sees.
+  __device__ __forceinline__ int first_key(const DecodeParams& p, const Pass& pass, int i) const {
+    return MASKED ? pass.shift + p.heads.position(first_row + i) - window + 1 : -NO_WINDOW;
+  }
+  __device__ __forceinline__ int last_key(const DecodeParams& p, const Pass& pass, int i) const {
+    return p.is_causal ? min(pass.shift + p.heads.position(first_row + i), pass.kv_len - 1) : pass.kv_len - 1;
+  }
+};
+
 // Where the 16-byte piece p of a token lies in its row: spreads the reads below over all banks.
 __device__ __forceinline__ int place(int p, int token) {
   return D == 256 ? p ^ ((token & 1) << 2 | (token & 2)) : D == 128 ? p ^ (token & 2) : p;
 }
+
+// Where lane (r, c) finds the VWORDS words of a token's value that it looks up, c or token being which of 8 tokens it is.
+__device__ __forceinline__ u32 value_words(int r, int token) {
+  return D == 64 ? r * 4 : D == 128 ? (r * 8) ^ ((token & 2) << 4) : place(r, token) * 16;
+}
+// The token of a tile whose norm is at place i.
+__device__ __forceinline__ int norm_token(int i) { return MANY ? (i & 2) * 4 + (i & 1 ? 7 - i / 4 : i / 4) : i; }
 
 // Fill the table; `level`: that of lane % 16 in both halves. A warp writes four entries at a time, a lane four copies of one.
 __device__ __forceinline__ void fill_table(char* smem, u32 level) {
@@ -147,3 +176,20 @@ __device__ __forceinline__ void fill_table(char* smem, u32 level) {
 //   C: sums                         column 2 * c              column 2 * c + 1, both of query row c
 //     byte b                          o[0]: dimension 2 * b     o[1]: 2 * b + 1
 //     byte b + 1                      o[2]: 2 * b + 2           o[3]: 2 * b + 3
+
+// What a lane has of a fragment of the query, and where a word of it is that holds the dimensions of a byte of row `row`.
+#if MANY
+typedef uint4 Fragment;
+__device__ __forceinline__ void take(u32* to, const Fragment& x) { to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w; }
+__device__ __forceinline__ void take(u32* to, u32 from) { lds4(to, from); }
+#else
+typedef uint2 Fragment;
+__device__ __forceinline__ void take(u32* to, const Fragment& x) { to[0] = x.x, to[1] = x.y; }
+__device__ __forceinline__ void take(u32* to, u32 from) { lds2(to, from); }
+#endif
+__device__ __forceinline__ int fragment_word(int row, int byte) {
+  const int c = D == 64 ? byte >> 3 : (byte >> 4) & 3, step = D == 64 ? (byte & 7) >> 1 : 8 * (byte >> 6) + ((byte & 15) >> 1);
+  if (MANY) return (((row >> 4) * KSTEPS + step) * 32 + 4 * (row & 7) + c) * 4 + (byte & 1) * 2 + ((row >> 3) & 1);
+  const int column = 2 * (row & 3) + ((row >> 2) & 1);
+  return (((row >> 3) * KSTEPS + step) * 32 + 4 * column + c) * 2 + (byte & 1);
+}

@@ -10,8 +10,9 @@ from turboquant_vllm.cuda.variants import Variant
 __all__ = ["params_of", "source"]
 
 _QUERY = ("device.cuh", "query.cuh", "matrix.cuh", "hadamard.cuh")
-_LINE = (*_QUERY, "pages.cuh", "groups.cuh", "decode.cu", "combine.cu")
-_CLUSTER = (*_QUERY, "pages.cuh", "groups.cuh", "cluster.cuh", "decode.cu")
+_TILES = ("query_columns.cuh", "query_rows.cuh")
+_LINE = (*_QUERY, "pages.cuh", "groups.cuh", *_TILES, "decode.cu", "combine.cu")
+_CLUSTER = (*_QUERY, "pages.cuh", "groups.cuh", *_TILES, "cluster.cuh", "decode.cu")
 _DIVISOR = "Ii"
 _HEADS = "i" * 4 + _DIVISOR * 3
 _WORK = "i" * 6 + _DIVISOR * 5

@@ -170,7 +170,7 @@ def _fitting(
     row_tiles = next(n for n in (1, 2, 4, 8) if n == most or 4 * n >= rows)
     sums = row_tiles * head_dim  # what a warp keeps in registers
     many_warps = 16 if sums <= 256 else 12 if sums <= 512 and not (cluster and row_tiles == 8) else 8
-    in_registers = head_dim < 256 and row_tiles <= 2
+    in_registers = head_dim < 256 and row_tiles <= 4
     candidates = (
         Variant(head_dim, row_tiles, warps, stages, passes, in_registers, masked, offsets, cluster, hadamard)
         for warps in (16, 12, 8, 4, 2)
