@@ -85,7 +85,8 @@ def query_kernel(q, rotation, key_scales, out, out_scale, rows, group, num_kv_he
             key_scales += head * D
         x = tl.zeros([BM, DP], tl.float32)
         if DP <= WIDE:
-            for first in tl.range(0, DP, CHUNK, num_stages=1):
+            # Unrolled, the widest takes compilers for some devices most of a minute.
+            for first in tl.range(0, DP, CHUNK, num_stages=1, loop_unroll_factor=1 if DP > 128 else DP // CHUNK):
                 x = _rotate_chunk(x, first, source, q_d, rotation, key_scales, row < rows, coordinate, D, CHUNK, HALF)
         else:
             for first in tl.range(0, D, CHUNK, num_stages=1):
@@ -312,7 +313,7 @@ def merge_rows(partial, partial_lse, at, step, splits, row, rows, sinks, rotatio
         pointers = out[:, None] + index.to(tl.int64)[None, :] * o_d
         tl.store(pointers, (y * (1 / LIFT)).to(out.dtype.element_ty), mask=live[:, None] & (index < D)[None, :])
     elif ROTATE:
-        for first in tl.range(0, DP, CHUNK, num_stages=1):
+        for first in tl.range(0, DP, CHUNK, num_stages=1, loop_unroll_factor=1 if DP > 128 else DP // CHUNK):
             outer = first + tl.arange(0, CHUNK)
             mask = (index[:, None] < D) & (outer[None, :] < D)
             matrix = tl.load(rotation + coordinate[:, None] * D + outer[None, :], mask=mask, other=0.0)  # [DP, CHUNK]
