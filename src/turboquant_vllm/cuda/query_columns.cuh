@@ -1,5 +1,28 @@
-// A tile of 16 tokens for up to 8 query rows of a pass: tokens are rows of both products' left sides, query rows columns. The
-// fragments are drawn in query.cuh.
+// A tile of 16 tokens for up to 8 query rows of a pass: tokens are rows of both products' left sides, query rows columns.
+//
+// Q K^T, step s of KSTEPS, over the dimensions of bytes b and b + 1 as in query.cuh; lane (r, c):
+//
+//   A: K                 byte b      b + 1         B: query          byte b    b + 1
+//        token r           a0         a2             column r          x         y        the lane's uint2 of the fragment
+//        token r + 8       a1         a3
+//
+//   C: scores            column      2 * c         2 * c + 1         column 2 * i + h is query row 8 * n + 4 * h + i of
+//                        query row   8 * n + c     8 * n + 4 + c     column tile n, so that a lane's two columns are row c
+//        token r                     s[n][0]       s[n][1]           of the row tiles t = 2 * n and 2 * n + 1
+//        token r + 8                 s[n][2]       s[n][3]
+//
+// P V contracts over (token, nibble), 8 tokens a step u; tokens count from 8 * u. The nibble is on both sides of the
+// product, so that a byte is looked up once and its two dimensions still end in columns of their own.
+//
+//   A: V                            token c    token c + 4     (lower half: level of the high nibble, upper: of the low)
+//     byte b = r * D / 16 + 2 * j     a0          a2
+//     byte b + 1                      a1          a3
+//   B: weights                      b0: token c               b1: token c + 4
+//     column r even                   (w, 0)                    (w, 0)        w: of query row r / 2 of the row tile
+//     column r odd                    (0, w)                    (0, w)
+//   C: sums                         column 2 * c              column 2 * c + 1, both of query row c
+//     byte b                          o[0]: dimension 2 * b     o[1]: 2 * b + 1
+//     byte b + 1                      o[2]: 2 * b + 2           o[3]: 2 * b + 3
 #if !MANY
 // Results of a segment so far.
 struct Sums {
