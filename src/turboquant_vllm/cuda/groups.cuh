@@ -49,8 +49,8 @@ __device__ __forceinline__ Group find_group(const DecodeParams& p, const Pass& p
 #endif
 }
 
-// Scores of the groups from `first` on of a pass, in log2. `query(q, n * KSTEPS + i)` gives the fragment of column tile
-// n, step i; `unit` is what makes row c of row tile t a score.
+// Scores of the groups from `first` on of a pass, in log2. `query(q, n * KSTEPS + i)` gives the fragment of step i of the query's
+// tile n, of 8 rows as columns, or of 16 as rows, where a tile takes two products; `unit` is what makes a row's sum a score.
 template <class Sums, class Query>
 __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, const Pass& pass, int first, const Sums& sums,
                                              float unit, Query query) {
@@ -65,7 +65,7 @@ __device__ __forceinline__ void score_groups(const DecodeParams& p, u32 to, cons
     const uint4 found = *(const uint4*)(from.rows + at);
     x[0] = found.x, x[1] = found.y, x[2] = found.z, x[3] = found.w;
   };
-  float s[NQ][4];  // MANY: of row tile n / 2, offsets' where n is even
+  float s[NQ][4];  // where query rows are rows: of their tile n / 2, with offsets where n is even, else with outliers
 #pragma unroll
   for (int n = 0; n < NQ; n++) s[n][0] = s[n][1] = s[n][2] = s[n][3] = 0;
 #pragma unroll D == 256 && !HELD_QUERY ? 1 : KSTEPS  // registers are short
