@@ -81,10 +81,9 @@ class Client:
             raise RuntimeError(f"expected a metric {name}, got none")
         return sum(map(float, found))
 
-    def work(self, stop: float, seed: int) -> None:
-        """Random requests until ``stop``."""
+    def work(self, stop: float, seed: int, shared: list[list[int]]) -> None:
+        """Random requests until ``stop``, with beginnings of the ``shared`` prompts, which other clients have, too."""
         dice = random.Random(seed)
-        shared = [dice.choices(range(10, VOCABULARY), k=300) for _ in range(4)]
         while time.monotonic() < stop:
             prompt = dice.choice(shared)[: dice.randrange(0, 300)] + dice.choices(
                 range(10, VOCABULARY), k=dice.randrange(1, 60)
@@ -139,7 +138,8 @@ def main() -> None:
         fixed = [dice.choices(range(10, VOCABULARY), k=count) for count in (3, 40, 150, 400)]
         before = [client.answer(prompt) for prompt in fixed]
         stop = time.monotonic() + 60 * options.minutes
-        threads = [threading.Thread(target=client.work, args=(stop, seed)) for seed in range(options.clients)]
+        shared = [dice.choices(range(10, VOCABULARY), k=300) for _ in range(4)]
+        threads = [threading.Thread(target=client.work, args=(stop, seed, shared)) for seed in range(options.clients)]
         for thread in threads:
             thread.start()
         for thread in threads:
