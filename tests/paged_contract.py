@@ -22,9 +22,9 @@ class PagedContract:
     same_bits_alone = True  # whether a sequence alone and in a batch gives the same bits
 
     def test_windows_of_single_sequences(self, run, device, dtype, generator):
-        lengths = [*MIXED, (1, 1500), (3, 1500), (1, 40)]
+        lengths = [*MIXED, (1, 700), (3, 700), (1, 40)]
         windows = torch.randint(1, 70, (len(lengths),), generator=generator, dtype=torch.int32)
-        windows[-3:] = torch.tensor([1400, 900, 0])  # the last sequence sees nothing
+        windows[-3:] = torch.tensor([600, 300, 0])  # the last sequence sees nothing
         windows[lengths.index((5, 3))] = 2**31 - 1  # less any position of its queries, no 32-bit number
         batch = random_batch(generator, lengths, dtype=dtype, device=device).replace(windows=windows.to(device))
         out, lse = check_batch(run, batch)
@@ -86,7 +86,7 @@ class PagedContract:
 
     @pytest.mark.parametrize("window", [1, 20, 300, 2**40])
     def test_sliding_window(self, run, device, dtype, generator, window):
-        lengths = [(1, 900), (40, 120), (3, 30), (24, 700), (0, 0), (7, 3)]
+        lengths = [(1, 600), (40, 120), (3, 30), (24, 400), (0, 0), (7, 3)]
         check_batch(run, random_batch(generator, lengths, dtype=dtype, device=device, sliding_window=window))
 
     def test_keys_before_the_window_do_not_matter(self, run, device, dtype, generator):

@@ -7,6 +7,7 @@ stands around it there.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import multiprocessing
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ class Interpreter:
         with pytest.MonkeyPatch.context() as patch:
             # The child inherits it before its first import.
             patch.setenv("TRITON_INTERPRET", "1")
-            self._child.submit(torch.set_num_threads, 1).result()
+            self._child.submit(_start).result()
 
     def call(self, path: str, *args: Any, patch: dict[str, Any] | None = None) -> Any:
         """``module:function`` of turboquant_vllm on ``args``; ``patch`` sets ``module:name`` to a value meanwhile."""
@@ -49,6 +50,38 @@ class Interpreter:
 
     def close(self) -> None:
         self._child.shutdown()
+
+
+def _start() -> None:
+    torch.set_num_threads(1)
+    _prepare_modules_once()
+    _look_up_types_once()
+
+
+def _prepare_modules_once() -> None:
+    """Triton prepares its language for the interpreter whenever a kernel calls a function, which is more than half of all time,
+    and leaves it so. Here it does at a launch, as always, and at the first call of a function of each module. A language that
+    is not prepared raises an error wherever it is used."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    prepare_and_call, prepared = InterpretedFunction.__call__, set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ in prepared:
+            return self.rewrite()(*args, **kwargs)
+        prepared.add(self.fn.__module__)
+        return prepare_and_call(self, *args, **kwargs)
+
+    InterpretedFunction.__call__ = call
+
+
+def _look_up_types_once() -> None:
+    """For every operation Triton makes a table of number types anew, a tenth of the time that is left."""
+    from triton.runtime import interpreter
+
+    look_up = interpreter._get_np_dtype
+    known = functools.cache(look_up)
+    interpreter._get_np_dtype = lambda x: look_up(x) if x.scalar.is_ptr() else known(x.scalar)
 
 
 def _call(path: str, args: tuple[Any, ...], patch: dict[str, Any]) -> Any:
