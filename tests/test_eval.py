@@ -113,18 +113,9 @@ def test_bad_arguments_say_so() -> None:
         TurboQuantLM(**OPTIONS, skip_layers=6)
 
 
-# lm-eval reads the thousands of tasks that it brings before the one that is asked for, unless told not to.
-COMMAND = """
-import functools, runpy
-from lm_eval.tasks import TaskManager
-TaskManager.__init__ = functools.partialmethod(TaskManager.__init__, include_defaults=False)
-runpy.run_module("turboquant_vllm.eval", run_name="__main__", alter_sys=True)
-"""
-
-
 def test_the_command_knows_the_model(tasks: Path, tmp_path: Path) -> None:
     command = [
-        sys.executable, "-c", COMMAND, "--model", "turboquant", "--tasks", "tiny_choice", "--device", "cpu",
+        sys.executable, "-m", "turboquant_vllm.eval", "--model", "turboquant", "--tasks", "tiny_choice", "--device", "cpu",
         "--include_path", str(tasks), "--output_path", str(tmp_path),
         "--model_args", f"pretrained={MODEL},dtype=float32,seed=1",
     ]  # fmt: skip
