@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from turboquant_vllm.cuda import runtime
+from turboquant_vllm.cuda import nvrtc, runtime
 
 ARCHS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -56,6 +56,6 @@ def empty_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a new process knows."""
-    monkeypatch.setattr(runtime, "_compiled", {})
+    monkeypatch.setattr(nvrtc, "_compiled", {})
     monkeypatch.setattr(runtime, "_kernels", {})
-    monkeypatch.setattr(runtime, "_warned", set())
+    monkeypatch.setattr(nvrtc, "_warned", set())

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from turboquant_vllm.cuda import runtime
+from turboquant_vllm.cuda import cluster, decode, nvrtc, paged
 from turboquant_vllm.cuda.sources import source
+from turboquant_vllm.cuda.usage import ResourceUsage, resource_usage
 from turboquant_vllm.cuda.variants import (
     ALWAYS,
     MOST_BLOCKS,
@@ -27,7 +28,7 @@ from turboquant_vllm.cuda.variants import (
 from turboquant_vllm.limits import MAX_SEQUENCES
 
 pytest.importorskip("cuda.core")
-nvrtc = pytest.importorskip("cuda.bindings.nvrtc")
+bindings = pytest.importorskip("cuda.bindings.nvrtc")
 
 # Bytes of shared memory that one block may ask for.
 SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
@@ -35,10 +36,10 @@ REGISTERS = 65536
 STATIC_SHARED = 49152
 # Two values of 4 bytes: the compiler of CUDA 13.0, which torch 2.13 asks for, is that much over the 128 registers that each of
 # a block's 512 threads can have; that of 13.5 is not.
-SPILLED = 8 if tuple(nvrtc.nvrtcVersion()[1:]) < (13, 5) else 0
+SPILLED = 8 if tuple(bindings.nvrtcVersion()[1:]) < (13, 5) else 0
 
 
-def stays_in_registers(kernel: str, used: runtime.ResourceUsage) -> bool:
+def stays_in_registers(kernel: str, used: ResourceUsage) -> bool:
     """Whether nothing that a thread keeps is in memory, but for what an older compiler finds no register for."""
     if kernel == "tq4_decode" and used.registers == 128:
         return max(used.stack_frame, used.spill_stores) <= SPILLED and used.spill_loads <= 2 * SPILLED
@@ -54,8 +55,8 @@ def test_compiles_without_spills(arch, head_dim):
     for rows in (4, 8, 16, 32) if arch in ("sm_80", "sm_90") else (4, 16):
         variant = choose_variant(head_dim, rows, SHARED[arch])
         assert variant.shared_bytes <= SHARED[arch], variant
-        compiled = runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=variant.defines)
-        usage = runtime.resource_usage(compiled)
+        compiled = nvrtc.compile_cubin(source(), arch=arch, name="decode.cu", defines=variant.defines)
+        usage = resource_usage(compiled)
         for kernel, threads in (("tq4_decode", 32 * variant.warps), ("tq4_combine", 256 if head_dim == 64 else 512)):
             used = usage[kernel]
             assert stays_in_registers(kernel, used), (kernel, variant, used)
@@ -71,7 +72,7 @@ def test_compiles_for_pages_without_spills(arch, head_dim):
         assert variant.shared_bytes_without_query + 12 * MAX_SEQUENCES <= SHARED[arch], variant
         assert variant.rotated_bytes <= SHARED[arch], variant
         defines = {**variant.defines, "PAGED": 1}
-        usage = runtime.resource_usage(runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
+        usage = resource_usage(nvrtc.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
         for kernel in ("tq4_rotate", "tq4_decode", "tq4_combine"):
             used = usage[kernel]
             assert stays_in_registers(kernel, used), (kernel, variant, used)
@@ -85,7 +86,7 @@ def test_compiles_with_masks_without_spills(arch, head_dim):
         variant = choose_variant(head_dim, rows, SHARED[arch], masked=True)
         for pages in (0, 1):
             defines = {**variant.defines, "PAGED": pages}
-            usage = runtime.resource_usage(runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
+            usage = resource_usage(nvrtc.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
             for kernel, used in usage.items():
                 assert stays_in_registers(kernel, used), (kernel, variant, used)
 
@@ -98,7 +99,7 @@ def test_compiles_with_offsets_without_spills(arch, head_dim, pages, masked):
     variant = choose_variant(head_dim, 4, SHARED[arch], masked=masked, offsets=True)
     assert variant.shared_bytes_without_query + pages * 12 * MAX_SEQUENCES <= SHARED[arch], variant
     defines = {**variant.defines, "PAGED": pages}
-    usage = runtime.resource_usage(runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
+    usage = resource_usage(nvrtc.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
     for kernel, used in usage.items():
         assert stays_in_registers(kernel, used), (kernel, variant, used)
 
@@ -120,7 +121,7 @@ def test_compiles_as_a_cluster_without_spills(arch, head_dim, rows, pages, maske
     for variant in variants:
         assert variant.cluster_bytes(MOST_BLOCKS) <= SHARED[arch], variant
         defines = {**variant.defines, "PAGED": pages}
-        usage = runtime.resource_usage(runtime.compile_cubin(source(True), arch=arch, name="decode.cu", defines=defines))
+        usage = resource_usage(nvrtc.compile_cubin(source(True), arch=arch, name="decode.cu", defines=defines))
         (used,) = usage.values()
         assert stays_in_registers("tq4_decode", used), (variant, used)
         assert used.registers * 32 * variant.warps * variant.resident <= REGISTERS, (variant, used)
@@ -139,9 +140,30 @@ def test_compiles_as_a_cluster_without_spills(arch, head_dim, rows, pages, maske
 def test_compiles_with_rotations_by_additions_without_spills(arch, head_dim, rows, pages, masked, offsets):
     variant = choose_variant(head_dim, rows, SHARED[arch], masked, offsets, hadamard=True)
     defines = {**variant.defines, "PAGED": pages}
-    usage = runtime.resource_usage(runtime.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
+    usage = resource_usage(nvrtc.compile_cubin(source(), arch=arch, name="decode.cu", defines=defines))
     for kernel, used in usage.items():
         assert stays_in_registers(kernel, used), (kernel, variant, used)
+
+
+@pytest.mark.parametrize("pages", [False, True])
+def test_what_is_compiled_ahead_is_what_is_loaded(monkeypatch, pages):
+    """All that calls of other lengths may take, compiled side by side before any of it is loaded."""
+    ahead, loaded = [], []
+
+    def load_kernel(text, name, *, device, params, defines):
+        assert len(ahead) == 6
+        loaded.append((text, sorted(defines.items())))
+
+    def compile_for(device, wanted):
+        ahead.extend((text, sorted(defines.items())) for text, defines in wanted)
+
+    monkeypatch.setattr(cluster, "compile_for", compile_for)
+    for module in (cluster, decode, paged):
+        monkeypatch.setattr(module, "load_kernel", load_kernel)
+    line, alone = (choose_variant(128, 4, SHARED["sm_90"], offsets=True, hadamard=True, cluster=one) for one in (False, True))
+    cluster._load_all(-1, alone, line, pages, paged._kernels if pages else decode._kernels)
+    assert all(one in loaded for one in ahead)
+    assert all(one in ahead for one in loaded)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
@@ -253,7 +275,7 @@ def test_no_addition_for_each_value_that_is_looked_up(tmp_path, head_dim, rows, 
     alone = choose_variant(head_dim, rows, SHARED["sm_90"], masked, offsets, hadamard=True, cluster=True)
     for variant in filter(None, cluster_variants(alone)):
         defines = {**variant.defines, "PAGED": 1}
-        (tmp_path / "cubin").write_bytes(runtime.compile_cubin(source(True), arch="sm_90", name="x", defines=defines).cubin)
+        (tmp_path / "cubin").write_bytes(nvrtc.compile_cubin(source(True), arch="sm_90", name="x", defines=defines).cubin)
         text = subprocess.run([tool, "-c", tmp_path / "cubin"], capture_output=True, text=True, check=True).stdout
         assert len(re.findall(r"\bLDS R\d+, \[R\d+\+UR\d+", text)) >= head_dim // 2, variant
 

@@ -81,9 +81,9 @@ class FakeDriver:
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> FakeDriver:
     pytest.importorskip("cuda.core")
-    fake = FakeDriver(runtime._cuda().driver)
+    fake = FakeDriver(runtime.libraries().driver)
     core = SimpleNamespace(Device=lambda index: SimpleNamespace(set_current=lambda: fake.contexts.append(index)))
-    monkeypatch.setattr(runtime, "_cuda", lambda: SimpleNamespace(core=core, driver=fake, versions=VERSIONS))
+    monkeypatch.setattr(runtime, "libraries", lambda: SimpleNamespace(core=core, driver=fake, versions=VERSIONS))
     monkeypatch.setattr(runtime, "_raw_stream", lambda index: 0x77)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

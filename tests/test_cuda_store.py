@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cuda_sources import ARCHS
-from turboquant_vllm.cuda import runtime, store
+from turboquant_vllm.cuda import nvrtc, store
+from turboquant_vllm.cuda.usage import resource_usage
 
 pytest.importorskip("cuda.core")
 
@@ -30,8 +31,8 @@ VARIANTS = [
 def test_compiles_without_spills(arch, head_dim, dtype, slot_dtype, scale, has_offsets):
     blocks = store.blocks_per_multiprocessor(head_dim, int(arch[3:]) // 10, has_offsets)
     defines = store.defines(head_dim, dtype, slot_dtype, scale, has_offsets, blocks)
-    compiled = runtime.compile_cubin(store.source(), arch=arch, name="store.cu", defines=defines)
-    used = runtime.resource_usage(compiled)["tq4_store"]
+    compiled = nvrtc.compile_cubin(store.source(), arch=arch, name="store.cu", defines=defines)
+    used = resource_usage(compiled)["tq4_store"]
     assert used.spill_stores == used.spill_loads == used.stack_frame == 0, used
     assert used.registers * store.THREADS * blocks <= REGISTERS, used
 

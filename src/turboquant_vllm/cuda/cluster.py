@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from turboquant_vllm.cuda.runtime import Kernel, launch, load_kernel
+from turboquant_vllm.cuda.runtime import Kernel, compile_for, launch, load_kernel
 from turboquant_vllm.cuda.sources import params_of, source
 from turboquant_vllm.cuda.variants import (
     Cluster,
@@ -113,14 +113,15 @@ def _fit(index: int, variant: Variant, pages: bool, blocks: int) -> int:
     return _kernel(index, variant, pages).clusters_at_once(32 * variant.warps, variant.cluster_bytes(blocks), blocks)
 
 
+@cache
 def _load_all(index: int, alone: Variant, line: Variant, pages: bool, kernels: Callable[[int, Variant], Any]) -> None:
     """Load all that other lengths of the same call may take, so that a new length compiles nothing, in a graph's capture above
     all."""
+    found = [variant for variant in cluster_variants(alone) if variant is not None]
+    compile_for(index, [(source(variant.cluster), {**variant.defines, "PAGED": int(pages)}) for variant in (line, *found)])
     kernels(index, line)
-    _has_counters(index)
-    for variant in cluster_variants(alone):
-        if variant is not None:
-            _kernel(index, variant, pages)
+    for variant in found:
+        _kernel(index, variant, pages)
 
 
 @lru_cache(maxsize=1024)
@@ -151,13 +152,14 @@ def plan(
         return None
     passes = heads * chunks
     _load_all(index, alone, line, pages, kernels)
+    counted = _has_counters(index)
 
     def fit(variant: Variant, blocks: int) -> int:
         return _fit(index, variant, pages, blocks) if variant.cluster_bytes(blocks) <= shared_limit else 0
 
     in_twos = (num_kv_heads * chunks) % 2 == 0
     cluster = choose_cluster(passes, tiles, alone, multiprocessors, fit, heads // num_kv_heads if pages else 0, in_twos)
-    if cluster is None or (cluster.variant.spread and not _has_counters(index)):
+    if cluster is None or (cluster.variant.spread and not counted):
         return None
     variant, blocks = cluster.variant, cluster.blocks
     layout = (num_kv_heads, group, rows, chunks, *divisor(num_kv_heads), *divisor(group), *divisor(chunks), variant.team_warps)

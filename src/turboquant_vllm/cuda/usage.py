@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from turboquant_vllm.cuda.runtime import Compiled
+    from turboquant_vllm.cuda.nvrtc import Compiled
 
 __all__ = ["ResourceUsage", "resource_usage"]
 

@@ -10,7 +10,9 @@ import re
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,8 @@ from typing import Any
 import pytest
 
 from cuda_sources import ARCHS, SOURCE, VERSIONS, empty_caches, forget
-from turboquant_vllm.cuda import runtime
+from turboquant_vllm.cuda import nvrtc
+from turboquant_vllm.cuda.usage import ResourceUsage, resource_usage
 
 
 @pytest.fixture(autouse=True)
@@ -42,13 +45,13 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(args[2])
         return fake_nvrtc(*args)
 
-    monkeypatch.setattr(runtime, "_run_nvrtc", record)
-    monkeypatch.setattr(runtime, "_cuda", lambda: SimpleNamespace(versions=VERSIONS))
+    monkeypatch.setattr(nvrtc, "_run_nvrtc", record)
+    monkeypatch.setattr(nvrtc, "libraries", lambda: SimpleNamespace(versions=VERSIONS))
     return names
 
 
-def compile_k(**changes: Any) -> runtime.Compiled:
-    return runtime.compile_cubin(**{"source": "text", "arch": "sm_90", "name": "k", **changes})
+def compile_k(**changes: Any) -> nvrtc.Compiled:
+    return nvrtc.compile_cubin(**{"source": "text", "arch": "sm_90", "name": "k", **changes})
 
 
 # ---- compiling -------------------------------------------------------------------------------------------------------
@@ -57,12 +60,12 @@ def compile_k(**changes: Any) -> runtime.Compiled:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_compiles_for_every_architecture_without_a_gpu(arch: str) -> None:
     pytest.importorskip("cuda.core")
-    compiled = runtime.compile_cubin(SOURCE, arch=arch, name="vector_add", name_expressions=["fill<7>"])
+    compiled = nvrtc.compile_cubin(SOURCE, arch=arch, name="vector_add", name_expressions=["fill<7>"])
     assert compiled.cubin[:4] == b"\x7fELF"
     assert compiled.arch == arch
     assert compiled.kernels["vector_add"] == "vector_add"
     assert compiled.kernels["fill<7>"].startswith("_Z4fill")
-    usage = runtime.resource_usage(compiled)
+    usage = resource_usage(compiled)
     assert set(usage) == set(compiled.kernels)
     assert 8 <= usage["vector_add"].registers <= 64
     assert usage["vector_add"].static_shared == 256
@@ -71,13 +74,13 @@ def test_compiles_for_every_architecture_without_a_gpu(arch: str) -> None:
 
 def test_resource_usage_sees_spills_and_agrees_with_cuobjdump(tmp_path: Path) -> None:
     pytest.importorskip("cuda.core")
-    compiled = runtime.compile_cubin(SOURCE, arch="sm_80", name="k", options={"max_register_count": 24})
-    usage = runtime.resource_usage(compiled)
+    compiled = nvrtc.compile_cubin(SOURCE, arch="sm_80", name="k", options={"max_register_count": 24})
+    usage = resource_usage(compiled)
     assert usage["crowded"].registers <= 24
     assert usage["crowded"].spill_stores >= 64
     assert usage["crowded"].spill_loads >= 64
     assert usage["crowded"].stack_frame > 0
-    roomy = runtime.resource_usage(runtime.compile_cubin(SOURCE, arch="sm_80", name="k"))["crowded"]
+    roomy = resource_usage(nvrtc.compile_cubin(SOURCE, arch="sm_80", name="k"))["crowded"]
     assert roomy.registers > 24
     assert roomy.spill_stores == roomy.stack_frame == 0
 
@@ -102,30 +105,30 @@ def test_resource_usage_counts_spills_of_outlined_functions_and_refuses_an_unkno
         "ptxas info    : Function properties for _Z1gPfi\n"
         "ptxas         .     0 bytes stack frame, 40 bytes spill stores, 44 bytes spill loads\n"
     )
-    compiled = runtime.Compiled(b"", {"k": "k"}, log, "sm_90", "")
-    assert runtime.resource_usage(compiled) == {"k": runtime.ResourceUsage(32, 44, 52, 32, 512)}
+    compiled = nvrtc.Compiled(b"", {"k": "k"}, log, "sm_90", "")
+    assert resource_usage(compiled) == {"k": ResourceUsage(32, 44, 52, 32, 512)}
     with pytest.raises(RuntimeError, match="no resource usage for k"):
-        runtime.resource_usage(runtime.Compiled(b"", {"k": "k"}, "silence", "sm_90", ""))
+        resource_usage(nvrtc.Compiled(b"", {"k": "k"}, "silence", "sm_90", ""))
 
 
 def test_defines_reach_the_source() -> None:
     pytest.importorskip("cuda.core")
     source = 'static_assert(A == 3 && B == 1, ""); extern "C" __global__ void k(NAME* x) { *x = A; }'
-    runtime.compile_cubin(source, arch="sm_90", name="k", defines={"A": 3, "B": True, "NAME": "long long"})
+    nvrtc.compile_cubin(source, arch="sm_90", name="k", defines={"A": 3, "B": True, "NAME": "long long"})
 
 
 def test_a_compile_error_names_kernel_and_arch_and_shows_the_log(folder: Path) -> None:
     pytest.importorskip("cuda.core")
     with pytest.raises(RuntimeError, match=r"could not compile decode for sm_90: (?s:.*)\"missing\" is undefined") as info:
-        runtime.compile_cubin('extern "C" __global__ void k(int* x) { *x = missing; }', arch="sm_90", name="decode")
+        nvrtc.compile_cubin('extern "C" __global__ void k(int* x) { *x = missing; }', arch="sm_90", name="decode")
     assert "\0" not in str(info.value)
     greedy = 'extern "C" __global__ void k(int* x) { __shared__ int y[99999]; y[*x] = 1; __syncthreads(); *x = y[3]; }'
     with pytest.raises(RuntimeError, match="too much shared data"):
-        runtime.compile_cubin(greedy, arch="sm_90", name="k")
+        nvrtc.compile_cubin(greedy, arch="sm_90", name="k")
     with pytest.raises(RuntimeError, match="for sm_1: "):
-        runtime.compile_cubin("", arch="sm_1", name="k")
+        nvrtc.compile_cubin("", arch="sm_1", name="k")
     with pytest.raises(RuntimeError, match=r"cuda_fp16\.h"):
-        runtime.compile_cubin("#include <cuda_fp16.h>", arch="sm_90", name="k")
+        nvrtc.compile_cubin("#include <cuda_fp16.h>", arch="sm_90", name="k")
     assert not folder.exists()
 
 
@@ -135,7 +138,7 @@ def test_options_that_the_key_cannot_cover_are_refused(compilations: list[str]) 
 
 
 def test_without_cuda_core_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime._cuda.cache_clear()
+    nvrtc.libraries.cache_clear()
     for module in ("cuda", "cuda.core", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"pip install turboquant-vllm\[cuda\]"):
@@ -143,7 +146,7 @@ def test_without_cuda_core_the_error_names_the_extra(monkeypatch: pytest.MonkeyP
 
 
 def test_importing_the_runtime_does_not_import_cuda_core() -> None:
-    code = "import sys, turboquant_vllm.cuda.runtime; sys.exit('cuda.core' in sys.modules)"
+    code = "import sys, turboquant_vllm.cuda.nvrtc; sys.exit('cuda.core' in sys.modules)"
     paths = os.pathsep.join(sys.path)
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": paths})
 
@@ -166,10 +169,10 @@ def test_every_ingredient_changes_the_key(compilations: list[str], monkeypatch: 
     ):
         keys.append(compile_k(**change).key)
     for versions in (("nvrtc 1.1", "core 1.0"), ("nvrtc 1.0", "core 1.1")):
-        monkeypatch.setattr(runtime, "_cuda", lambda versions=versions: SimpleNamespace(versions=versions))
+        monkeypatch.setattr(nvrtc, "libraries", lambda versions=versions: SimpleNamespace(versions=versions))
         keys.append(compile_k().key)
-    monkeypatch.setattr(runtime, "_cuda", lambda: SimpleNamespace(versions=VERSIONS))
-    monkeypatch.setattr(runtime, "FORMAT", runtime.FORMAT + 1)
+    monkeypatch.setattr(nvrtc, "libraries", lambda: SimpleNamespace(versions=VERSIONS))
+    monkeypatch.setattr(nvrtc, "FORMAT", nvrtc.FORMAT + 1)
     keys.append(compile_k().key)
     assert len(set(keys)) == len(keys) == len(compilations)
 
@@ -201,22 +204,22 @@ def test_a_hit_does_not_compile(compilations: list[str], folder: Path, monkeypat
 
 def test_a_hit_from_disk_restores_log_and_names(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("cuda.core")
-    first = runtime.compile_cubin(SOURCE, arch="sm_90", name="k", name_expressions=["fill<7>"])
+    first = nvrtc.compile_cubin(SOURCE, arch="sm_90", name="k", name_expressions=["fill<7>"])
     forget(monkeypatch)
-    monkeypatch.setattr(runtime, "_run_nvrtc", None)
-    second = runtime.compile_cubin(SOURCE, arch="sm_90", name="k", name_expressions=["fill<7>"])
+    monkeypatch.setattr(nvrtc, "_run_nvrtc", None)
+    second = nvrtc.compile_cubin(SOURCE, arch="sm_90", name="k", name_expressions=["fill<7>"])
     assert second == first
-    assert runtime.resource_usage(second) == runtime.resource_usage(first)
+    assert resource_usage(second) == resource_usage(first)
 
 
 def test_a_compilation_of_the_same_source_has_log_and_names_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """NVRTC has a cache of its own where there is a driver."""
     pytest.importorskip("cuda.core")
-    first = runtime.compile_cubin(SOURCE, arch="sm_90", name="k", name_expressions=["fill<7>"])
+    first = nvrtc.compile_cubin(SOURCE, arch="sm_90", name="k", name_expressions=["fill<7>"])
     empty_caches(tmp_path / "other", monkeypatch)
-    second = runtime.compile_cubin(SOURCE, arch="sm_90", name="k", name_expressions=["fill<7>"])
+    second = nvrtc.compile_cubin(SOURCE, arch="sm_90", name="k", name_expressions=["fill<7>"])
     assert second.kernels == first.kernels
-    assert runtime.resource_usage(second) == runtime.resource_usage(first)
+    assert resource_usage(second) == resource_usage(first)
 
 
 def flip(position: int) -> Callable[[Path], None]:
@@ -240,7 +243,7 @@ def flip(position: int) -> Callable[[Path], None]:
         pytest.param(flip(8), id="key"),
         pytest.param(flip(40), id="length"),
         pytest.param(flip(48), id="digest"),
-        pytest.param(flip(runtime.HEADER.size), id="first payload byte"),
+        pytest.param(flip(nvrtc.HEADER.size), id="first payload byte"),
         pytest.param(flip(-1), id="last payload byte"),
     ],
 )
@@ -298,13 +301,13 @@ def test_an_unusable_folder_is_one_warning(
         (tmp_path / "file").touch()
         monkeypatch.setenv("TURBOQUANT_CACHE_DIR", str(tmp_path / "file" / "cache"))
     elif obstacle == "no permission":
-        monkeypatch.setattr(runtime.tempfile, "mkstemp", no_permission)
+        monkeypatch.setattr(nvrtc.tempfile, "mkstemp", no_permission)
     elif obstacle == "disk full":
-        monkeypatch.setattr(runtime.os, "replace", no_permission)
+        monkeypatch.setattr(nvrtc.os, "replace", no_permission)
     else:
         monkeypatch.delenv("TURBOQUANT_CACHE_DIR")
         monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-        monkeypatch.setattr(runtime.Path, "home", no_home)
+        monkeypatch.setattr(nvrtc.Path, "home", no_home)
     with caplog.at_level(logging.WARNING):
         results = [compile_k(), compile_k(source="other"), compile_k()]
     assert results[0] is results[2]
@@ -316,23 +319,38 @@ def test_an_unusable_folder_is_one_warning(
 def test_where_the_folder_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert runtime.cache_dir() == tmp_path / "cache"
+    assert nvrtc.cache_dir() == tmp_path / "cache"
     monkeypatch.setenv("TURBOQUANT_CACHE_DIR", "")
-    assert runtime.cache_dir() == tmp_path / "xdg" / "turboquant_vllm"
+    assert nvrtc.cache_dir() == tmp_path / "xdg" / "turboquant_vllm"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert runtime.cache_dir() == tmp_path / ".cache" / "turboquant_vllm"
+    assert nvrtc.cache_dir() == tmp_path / ".cache" / "turboquant_vllm"
 
 
 def race(barrier: Any, results: Any, rounds: int) -> None:
     """Compile the same keys as the other process, in step with it, each round after a fresh start."""
-    runtime._run_nvrtc = fake_nvrtc
-    runtime._cuda = lambda: SimpleNamespace(versions=VERSIONS)  # type: ignore[assignment]
+    nvrtc._run_nvrtc = fake_nvrtc
+    nvrtc.libraries = lambda: SimpleNamespace(versions=VERSIONS)  # type: ignore[assignment]
     digests = []
     for number in range(rounds):
-        runtime._compiled.clear()
+        nvrtc._compiled.clear()
         barrier.wait(timeout=60)
         digests.append(hashlib.sha256(compile_k(source=f"text {number // 2}").cubin).hexdigest())
     results.put(digests)
+
+
+def test_threads_compile_side_by_side_and_one_source_once(monkeypatch: pytest.MonkeyPatch, compilations: list[str]) -> None:
+    record, both = nvrtc._run_nvrtc, threading.Barrier(2)
+
+    def meet(*args: Any) -> Any:
+        both.wait(timeout=60)
+        return record(*args)
+
+    monkeypatch.setattr(nvrtc, "_run_nvrtc", meet)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda source: compile_k(source=source), ("a", "b", "a", "b")))
+    assert len(compilations) == 2
+    assert found[:2] == found[2:]
+    assert found[0] != found[1]
 
 
 def test_two_processes_race_on_the_same_entries(compilations: list[str], folder: Path) -> None:
