@@ -62,6 +62,11 @@ class AttentionContract:
         changes = {"centroids": levels.to(device), "k_norms": case.k_norms * unit, "v_norms": case.v_norms * unit}
         check(run, case.replace(**changes))
 
+    @pytest.mark.parametrize("magnitude", [1e4, 1e-3])
+    def test_queries_of_any_length(self, run, device, dtype, generator, magnitude):
+        case = random_case(generator, dtype=dtype, device=device, q_len=2, kv_len=45)
+        check(run, case.replace(q=case.q * magnitude, sm_scale=case.sm_scale / magnitude))
+
     @pytest.mark.parametrize("sm_scale", [-0.2, 0.0, 1e-30])
     @pytest.mark.parametrize("packed", PACKED)
     def test_any_scale(self, run, device, dtype, generator, packed, sm_scale):
