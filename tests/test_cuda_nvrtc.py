@@ -138,15 +138,34 @@ def test_options_that_the_key_cannot_cover_are_refused(compilations: list[str]) 
 
 
 def test_without_cuda_core_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    nvrtc.libraries.cache_clear()
+    nvrtc._import_libraries.cache_clear()
     for module in ("cuda", "cuda.core", "cuda.bindings"):
         monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ImportError, match=r"pip install turboquant-vllm\[cuda\]"):
         compile_k()
 
 
+FROM_THREADS = """
+from concurrent.futures import ThreadPoolExecutor
+from turboquant_vllm.cuda.nvrtc import libraries
+
+with ThreadPoolExecutor(8) as pool:
+    first, *others = pool.map(lambda _: libraries(), range(8))
+assert all(one is first for one in others)
+"""
+
+
+def test_threads_import_the_libraries_once() -> None:
+    pytest.importorskip("cuda.core")
+    run_alone(FROM_THREADS)
+
+
 def test_importing_the_runtime_does_not_import_cuda_core() -> None:
-    code = "import sys, turboquant_vllm.cuda.nvrtc; sys.exit('cuda.core' in sys.modules)"
+    run_alone("import sys, turboquant_vllm.cuda.nvrtc; sys.exit('cuda.core' in sys.modules)")
+
+
+def run_alone(code: str) -> None:
+    """In a process of its own, which must exit with 0."""
     paths = os.pathsep.join(sys.path)
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": paths})
 

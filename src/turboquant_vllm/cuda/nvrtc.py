@@ -57,9 +57,14 @@ class Compiled:
     key: str
 
 
-@functools.cache
 def libraries() -> SimpleNamespace:
     """``cuda.core``, the driver bindings and their versions, or an ImportError that says what to install."""
+    with _lock:  # a thread that imports cuda.core while another does may find half of it
+        return _import_libraries()
+
+
+@functools.cache
+def _import_libraries() -> SimpleNamespace:
     try:
         from cuda import core
         from cuda.bindings import driver, nvrtc

@@ -119,7 +119,6 @@ def compile_for(device: int, wanted: Sequence[tuple[str, Mapping[str, int | str]
     forbid to other threads.
     """
     arch = _arch_of(device)
-    libraries()  # threads that import the same modules at once may find half of one
     with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
         jobs = [pool.submit(compile_cubin, text, arch=arch, name="kernels", defines=defines) for text, defines in wanted]
     for job in jobs:
