@@ -11,12 +11,16 @@ must be found.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 import itertools
+import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -216,39 +220,69 @@ def find(generator: torch.Generator, kind: str, old: str, new: str, words: str) 
     return str(found.value)
 
 
-def main() -> None:
-    generator = torch.Generator().manual_seed(0)
-    rows: list[dict[str, Any]] = []
-
-    def count(**what: Any) -> None:
-        rows.append(what)
-        print(what, flush=True)
-
-    for fault in FAULTS:
-        count(kernels=fault[0], broken=fault[1].strip(), instead=fault[2].strip(), found=find(generator, *fault))
-    calls = list(itertools.product(MASKS, ROWS))
+def jobs() -> Iterator[Callable[[torch.Generator], dict[str, Any]]]:
+    """Each gives a row: what was run, and with which faults."""
+    yield from (functools.partial(run_fault, fault=fault) for fault in FAULTS)
     for (kind, offsets, blocks, one, even), shared, head_dim in itertools.product(KINDS, SHARED, (64, 128, 256)):
-        is_plain = not offsets and blocks is None
-        if shared == SHARED[1] and not is_plain:
-            continue  # no clusters there, and keys with offsets as with more
-        turns = range(len(calls)) if is_plain else range(head_dim // 64 % 2, len(calls), 2)
-        with emulated(shared, blocks, even, one):
-            for turn in turns:
-                masks, size = calls[turn]
-                RUN[kind](generator, head_dim, size, masks, turn, offsets, blocks is not None)
-        what: dict[str, Any] = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, one or "cluster": blocks}
-        what |= {} if even is ALWAYS else {"even": even}
-        count(kernels=kind, **what, calls=len(turns), errors=0)
+        if shared != SHARED[1] or not (offsets or blocks):  # no clusters there, and keys with offsets as with more
+            how = {"kind": kind, "offsets": offsets, "blocks": blocks, "one": one, "even": even}
+            yield functools.partial(run_calls, **how, shared=shared, head_dim=head_dim)
     for head_dim, dtype, blocks in itertools.product((64, 128, 256), (HALF, BF16), (None, 2)):
-        with emulated(SHARED[0], blocks):
-            for key_offsets in (False, True):
-                run_step(generator, head_dim, dtype, key_offsets)
-        count(kernels="store, then attention", head_dim=head_dim, dtype=str(dtype), cluster=blocks, calls=2, errors=0)
+        yield functools.partial(run_steps, head_dim=head_dim, dtype=dtype, blocks=blocks)
     for head_dim, dtype in itertools.product((64, 128, 256), (HALF, BF16)):
-        with emulated(SHARED[0]):
-            for turn, (scale, slot) in enumerate(STORES):
-                run_store(generator, head_dim, dtype, scale, slot, turn)
-        count(kernels="store", head_dim=head_dim, dtype=str(dtype), variants=len(STORES), calls=2 * len(STORES), errors=0)
+        yield functools.partial(run_stores, head_dim=head_dim, dtype=dtype)
+
+
+def run_fault(generator: torch.Generator, fault: tuple[str, str, str, str]) -> dict[str, Any]:
+    kind, broken, instead, _ = fault
+    return {"kernels": kind, "broken": broken.strip(), "instead": instead.strip(), "found": find(generator, *fault)}
+
+
+def run_calls(
+    generator: torch.Generator, kind: str, offsets: bool, blocks: int | None, one: str, even: Even, shared: int, head_dim: int
+) -> dict[str, Any]:
+    calls = list(itertools.product(MASKS, ROWS))
+    is_plain = not offsets and blocks is None
+    turns = range(len(calls)) if is_plain else range(head_dim // 64 % 2, len(calls), 2)
+    with emulated(shared, blocks, even, one):
+        for turn in turns:
+            masks, size = calls[turn]
+            RUN[kind](generator, head_dim, size, masks, turn, offsets, blocks is not None)
+    what: dict[str, Any] = {"head_dim": head_dim, "shared_bytes": shared, "offsets": offsets, one or "cluster": blocks}
+    what |= {} if even == ALWAYS else {"even": even}
+    return {"kernels": kind, **what, "calls": len(turns), "errors": 0}
+
+
+def run_steps(generator: torch.Generator, head_dim: int, dtype: torch.dtype, blocks: int | None) -> dict[str, Any]:
+    with emulated(SHARED[0], blocks):
+        for key_offsets in (False, True):
+            run_step(generator, head_dim, dtype, key_offsets)
+    what = {"head_dim": head_dim, "dtype": str(dtype), "cluster": blocks}
+    return {"kernels": "store, then attention", **what, "calls": 2, "errors": 0}
+
+
+def run_stores(generator: torch.Generator, head_dim: int, dtype: torch.dtype) -> dict[str, Any]:
+    with emulated(SHARED[0]):
+        for turn, (scale, slot) in enumerate(STORES):
+            run_store(generator, head_dim, dtype, scale, slot, turn)
+    what = {"head_dim": head_dim, "dtype": str(dtype), "variants": len(STORES)}
+    return {"kernels": "store", **what, "calls": 2 * len(STORES), "errors": 0}
+
+
+def run_job(seed: int) -> dict[str, Any]:
+    """Row number ``seed``."""
+    torch.set_num_threads(1)
+    return next(itertools.islice(jobs(), seed, None))(torch.Generator().manual_seed(seed))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
+    rows: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(parser.parse_args().jobs, multiprocessing.get_context("spawn")) as pool:
+        for row in pool.map(run_job, range(sum(1 for _ in jobs()))):
+            rows.append(row)
+            print(row, flush=True)
     write_results(RESULTS / "sanitizer-lanes.json", environment(), rows)
 
 
