@@ -225,7 +225,7 @@ def jobs() -> Iterator[Callable[[torch.Generator], dict[str, Any]]]:
     yield from (functools.partial(run_fault, fault=fault) for fault in FAULTS)
     for (kind, offsets, blocks, one, even), shared, head_dim in itertools.product(KINDS, SHARED, (64, 128, 256)):
         if shared != SHARED[1] or not (offsets or blocks):  # no clusters there, and keys with offsets as with more
-            how = {"kind": kind, "offsets": offsets, "blocks": blocks, "one": one, "even": even}
+            how: dict[str, Any] = {"kind": kind, "offsets": offsets, "blocks": blocks, "one": one, "even": even}
             yield functools.partial(run_calls, **how, shared=shared, head_dim=head_dim)
     for head_dim, dtype, blocks in itertools.product((64, 128, 256), (HALF, BF16), (None, 2)):
         yield functools.partial(run_steps, head_dim=head_dim, dtype=dtype, blocks=blocks)
