@@ -39,10 +39,8 @@ Run = Callable[[str, str], torch.Tensor]  # of a device and a backend
 
 def moved(x: Any, device: str) -> Any:
     """Copies of tensors: what a copy has written is known to initcheck, which follows the kernels of this project alone."""
-    if isinstance(x, torch.Tensor):
+    if isinstance(x, torch.Tensor | TQ4Tensor | TQ4Keys):
         return x.to(device)
-    if isinstance(x, TQ4Tensor | TQ4Keys):
-        return type(x)(*(part.to(device) for part in x))
     return {name: moved(value, device) for name, value in x.items()} if isinstance(x, dict) else x
 
 

@@ -13,10 +13,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from turboquant_vllm import lloyd_max, reference
+from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.records import GROUP, Masks, Operand, Tables
 from turboquant_vllm.rotation import haar, randomized_hadamard
 
@@ -303,6 +305,12 @@ def compare(
     limit = (TOLERANCE[dtype] + slack) * largest + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     error = (out.double() - want).abs().max().item()
     assert error <= limit, f"{what}: error {error:.3e} above {limit:.3e}, largest magnitude {largest:.3e}"  # NaN fails too
+
+
+def skip_if_refused(q: torch.Tensor, k: Operand, v: Operand, *_: Any) -> None:
+    """Skip a test whose call the native kernels do not serve."""
+    if why_not_decode(q.dtype, q.shape[-1], q.shape[2] * q.shape[1] // k.data.shape[1], (k.data, v.data)):
+        pytest.skip("the native kernels refuse this call")
 
 
 def check_replays(run: Run, case: Case, other: Case) -> None:

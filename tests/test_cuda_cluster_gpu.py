@@ -9,13 +9,12 @@ import functools
 import pytest
 import torch
 
-from attention_cases import check, check_replays, compare, expected, poisoned_memory, random_case
+from attention_cases import check, check_replays, compare, expected, poisoned_memory, random_case, skip_if_refused
 from attention_contract import AttentionContract
 from mask_contract import MaskContract
 from offset_contract import OffsetContract, PagedOffsetContract
 from paged_cases import check_batch, random_batch
 from turboquant_vllm import TQ4Codec, TQ4Tensor, ops, tq4_attention
-from turboquant_vllm.limits import why_not_decode
 
 pytestmark = pytest.mark.gpu
 
@@ -67,9 +66,7 @@ def force(monkeypatch, size):
 def decode(*args, **options):
     from turboquant_vllm.cuda.decode import decode
 
-    q, k, v = args[0], args[1].data, args[2].data
-    if why_not_decode(q.dtype, q.shape[-1], q.shape[2] * q.shape[1] // k.shape[1], (k, v)):
-        pytest.skip("the native kernels refuse this call")
+    skip_if_refused(*args)
     with poisoned_memory():
         return decode(*args, hadamard=True, **options)
 

@@ -154,7 +154,7 @@ def test_what_is_compiled_ahead_is_what_is_loaded(monkeypatch, pages):
         assert len(ahead) == 6
         loaded.append((text, sorted(defines.items())))
 
-    def compile_for(device, wanted):
+    def compile_for(device, name, wanted):
         ahead.extend((text, sorted(defines.items())) for text, defines in wanted)
 
     monkeypatch.setattr(cluster, "compile_for", compile_for)

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from attention_cases import skip_if_refused
 from attention_contract import AttentionContract
 from kernel_lanes import emulated_decode, few_objects, needs_compiler  # noqa: F401
 from mask_contract import MaskContract
 from offset_contract import OffsetContract
 from turboquant_vllm.cuda import cluster, decode
 from turboquant_vllm.cuda.variants import Cluster
-from turboquant_vllm.limits import why_not_decode
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_decode")]
 
@@ -36,14 +36,12 @@ def clusters() -> bool:
 
 
 @pytest.fixture
-def run(clusters: bool, emulated_decode: None, monkeypatch: pytest.MonkeyPatch) -> Any:  # noqa: F811
+def run(clusters: bool, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(cluster, "choose_cluster", lambda _, __, variant, *___: Cluster(2, variant) if clusters else None)
     split_len = None if clusters else 64  # in ranges of fixed length, so that a sequence alone gives the same bits
 
     def decode_where_it_can(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        q, k, v = args[0], args[1].data, args[2].data
-        if why_not_decode(q.dtype, q.shape[-1], q.shape[2] * q.shape[1] // k.shape[1], (k, v)):
-            pytest.skip("the native kernels refuse this call")
+        skip_if_refused(*args)
         return decode.decode(*args, hadamard=True, split_len=split_len)
 
     return decode_where_it_can

@@ -8,12 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from attention_cases import check, compare, expected, random_case
+from attention_cases import check, compare, expected, random_case, skip_if_refused
 from kernel_lanes import emulated_decode, few_objects, needs_compiler, run_pages  # noqa: F401
 from offset_contract import OffsetContract, PagedOffsetContract
 from paged_cases import check_batch, random_batch
 from turboquant_vllm.cuda import cluster, decode, paged
-from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.pieces import cut_sequences
 from turboquant_vllm.records import Sequences
 
@@ -200,9 +199,7 @@ def test_entries_out_of_range_are_taken_for_the_nearest(generator):
 
 
 def decode_where_it_can(*args):
-    q, k, v = args[0], args[1].data, args[2].data
-    if why_not_decode(q.dtype, q.shape[-1], q.shape[2] * q.shape[1] // k.shape[1], (k, v)):
-        pytest.skip("the native kernels refuse this call")
+    skip_if_refused(*args)
     return decode.decode(*args)
 
 

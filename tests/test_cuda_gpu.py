@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_cases import check, check_replays, compare, expected, poisoned_memory, random_case
+from attention_cases import check, check_replays, compare, expected, poisoned_memory, random_case, skip_if_refused
 from attention_contract import AttentionContract, check_causal_sizes
 from mask_contract import MaskContract
 from turboquant_vllm import TQ4Codec, tq4_attention
 from turboquant_vllm.attention import why_not
 from turboquant_vllm.checks import AttentionShape
-from turboquant_vllm.limits import why_not_decode
 
 pytestmark = pytest.mark.gpu
 
@@ -44,10 +43,7 @@ def run():
 
 
 def decode_where_it_can(*args):
-    """The native kernels, or the Triton kernels for a call that they refuse."""
-    q, k, v = args[0], args[1].data, args[2].data
-    if why_not_decode(q.dtype, q.shape[-1], q.shape[2] * q.shape[1] // k.shape[1], (k, v)):
-        pytest.skip("the native kernels refuse this call")
+    skip_if_refused(*args)
     return decode(*args)
 
 

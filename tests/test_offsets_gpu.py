@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from attention_cases import compare, poisoned_memory
+from attention_cases import compare, poisoned_memory, skip_if_refused
 from group_store_contract import GroupStoreContract
 from offset_contract import OffsetContract, PagedOffsetContract
 from paged_cases import check_batch, random_batch
 from turboquant_vllm import PagedTQ4Cache, TQ4Codec, ops, tq4_paged_attention, tq4_store
-from turboquant_vllm.limits import why_not_decode
 from turboquant_vllm.records import GROUP
 
 pytestmark = pytest.mark.gpu
@@ -40,9 +39,7 @@ class TestOffsets(OffsetContract):
         from turboquant_vllm.cuda.decode import decode
 
         def call(*args):
-            q, k, v = args[0], args[1].data, args[2].data
-            if why_not_decode(q.dtype, q.shape[-1], q.shape[2] * q.shape[1] // k.shape[1], (k, v)):
-                pytest.skip("the native kernels refuse this call")
+            skip_if_refused(*args)
             with poisoned_memory():
                 return decode(*args)
 

@@ -118,7 +118,8 @@ def _load_all(index: int, alone: Variant, line: Variant, pages: bool, kernels: C
     """Load all that other lengths of the same call may take, so that a new length compiles nothing, in a graph's capture above
     all."""
     found = [variant for variant in cluster_variants(alone) if variant is not None]
-    compile_for(index, [(source(variant.cluster), {**variant.defines, "PAGED": int(pages)}) for variant in (line, *found)])
+    wanted = [(source(variant.cluster), {**variant.defines, "PAGED": int(pages)}) for variant in (line, *found)]
+    compile_for(index, "tq4_decode", wanted)
     kernels(index, line)
     for variant in found:
         _kernel(index, variant, pages)

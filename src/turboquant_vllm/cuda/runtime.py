@@ -112,15 +112,15 @@ def _check_params(name: str, params: str, core: Any) -> list[int]:
     return [offset for offset, _ in layout]
 
 
-def compile_for(device: int, wanted: Sequence[tuple[str, Mapping[str, int | str]]]) -> None:
+def compile_for(device: int, name: str, wanted: Sequence[tuple[str, Mapping[str, int | str]]]) -> None:
     """Compile sources with their macros for CUDA device ``device``, so that :func:`load_kernel` finds them.
 
-    As many at a time as there are cores: NVRTC keeps no other thread waiting. Nothing is loaded, which a graph's capture may
-    forbid to other threads.
+    ``name`` labels errors. As many are compiled at a time as there are cores: NVRTC keeps no other thread waiting. Nothing is
+    loaded, which a graph's capture may forbid to other threads.
     """
     arch = _arch_of(device)
     with ThreadPoolExecutor(min(len(wanted), os.cpu_count() or 1)) as pool:
-        jobs = [pool.submit(compile_cubin, text, arch=arch, name="kernels", defines=defines) for text, defines in wanted]
+        jobs = [pool.submit(compile_cubin, text, arch=arch, name=name, defines=defines) for text, defines in wanted]
     for job in jobs:
         job.result()
 
