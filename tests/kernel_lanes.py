@@ -182,7 +182,7 @@ def build(text: str, kernels: tuple[tuple[str, str], ...], macros: tuple[tuple[s
     _compile(*_WATCHED, "-c", "-o", code, source)
     _compile("-shared", "-o", library, code, _runtime())
     sizes = dict(macros)
-    team = 32 * sizes["WARPS"] // sizes["PASSES"] if sizes.get("CLUSTER") else 0
+    team = store.THREADS if "TEAM_BYTES" in sizes else 32 * sizes["WARPS"] // sizes["PASSES"] if sizes.get("CLUSTER") else 0
     return Library(library, [name for name, _ in kernels], team)
 
 
@@ -198,7 +198,7 @@ def decode_source(clusters: bool = False) -> str:
 
 def build_store(*key: Any) -> Library:
     """The store for the arguments of :func:`turboquant_vllm.cuda.store.defines` but the last."""
-    return build(store_source(), (("tq4_store", "StoreParams"),), tuple(store.defines(*key, 1).items()))
+    return build(store_source(), (("tq4_store", "StoreParams"),), tuple(store.defines(*key, 4).items()))
 
 
 def build_decode(variant: variants.Variant, pages: int) -> Library:
@@ -220,7 +220,7 @@ def emulate_store(monkeypatch: pytest.MonkeyPatch) -> None:
     def launch(library: Library, grid: Any, block: Any, shared: int, stream: None, arguments: Any) -> None:
         library.launch("tq4_store", store.PARAMS, grid, block[0], shared, False, arguments)
 
-    monkeypatch.setattr(store, "_kernel", lambda index, *key: (build_store(*key), 4))
+    monkeypatch.setattr(store, "_kernel", lambda index, *key: (build_store(*key), 4, 3))
     monkeypatch.setattr(store, "launch", launch)
 
 

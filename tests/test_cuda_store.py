@@ -29,12 +29,12 @@ VARIANTS = [
 @pytest.mark.parametrize(("arch", "head_dim", "dtype", "slot_dtype", "scale"), VARIANTS)
 @pytest.mark.parametrize("has_offsets", [False, True], ids=["plain", "offsets"])
 def test_compiles_without_spills(arch, head_dim, dtype, slot_dtype, scale, has_offsets):
-    blocks = store.blocks_per_multiprocessor(head_dim, int(arch[3:]) // 10, has_offsets)
-    defines = store.defines(head_dim, dtype, slot_dtype, scale, has_offsets, blocks)
+    teams = store.teams_per_multiprocessor(head_dim, int(arch[3:]) // 10, has_offsets)
+    defines = store.defines(head_dim, dtype, slot_dtype, scale, has_offsets, teams)
     compiled = nvrtc.compile_cubin(store.source(), arch=arch, name="store.cu", defines=defines)
     used = resource_usage(compiled)["tq4_store"]
     assert used.spill_stores == used.spill_loads == used.stack_frame == 0, used
-    assert used.registers * store.THREADS * blocks <= REGISTERS, used
+    assert used.registers * store.THREADS * teams <= REGISTERS, used
 
 
 def test_division_by_multiplication(generator):

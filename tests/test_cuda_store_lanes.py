@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -29,10 +31,11 @@ HALF, BF16 = torch.float16, torch.bfloat16
     ],
 )
 def test_every_byte(generator, head_dim, dtype, scale, layout, slot_dtype):
-    def run(case: StoreCase) -> None:
+    def run(case: StoreCase, **options: bool) -> None:
         rotation, _, companding, _, *scaling = case.codec.writing
         rotation = torch.empty(head_dim**2 + 1)[1:].view(head_dim, head_dim).copy_(rotation)  # which begins anywhere
-        store.store(case.k, case.v, case.cache.buffer, case.slot_mapping, rotation, companding, *scaling, case.cache.page_size)
+        where = (case.cache.buffer, case.slot_mapping)
+        store.store(case.k, case.v, *where, rotation, companding, *scaling, case.cache.page_size, **options)
 
     for tokens, heads, page_size in ((1, 1, 16), (3, 2, 48), (41, 5, 48)):
         case = random_store(
@@ -40,6 +43,8 @@ def test_every_byte(generator, head_dim, dtype, scale, layout, slot_dtype):
             slot_dtype=slot_dtype, scale=scale,
         )  # fmt: skip
         check_store(run, case)
+        case.memory.random_(generator=generator)
+        check_store(functools.partial(run, leaves_room=True), case)
 
 
 class TestGroups(GroupStoreContract):
@@ -54,19 +59,19 @@ class TestGroups(GroupStoreContract):
         monkeypatch.setattr(ops, "why_not_cuda", lambda device: "")
         return native_store
 
-    @pytest.mark.parametrize("blocks", [1, 1000])
-    def test_bits_do_not_depend_on_the_grid(self, store, codec, generator, dtype, monkeypatch, blocks):
+    @pytest.mark.parametrize(("teams", "of_block"), [(1, 1), (1000, 1), (1000, 4)])
+    def test_bits_do_not_depend_on_the_grid(self, store, codec, generator, dtype, monkeypatch, teams, of_block):
         pages, other = (GroupedPages(torch.Generator().manual_seed(5), codec, [200, 90, 90], dtype=dtype) for _ in range(2))
         left = [keys_like_a_models(generator, n, 64) for n in (200, 90, 90)]
         for counts in ((70, 20, 64), (3, 50, 1), (100, 1, 20)):
             chunks = [k[:, :n] for k, n in zip(left, counts, strict=True)]
             left = [k[:, n:] for k, n in zip(left, counts, strict=True)]
             state = generator.get_state()
-            for some, number in ((pages, 4), (other, blocks)):
+            for some, sizes in ((pages, (4, 3)), (other, (teams, of_block))):
                 some.generator = generator.set_state(state)
-                monkeypatch.setattr("turboquant_vllm.cuda.store._kernel", lambda index, *key, n=number: (build_store(*key), n))
-                some.write(store, *chunks, check=False)
-        if blocks == 1000:  # values of few tokens, by that grid, are rotated in another order
+                monkeypatch.setattr("turboquant_vllm.cuda.store._kernel", lambda index, *key, n=sizes: (build_store(*key), *n))
+                some.write(store if of_block == 1 else store_beside, *chunks, check=False)
+        if teams == 1000:  # values of few tokens, by that grid, are rotated in another order
             for some in (pages, other):
                 cache = some.cache_in(some.memory)
                 cache.v_codes.zero_()
@@ -107,3 +112,10 @@ class TestGroups(GroupStoreContract):
 def native_store(k, v, cache, codec, slots, previous):
     """The public function, with the native kernel."""
     tq4_store(k, v, cache, codec, slots, previous_slots=previous, backend="cuda")
+
+
+def store_beside(k, v, cache, codec, slots, previous):
+    """The same, with room left for a kernel behind it."""
+    rotation, _, companding, _, centroids, scale = codec.writing
+    how = (companding, centroids, scale, cache.page_size, True, codec.key_scales, previous)
+    store.store(k, v, cache.buffer, slots, rotation, *how, leaves_room=True)

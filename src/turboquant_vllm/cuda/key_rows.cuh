@@ -29,25 +29,25 @@ struct Shared {
 };
 
 // Fetch `count` rows of keys, each lane its parts of the rows that it is to work on.
-template <int TEAM>
+template <int RUN_WARPS>
 __device__ __forceinline__ void load_rows(const StoreParams& p, Shared& s, u32 head, const Row* list, u32 count) {
-  constexpr int ALL = TEAM == 1 ? SHORT / FEW : ROUNDS, AT_ONCE = ALL < 8 ? ALL : 8;  // rows on their way in registers
-  const u32 lane = threadIdx.x & 31, warp = TEAM > 1 ? threadIdx.x / 32 : 0;
+  constexpr int ALL = RUN_WARPS == 1 ? SHORT / FEW : ROUNDS, AT_ONCE = ALL < 8 ? ALL : 8;  // rows on their way in registers
+  const u32 lane = threadIdx.x & 31, warp = RUN_WARPS > 1 ? warp_of_team() : 0;
 #pragma unroll 1
   for (int round = 0; round < ALL; round += AT_ONCE) {
-    const u32 first = (round * TEAM + warp) * FEW;
+    const u32 first = (round * RUN_WARPS + warp) * FEW;
     uint4 x[AT_ONCE];
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      if ((TEAM > 1 || i > 0) && first + i * TEAM * FEW >= count) break;
-      const u64 row = list[min(first + i * TEAM * FEW + lane % FEW, count - 1)].number;
+      if ((RUN_WARPS > 1 || i > 0) && first + i * RUN_WARPS * FEW >= count) break;
+      const u64 row = list[min(first + i * RUN_WARPS * FEW + lane % FEW, count - 1)].number;
       const char* at = p.k + row * p.k_token + (u64)head * p.k_head + lane / FEW * 16;
       x[i] = load16(at);
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) {
-      if ((TEAM > 1 || i > 0) && first + i * TEAM * FEW >= count) return;
-      s.rows[round + i][threadIdx.x] = x[i];
+      if ((RUN_WARPS > 1 || i > 0) && first + i * RUN_WARPS * FEW >= count) return;
+      s.rows[round + i][thread_of_team()] = x[i];
     }
   }
 }
@@ -56,7 +56,7 @@ __device__ __forceinline__ void load_rows(const StoreParams& p, Shared& s, u32 h
 __device__ __forceinline__ void scaled_row(const Shared& s, int round, Vector& y) {
   Vector scales;
   read_vector(s.scales, scales);
-  from_halves(s.rows[round][threadIdx.x], y);
+  from_halves(s.rows[round][thread_of_team()], y);
 #pragma unroll
   for (int i = 0; i < 8; i++) y[i] *= scales[i];
 }
@@ -65,13 +65,13 @@ __device__ __forceinline__ Farthest farther_of(Farthest a, Farthest b) {
   return b.distance > a.distance || (b.distance == a.distance && b.index < a.index) ? b : a;
 }
 // Of a warp's rows, then of all warps' of a team.
-template <int TEAM> __device__ __forceinline__ Farthest farthest_of(Shared& s, Farthest mine) {
+template <int RUN_WARPS> __device__ __forceinline__ Farthest farthest_of(Shared& s, Farthest mine) {
 #pragma unroll
   for (int d = 1; d < FEW; d <<= 1)
     mine = farther_of(mine, {__shfl_xor_sync(FULL_MASK, mine.distance, d), __shfl_sync(FULL_MASK, mine.index, threadIdx.x % 32 ^ d)});
-  if (TEAM == 1) return mine;
-  if (threadIdx.x % 32 == 0) s.farthest[threadIdx.x / 32] = mine;
-  __syncthreads();
+  if (RUN_WARPS == 1) return mine;
+  if (threadIdx.x % 32 == 0) s.farthest[warp_of_team()] = mine;
+  meet();
   mine = s.farthest[0];
 #pragma unroll
   for (int i = 1; i < WARPS; i++) mine = farther_of(mine, s.farthest[i]);
@@ -80,7 +80,7 @@ template <int TEAM> __device__ __forceinline__ Farthest farthest_of(Shared& s, F
 
 // What the lanes of a warp have summed of their rows, for the other warps; the count is that of a lane's rows.
 __device__ __forceinline__ void publish(Shared& s, Vector& sum, u32 count) {
-  const u32 lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+  const u32 lane = threadIdx.x & 31, warp = warp_of_team();
 #pragma unroll
   for (int d = 1; d < FEW; d <<= 1) {
     count += __shfl_sync(FULL_MASK, count, lane ^ d);
@@ -108,7 +108,7 @@ __device__ __forceinline__ u32 gather(const Shared& s, Vector& sum) {
 // Publishes a warp's part of the sum of the finite ones of `count` rows but number `without`. Which of a lane's rows are in it is
 // returned, a bit for each round.
 __device__ __forceinline__ u32 sum_rows(Shared& s, u32 count, u32 without) {
-  const u32 c = threadIdx.x % FEW, warp = threadIdx.x / 32;
+  const u32 c = threadIdx.x % FEW, warp = warp_of_team();
   Vector sum = {};
   u32 finite = 0;
 #pragma unroll 1
@@ -130,16 +130,16 @@ __device__ __forceinline__ u32 sum_rows(Shared& s, u32 count, u32 without) {
   return finite;
 }
 
-// The sum of the finite ones of `count` rows but for that farthest from their mean, and how many it is of. The whole block.
+// The sum of the finite ones of `count` rows but for that farthest from their mean, and how many it is of. The whole team.
 __device__ __forceinline__ u32 sum_but_outlier(Shared& s, u32 count, Vector& sum) {
-  const u32 c = threadIdx.x % FEW, warp = threadIdx.x / 32;
+  const u32 c = threadIdx.x % FEW, warp = warp_of_team();
   u32 without = NOWHERE;
-  __syncthreads();  // what was gathered before has been read
+  meet();  // what was gathered before has been read
 #pragma unroll 1
   for (int pass = 0;; pass++) {
     u32 finite = 0;
     if (pass == 0 || without / FEW % WARPS == warp) finite = sum_rows(s, count, without);
-    __syncthreads();
+    meet();
     const u32 good = gather(s, sum);
     if (pass == 1) return good;
     if (good < 2) break;

@@ -245,6 +245,6 @@ def store_and_decode_pages(
     rotation, centroids = tables.rotation, tables.centroids
     assert rotation is not None
     assert centroids is not None
-    how = (rotation, companding, centroids, scale, cache.page_size, cache.has_offsets, tables.key_scales, previous_slots)
+    how = (rotation, companding, centroids, scale, cache.page_size, cache.has_offsets, tables.key_scales, previous_slots, True)
     before = functools.partial(store, k, v, cache.buffer, slot_mapping, *how)
     decode_pages(q, cache, sequences, tables, sm_scale, masks, out, lse, hadamard=True, before=before, new_slots=slot_mapping)

@@ -23,16 +23,16 @@ __device__ __forceinline__ u32 hadamard_pair(int row, int column) {
   return (one | sign) | (one | (sign ^ ((row & 8) << 12))) << 16;
 }
 
-// Keys or values, by block number `block` of `blocks`.
-__device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u32 block, u32 blocks) {
+// Keys or values, by team number `team` of `teams`. A block is one team: all of it has the same signs.
+__device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u32 team, u32 teams) {
   __shared__ uint4 signs[D / 8];
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;
   const char* from = (is_v ? p.v : p.k) + 16 * c;
   const u32 from_token = is_v ? p.v_token : p.k_token, from_head = is_v ? p.v_head : p.k_head;
   const u64 chunk = chunk_bytes(p);
   const u64 codes_part = (is_v ? (u64)p.page_size * (D / 2) : 0) + 4 * g, norms_part = (u64)p.page_size * (is_v ? D + 4 : D);
-  const u32 tiles = (p.rows + 7) / 8, step = blocks * WARPS;
-  u32 tile = block * WARPS + (threadIdx.x >> 5);
+  const u32 tiles = (p.rows + 7) / 8, step = teams * WARPS;
+  u32 tile = team * WARPS + warp_of_team();
 
   uint4 x[OUTER * 2];
   auto load = [&](u32 tile) {
@@ -46,7 +46,7 @@ __device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u
   load(tile);
 
   // The first row of H is all ones, so the first row of the rotation is s.
-  for (int i = threadIdx.x; i < D / 2; i += THREADS) {
+  for (int i = thread_of_team(); i < D / 2; i += THREADS) {
     const float2 s = ((const float2*)p.rotation)[i];
     ((u32*)signs)[i] = (__float_as_uint(s.x) >> 31 << 15) | (__float_as_uint(s.y) >> 31 << 31);
   }
@@ -57,7 +57,7 @@ __device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u
     a[0][i] = hadamard_pair(g + (i & 1) * 8, 2 * c + (i & 2) * 4);
     a[1][i] = a[0][i] ^ 0x80008000u;
   }
-  __syncthreads();
+  meet();
 
 #pragma unroll 1
   for (; tile < tiles; tile += step) {
@@ -128,13 +128,13 @@ __device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u
 }
 
 // The same, FEW vectors of a warp at a time.
-__device__ __forceinline__ void store_few(const StoreParams& p, bool is_v, u32 block, u32 blocks) {
+__device__ __forceinline__ void store_few(const StoreParams& p, bool is_v, u32 team, u32 teams) {
   const u32 lane = threadIdx.x & 31, c = lane % FEW, g = lane / FEW;
   const Quantiser quantiser(p);
   Vector signs;
   read_vector(p.rotation, signs);  // as above, its first row
 #pragma unroll 1
-  for (u32 first = (block * WARPS + threadIdx.x / 32) * FEW; first < p.rows; first += blocks * WARPS * FEW) {
+  for (u32 first = (team * WARPS + warp_of_team()) * FEW; first < p.rows; first += teams * WARPS * FEW) {
     const u32 row = min(first + c, p.rows - 1), token = divide(row, p.head_inverse, p.head_shift), head = row - token * p.heads;
     const u64 there = (u64)((const SLOT*)p.slots)[token];
     const bool live = first + c < p.rows && there < p.num_slots;
@@ -154,16 +154,14 @@ __device__ __forceinline__ void store_few(const StoreParams& p, bool is_v, u32 b
   }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) tq4_store(const __grid_constant__ StoreParams p) {
+extern "C" __global__ void __launch_bounds__(MOST_TEAMS * THREADS, 1) tq4_store(const __grid_constant__ StoreParams p) {
   let_next_start();
+  const u32 number = team_number(p);
+  const bool is_v = number < p.vector_teams;
+  const u32 team = is_v ? number : number - p.vector_teams;
 #if OFFSETS
-  if (blockIdx.x >= p.value_blocks) return store_groups(p, blockIdx.x - p.value_blocks);
-  const bool is_v = true;
-  const u32 blocks = p.value_blocks;
-#else
-  const bool is_v = blockIdx.y;
-  const u32 blocks = gridDim.x;
+  if (!is_v) return store_groups(p, team);
 #endif
-  if (p.is_few) store_few(p, is_v, blockIdx.x, blocks);
-  else store_vectors(p, is_v, blockIdx.x, blocks);
+  if (p.is_few) store_few(p, is_v, team, p.vector_teams);
+  else store_vectors(p, is_v, team, p.vector_teams);
 }

@@ -1,7 +1,10 @@
 // What storing keys and values shares: parameters, single instructions, lengths, and how a rotated vector becomes codes.
 //
 // The caller defines HEAD_DIM (64, 128, 256), BF16 (0: fp16, 1: bf16), SLOT (int or long long), SCALE (0: lengths, 1: least
-// squares, 2: unbiased), OFFSETS (1: of keys) and BLOCKS, how many a multiprocessor runs.
+// squares, 2: unbiased), OFFSETS (1: of keys), MOST_TEAMS, how many a multiprocessor runs, and TEAM_BYTES, shared memory of one.
+//
+// Work is divided over teams of four warps. A block is one team, or as many as a multiprocessor runs: the kernel behind this one
+// may start while it runs, and then finds the other multiprocessors free.
 //
 // A rotated vector is held by D / N lanes of a warp, N coordinates by each. Lane 32 * N / D * g + c has of vector c the coordinates
 // 8 g ... 8 g + 7, or of each 64 of them these where N is more than 8: whole words of codes.
@@ -12,7 +15,7 @@ typedef long long i64;
 #define D HEAD_DIM
 #define OUTER (D / 64)
 #define WARPS 4
-#define THREADS (WARPS * 32)
+#define THREADS (WARPS * 32)  // of a team
 #define FEW (256 / D)  // vectors of a warp at a time, of 8 coordinates a lane
 #define FULL_MASK 0xffffffffu
 #define INFINITE __uint_as_float(0x7f800000u)
@@ -23,7 +26,8 @@ struct StoreParams {
   i64 page_stride;  // this and the other strides in bytes
   u32 k_token, k_head, v_token, v_head, rows, heads, page_size;
   u32 page_slots, num_slots, head_inverse, page_inverse;  // page_slots: from a page to the next
-  u32 tokens, span, value_blocks;  // of keys with offsets: tokens whose runs a block looks for; blocks that store values
+  u32 tokens, span;         // of keys with offsets: tokens whose runs a team looks for
+  u32 vector_teams, teams;  // teams that store values, as many of keys without offsets; teams of a block
   int head_shift, page_shift, is_few;
 };
 
@@ -71,8 +75,12 @@ __device__ __forceinline__ float inverse_root(float x) {
 __device__ __forceinline__ float reciprocal(float x) {
   float y; asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); return y;
 }
-// The block's number, read anew rather than kept in a register.
+// The thread's number, and the block's, read anew rather than kept in a register.
+__device__ __forceinline__ u32 thread_number() { u32 d; asm volatile("mov.u32 %0, %%tid.x;" : "=r"(d)); return d; }
 __device__ __forceinline__ u32 block_number() { u32 d; asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(d)); return d; }
+__device__ __forceinline__ void team_barrier(int number, int count) {
+  asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(count) : "memory");
+}
 // The next kernel of the stream may start before this one has ended.
 __device__ __forceinline__ void let_next_start() {
 #if __CUDA_ARCH__ >= 900
@@ -80,6 +88,12 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 // ---- end of PTX
+
+__device__ __forceinline__ u32 team_of_block() { return threadIdx.x / THREADS; }
+__device__ __forceinline__ u32 thread_of_team() { return threadIdx.x % THREADS; }
+__device__ __forceinline__ u32 warp_of_team() { return threadIdx.x / 32 % WARPS; }
+__device__ __forceinline__ u32 team_number(const StoreParams& p) { return block_number() * p.teams + thread_number() / THREADS; }
+__device__ __forceinline__ void meet() { team_barrier(1 + team_of_block(), THREADS); }  // of a team's threads
 
 // Quotient of x < 2^31 by the number whose inverse and shift the host computed.
 __device__ __forceinline__ u32 divide(u32 x, u32 inverse, int shift) { return (u32)(((u64)x * inverse) >> shift); }

@@ -7,21 +7,22 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
 from turboquant_vllm.paged import slots_per_page
 
-__all__ = ["THREADS", "TokenWriter", "blocks_per_multiprocessor", "defines", "source", "store"]
+__all__ = ["THREADS", "TokenWriter", "defines", "source", "store", "teams_per_multiprocessor"]
 
 SOURCES = tuple(Path(__file__).with_name(name) for name in ("store.cuh", "key_rows.cuh", "store_keys.cuh", "store.cu"))
-PARAMS = "P" * 9 + "q" + "I" * 14 + "i" * 3
-THREADS = 128
+PARAMS = "P" * 9 + "q" + "I" * 15 + "i" * 3
+THREADS = 128  # of a team
 _SCALES = ("norm", "least_squares", "unbiased")
 _WARPS = THREADS // 32
-_ROWS = 8 * _WARPS  # of a block at a time
-_MOST_TOKENS = 64  # whose runs one block looks for
+_ROWS = 8 * _WARPS  # of a team at a time
+_MOST_TOKENS = 64  # whose runs one team looks for
 
 
 @cache
@@ -31,7 +32,7 @@ def source() -> str:
 
 
 def defines(
-    head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, has_offsets: bool, blocks: int
+    head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, has_offsets: bool, most_teams: int
 ) -> dict[str, int | str]:
     """Macros of the source."""
     return {
@@ -40,27 +41,35 @@ def defines(
         "SLOT": "int" if slot_dtype == torch.int32 else "long long",
         "SCALE": _SCALES.index(scale),
         "OFFSETS": int(has_offsets),
-        "BLOCKS": blocks,
+        "MOST_TEAMS": most_teams,
+        "TEAM_BYTES": team_bytes(head_dim, has_offsets),
     }
 
 
-def blocks_per_multiprocessor(head_dim: int, major: int, has_offsets: bool) -> int:
-    """Blocks that the registers of a multiprocessor of compute capability ``major`` have room for, without spills."""
+def team_bytes(head_dim: int, has_offsets: bool) -> int:
+    """Dynamic shared memory of a team: ``Shared`` of ``key_rows.cuh``."""
+    return (64 * 2 + 9 * 4) * head_dim + 1216 if has_offsets else 0
+
+
+def teams_per_multiprocessor(head_dim: int, major: int, has_offsets: bool) -> int:
+    """Teams that the registers of a multiprocessor of compute capability ``major`` have room for, without spills."""
     if has_offsets:
-        return {64: 5 if major > 8 else 4, 128: 4, 256: 3}[head_dim]
+        return {64: 4, 128: 4, 256: 3}[head_dim]
     return {64: 8 if major < 10 else 7, 128: 5 if major < 10 else 4, 256: 3}[head_dim]
 
 
 @cache
 def _kernel(
     index: int, head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, has_offsets: bool
-) -> tuple[Kernel, int]:
-    """The kernel, and how many blocks run at once."""
+) -> tuple[Kernel, int, int]:
+    """The kernel, how many teams run at once, and how many may share a block."""
     properties = torch.cuda.get_device_properties(index)
-    blocks = blocks_per_multiprocessor(head_dim, properties.major, has_offsets)
-    macros = defines(head_dim, dtype, slot_dtype, scale, has_offsets, blocks)
+    teams = teams_per_multiprocessor(head_dim, properties.major, has_offsets)
+    macros = defines(head_dim, dtype, slot_dtype, scale, has_offsets, teams)
     kernel = load_kernel(source(), "tq4_store", device=index, params=PARAMS, defines=macros)
-    return kernel, properties.multi_processor_count * blocks
+    room = properties.shared_memory_per_block_optin // max(1, team_bytes(head_dim, has_offsets))
+    of_block = min(teams, room) if properties.major >= 9 else 1  # before that no kernel starts beside another
+    return kernel, properties.multi_processor_count * teams, of_block
 
 
 @cache
@@ -89,6 +98,7 @@ def store(
     has_offsets: bool = False,
     key_scales: torch.Tensor | None = None,
     previous_slots: torch.Tensor | None = None,
+    leaves_room: bool = False,
 ) -> None:
     """As :func:`turboquant_vllm.reference.store`, with the boundaries as :func:`turboquant_vllm.codebook.companding`.
 
@@ -107,6 +117,7 @@ def store(
         has_offsets: whether keys have offsets; then the slots of a page begin at a multiple of 64.
         key_scales: of such keys, float32 ``[H_kv, D]``, or None.
         previous_slots: of such keys, int32 or int64 ``[tokens]``, or None.
+        leaves_room: whether the kernel behind this one is to start beside it: few tokens then keep few multiprocessors.
 
     Raises:
         RuntimeError: compiling or launching failed.
@@ -117,9 +128,17 @@ def store(
         key_scales = key_scales.contiguous()
     if previous_slots is not None:
         previous_slots = previous_slots.to(slots.dtype).contiguous()
-    how = (has_offsets, key_scales, previous_slots)
-    kernel, grid, arguments = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size, *how)
-    launch(kernel, grid, (THREADS, 1, 1), 0, None, arguments)
+    how = (has_offsets, key_scales, previous_slots, leaves_room)
+    kernel, sizes, arguments = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size, *how)
+    launch(kernel, *sizes, None, arguments)
+
+
+class _Sizes(NamedTuple):
+    """Of a launch: blocks, threads of each, and its bytes of dynamic shared memory."""
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
 
 
 class TokenWriter:
@@ -150,7 +169,7 @@ class TokenWriter:
     ) -> None:
         how = (has_offsets, key_scales, previous_slots)
         found = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size, *how)
-        self._kernel, self._grid, (_, _, self._slots, self._previous, *self._others) = found
+        self._kernel, self._sizes, (_, _, self._slots, self._previous, *self._others) = found
         self._row_bytes = slots.stride(0) * slots.element_size()
         self._previous_row_bytes = self._row_bytes if previous_slots is not None else 0
         self._keep = (slots, buffer, rotation, companding, centroids, key_scales, previous_slots)
@@ -159,7 +178,7 @@ class TokenWriter:
         """Store the vectors at these addresses, multiples of 16, in the slots of call number ``call``."""
         slots, previous = self._slots + call * self._row_bytes, self._previous + call * self._previous_row_bytes
         arguments = (k, v, slots, previous, *self._others)
-        launch(self._kernel, self._grid, (THREADS, 1, 1), 0, None, arguments)
+        launch(self._kernel, *self._sizes, None, arguments)
 
 
 def _prepare(
@@ -175,25 +194,29 @@ def _prepare(
     has_offsets: bool,
     key_scales: torch.Tensor | None,
     previous_slots: torch.Tensor | None,
-) -> tuple[Kernel, tuple[int, int, int], tuple[int, ...]]:
-    """The kernel, its grid and its arguments."""
+    leaves_room: bool = False,
+) -> tuple[Kernel, _Sizes, tuple[int, ...]]:
+    """The kernel, the sizes of its launch, and its arguments."""
     tokens, heads, head_dim = k.shape
     rows = tokens * heads
-    kernel, blocks = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype, scale, has_offsets)
+    kernel, teams, of_block = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype, scale, has_offsets)
     page_slots = slots_per_page(page_size, has_offsets)
     (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_slots)
     previous, scales = (0 if x is None else x.data_ptr() for x in (previous_slots, key_scales))
-    # Half of the blocks for keys, half for values; or for values, and blocks without end for keys. Vectors are few if no
+    # Half of the teams for keys, half for values; or for values, and teams without end for keys. Vectors are few if no
     # warp of a half takes more than it holds at once.
-    half, few_rows = max(1, blocks // 2), 256 // head_dim * _WARPS
+    half, few_rows = max(1, teams // 2), 256 // head_dim * _WARPS
     is_few = rows <= few_rows * half
-    vector_blocks = min(-(-rows // (few_rows if is_few else _ROWS)), half)
-    span = min(_MOST_TOKENS, _WARPS * -(-rows // (_WARPS * blocks)))
+    vector_teams = min(-(-rows // (few_rows if is_few else _ROWS)), half)
+    span = min(_MOST_TOKENS, _WARPS * -(-rows // (_WARPS * teams)))
+    all_teams = vector_teams + (-(-tokens // span) * heads if has_offsets else vector_teams)
+    if not (is_few and leaves_room):
+        of_block = 1
     arguments = (
         k.data_ptr(), v.data_ptr(), slots.data_ptr(), previous, buffer.data_ptr(), rotation.data_ptr(), companding.data_ptr(),
         centroids.data_ptr(), scales, buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size, page_slots,
-        buffer.shape[0] * page_slots, head_inverse, page_inverse, tokens, span, vector_blocks, head_shift, page_shift,
+        buffer.shape[0] * page_slots, head_inverse, page_inverse, tokens, span, vector_teams, of_block, head_shift, page_shift,
         int(is_few),
     )  # fmt: skip
-    grid = (vector_blocks + -(-tokens // span) * heads, 1, 1) if has_offsets else (vector_blocks, 2, 1)
-    return kernel, grid, arguments
+    grid = (-(-all_teams // of_block), 1, 1)
+    return kernel, _Sizes(grid, (of_block * THREADS, 1, 1), of_block * team_bytes(head_dim, has_offsets)), arguments

@@ -1,15 +1,15 @@
 // Storing keys that share an offset and an outlier with their group of 64 (`reference_keys.py` defines them).
 //
 // A run is what a launch stores in one group: rows one behind the other, those left out aside, in the order of their slots. A
-// block looks for runs that begin in its span of the tokens, for one head. A run of few rows that goes on with a begun group is
-// one warp's; any other is the whole block's, and always if the group begins. All warps find the same runs in the same order, so
+// team looks for runs that begin in its span of the tokens, for one head. A run of few rows that goes on with a begun group is
+// one warp's; any other is the whole team's, and always if the group begins. All warps find the same runs in the same order, so
 // barriers meet. No run reads what another one of the launch writes: of the group before, if that is written now, rows as they
 // came or the offset of long ago.
 #if OFFSETS
-// A block stores runs of one head.
-__device__ __forceinline__ u32 head_of_block(const StoreParams& p) {
-  const u32 block = block_number() - p.value_blocks;
-  return block - divide(block, p.head_inverse, p.head_shift) * p.heads;
+// A team stores runs of one head.
+__device__ __forceinline__ u32 head_of_team(const StoreParams& p) {
+  const u32 team = team_number(p) - p.vector_teams;
+  return team - divide(team, p.head_inverse, p.head_shift) * p.heads;
 }
 
 // What one head of one page has: codes and norms from its first byte on, and what groups share behind those of all heads.
@@ -24,8 +24,8 @@ struct Chunk {
     place = (slot - page * p.page_slots) & ~(GROUP - 1u);
   }
   // Groups of the heads before, and of this one. The head is worked out anew, which takes no register meanwhile.
-  __device__ __forceinline__ u64 group() const { return (u64)head_of_block(p) * (p.page_slots / GROUP) + place / GROUP; }
-  __device__ __forceinline__ char* groups() const { return at + (p.heads - head_of_block(p)) * chunk_bytes(p); }
+  __device__ __forceinline__ u64 group() const { return (u64)head_of_team(p) * (p.page_slots / GROUP) + place / GROUP; }
+  __device__ __forceinline__ char* groups() const { return at + (p.heads - head_of_team(p)) * chunk_bytes(p); }
   // Of the key at `i` in the group.
   __device__ __forceinline__ char* codes(u32 i) const { return at + (u64)(place + i) * (D / 2); }
   __device__ __forceinline__ float* norm(u32 i) const { return (float*)(at + (u64)p.page_size * D) + place + i; }
@@ -85,9 +85,9 @@ __device__ __forceinline__ Rows list_rows(const StoreParams& p, u32 start, u32 s
   return rows;
 }
 
-// The mean of a group up to the key in `slot`, but for its outlier, as it reads back; zeros of nothing. The whole block.
+// The mean of a group up to the key in `slot`, but for its outlier, as it reads back; zeros of nothing. The whole team.
 __device__ __forceinline__ void read_mean(const StoreParams& p, Shared& s, u32 head, u32 slot, Vector& mean) {
-  const u32 lane = threadIdx.x & 31, warp = threadIdx.x / 32, count = slot % GROUP + 1;
+  const u32 lane = threadIdx.x & 31, warp = warp_of_team(), count = slot % GROUP + 1;
   const Chunk chunk(p, slot, head);
   const float step = chunk.steps()[0], some_level = p.centroids[lane % 16];
   u32 good = 0;
@@ -107,9 +107,9 @@ __device__ __forceinline__ void read_mean(const StoreParams& p, Shared& s, u32 h
       sum[i] = fmaf(norm, level, sum[i]);
     }
   }
-  __syncthreads();  // what was gathered before has been read
+  meet();  // what was gathered before has been read
   publish(s, sum, good);
-  __syncthreads();
+  meet();
   good = gather(s, sum);
   const bool any = good > 0 && step < INFINITE;
   const float share = any ? reciprocal(good) : 0;
@@ -118,9 +118,9 @@ __device__ __forceinline__ void read_mean(const StoreParams& p, Shared& s, u32 h
   for (int i = 0; i < 8; i++) mean[i] = any ? fmaf(sum[i], share, mean[i]) : 0;
 }
 
-// The offset of a group that begins with `plan.count` rows, which are loaded then. The whole block.
+// The offset of a group that begins with `plan.count` rows, which are loaded then. The whole team.
 __device__ __forceinline__ void begin_group(const StoreParams& p, Shared& s, u32 head, Plan plan, const Chunk& chunk) {
-  float* own = s.offset[threadIdx.x / 32];
+  float* own = s.offset[warp_of_team()];
   Vector prior = {}, sum;
   if (plan.source == OFFSET_BEFORE) {
     const Chunk before(p, plan.previous, head);
@@ -147,11 +147,11 @@ __device__ __forceinline__ void begin_group(const StoreParams& p, Shared& s, u32
 #pragma unroll
   for (int i = 0; i < 8; i++)
     sum[i] = fmaf(sum[i], UNIT, weight * prior[i]) * share;
-  const bool writes = threadIdx.x < 32 && threadIdx.x % FEW == 0;
+  const bool writes = warp_of_team() == 0 && threadIdx.x % FEW == 0;
   const float step = eight_bits(sum, chunk.shared(), writes);
   __syncwarp();  // the prior has been read
   write_vector(own, sum);
-  if (threadIdx.x == 0) chunk.steps()[0] = step, chunk.steps()[3] = 0;
+  if (thread_of_team() == 0) chunk.steps()[0] = step, chunk.steps()[3] = 0;
 }
 
 // Row `round` of this lane's, rotated, less the offset.
@@ -159,28 +159,28 @@ __device__ __forceinline__ void residual(const Shared& s, int round, Vector& y) 
   Vector offset;
   scaled_row(s, round, y);
   transform(y);
-  read_vector(s.offset[threadIdx.x / 32], offset);
+  read_vector(s.offset[warp_of_team()], offset);
 #pragma unroll
   for (int i = 0; i < 8; i++) y[i] = fmaf(y[i], UNIT, -offset[i]);
 }
 
-// Stores a run: codes and norms of its rows, and the outlier if that is among them. One warp, or with TEAM > 1 the whole block.
-template <int TEAM>
+// Stores a run: codes and norms of its rows, and the outlier if that is among them. One warp, or with RUN_WARPS > 1 the whole team.
+template <int RUN_WARPS>
 __device__ __forceinline__ void store_run(const StoreParams& p, const Quantiser& quantiser, Shared& s, u32 head, const Row* list,
                                           Plan plan) {
-  const u32 lane = threadIdx.x & 31, c = lane % FEW, warp = TEAM > 1 ? threadIdx.x / 32 : 0, count = plan.count;
+  const u32 lane = threadIdx.x & 31, c = lane % FEW, warp = RUN_WARPS > 1 ? warp_of_team() : 0, count = plan.count;
   const u32 slot = list[0].slot, places = slot % GROUP;
   const Chunk chunk(p, slot, head);
   float distance = -1;  // of the outlier that there is
-  if (TEAM == 1 || places) {
+  if (RUN_WARPS == 1 || places) {
     bool marked = false;  // all that is there is asked for before any of it is needed
 #pragma unroll
     for (u32 i = lane; i < GROUP; i += 32) marked |= i < places && *chunk.norm(i) < 0;
     const float step = chunk.steps()[0], there = chunk.steps()[2];
     Vector offset;
     read_offset(chunk.shared(), step, offset);
-    load_rows<TEAM>(p, s, head, list, count);
-    write_vector(s.offset[threadIdx.x / 32], offset);
+    load_rows<RUN_WARPS>(p, s, head, list, count);
+    write_vector(s.offset[warp_of_team()], offset);
     if (__any_sync(FULL_MASK, marked)) distance = there;
   } else {
     begin_group(p, s, head, plan, chunk);
@@ -191,18 +191,18 @@ __device__ __forceinline__ void store_run(const StoreParams& p, const Quantiser&
   bool is_outlier = false;
 #pragma unroll 1
   for (u32 round = 0;; round++) {  // the rows, and the one that lies farthest once more: the same code, which may be in no cache
-    const u32 first = (round * TEAM + warp) * FEW, at = min(first + c, count - 1);
+    const u32 first = (round * RUN_WARPS + warp) * FEW, at = min(first + c, count - 1);
     if (first >= count) {
-      if (TEAM == 1) __syncwarp();  // every lane has read what is written below
-      farthest = farthest_of<TEAM>(s, farthest);
+      if (RUN_WARPS == 1) __syncwarp();  // every lane has read what is written below
+      farthest = farthest_of<RUN_WARPS>(s, farthest);
       if (!(farthest.distance > distance)) return;
       for (u32 i = lane; i < places && warp == 0; i += 32) {
         float& norm = *chunk.norm(i);
         if (norm < 0) norm = -norm;
       }
       const u32 index = farthest.index == NOWHERE ? 0 : farthest.index;
-      if (index / FEW % TEAM != warp) return;
-      round = index / FEW / TEAM, is_outlier = true;
+      if (index / FEW % RUN_WARPS != warp) return;
+      round = index / FEW / RUN_WARPS, is_outlier = true;
     }
     Vector y;
     residual(s, round, y);
@@ -230,10 +230,10 @@ __device__ __forceinline__ void store_run(const StoreParams& p, const Quantiser&
   }
 }
 
-// The run that begins with row `row`, which is longer than a warp's or begins a group. The whole block.
+// The run that begins with row `row`, which is longer than a warp's or begins a group. The whole team.
 __device__ __forceinline__ void store_long_run(const StoreParams& p, const Quantiser& quantiser, Shared& s, u32 head, u32 row) {
-  __syncthreads();  // the run before has been stored
-  if (threadIdx.x < 32) {
+  meet();  // the run before has been stored
+  if (warp_of_team() == 0) {
     const Rows own = list_rows(p, row, 1, p.tokens - row, s.own);
     Plan plan = {own.count, NO_PRIOR, NOWHERE, 0};
     if (own.first % GROUP == 0 && own.count < GROUP) {
@@ -247,24 +247,26 @@ __device__ __forceinline__ void store_long_run(const StoreParams& p, const Quant
         plan.previous = (u32)previous, plan.before = before.count;
       }
     }
-    if (threadIdx.x == 0) s.plan = plan;
+    if (thread_of_team() == 0) s.plan = plan;
   }
-  __syncthreads();
+  meet();
   store_run<WARPS>(p, quantiser, s, head, s.own, s.plan);
 }
 
-// The runs that begin in span number `block` / heads, for one head.
-__device__ __forceinline__ void store_groups(const StoreParams& p, u32 block) {
-  __shared__ Shared s;
+// The runs that begin in span number `team` / heads, for one head.
+__device__ __forceinline__ void store_groups(const StoreParams& p, u32 team) {
+  extern __shared__ __align__(1024) char smem[];
+  static_assert(sizeof(Shared) == TEAM_BYTES);
+  Shared& s = ((Shared*)smem)[team_of_block()];
   const u32 lane = threadIdx.x & 31, lower = (1u << lane) - 1;
-  const u32 number = divide(block, p.head_inverse, p.head_shift), head = block - number * p.heads;
+  const u32 number = divide(team, p.head_inverse, p.head_shift), head = team - number * p.heads;
   u32 base = number * p.span, slot = slot_of(p, base + lane);
   const Quantiser quantiser(p);
-  for (u32 i = threadIdx.x; i < D; i += THREADS) {
+  for (u32 i = thread_of_team(); i < D; i += THREADS) {
     const float scale = p.key_scales ? p.key_scales[head * D + i] : 1.0f;
     s.scales[i] = __uint_as_float(__float_as_uint(scale) ^ (__float_as_uint(p.rotation[i]) & 0x80000000u));
   }
-  __syncthreads();
+  meet();
   const u32 stop = min((number + 1) * p.span, p.tokens);
 #pragma unroll 1
   for (; base < stop; base += 32, slot = slot_of(p, base + lane)) {
@@ -278,12 +280,12 @@ __device__ __forceinline__ void store_groups(const StoreParams& p, u32 block) {
     const bool is_short = ends && __popc(rows) <= SHORT && slot % GROUP;
     const bool here = leads && base + lane < stop;
     const u32 all_short = __ballot_sync(FULL_MASK, here && is_short);
-    u32 mine = __ballot_sync(FULL_MASK, all_short >> lane & 1 && __popc(all_short & lower) % WARPS == threadIdx.x / 32);
+    u32 mine = __ballot_sync(FULL_MASK, all_short >> lane & 1 && __popc(all_short & lower) % WARPS == warp_of_team());
     u32 all_long = __ballot_sync(FULL_MASK, here && !is_short);
 #pragma unroll 1
     for (; mine; mine &= mine - 1) {
       const u32 those = __shfl_sync(FULL_MASK, rows, __ffs(mine) - 1);
-      Row* list = s.few[threadIdx.x / 32];
+      Row* list = s.few[warp_of_team()];
       __syncwarp();  // the run before has been stored
       if (those >> lane & 1) list[__popc(those & lower)] = {base + lane, slot};
       __syncwarp();
