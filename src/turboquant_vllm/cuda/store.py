@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
+from turboquant_vllm.cuda.variants import device_limits
 from turboquant_vllm.paged import slots_per_page
 
 __all__ = ["THREADS", "TokenWriter", "defines", "source", "store", "teams_per_multiprocessor"]
@@ -63,13 +64,13 @@ def _kernel(
     index: int, head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, has_offsets: bool
 ) -> tuple[Kernel, int, int]:
     """The kernel, how many teams run at once, and how many may share a block."""
-    properties = torch.cuda.get_device_properties(index)
-    teams = teams_per_multiprocessor(head_dim, properties.major, has_offsets)
+    (multiprocessors, shared_limit), (major, _) = device_limits(index), torch.cuda.get_device_capability(index)
+    teams = teams_per_multiprocessor(head_dim, major, has_offsets)
     macros = defines(head_dim, dtype, slot_dtype, scale, has_offsets, teams)
     kernel = load_kernel(source(), "tq4_store", device=index, params=PARAMS, defines=macros)
-    room = properties.shared_memory_per_block_optin // max(1, team_bytes(head_dim, has_offsets))
-    of_block = min(teams, room) if properties.major >= 9 else 1  # before that no kernel starts beside another
-    return kernel, properties.multi_processor_count * teams, of_block
+    room = shared_limit // max(1, team_bytes(head_dim, has_offsets))
+    of_block = min(teams, room) if major >= 9 else 1  # before that no kernel starts beside another
+    return kernel, multiprocessors * teams, of_block
 
 
 @cache
