@@ -33,10 +33,12 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import kernel_lanes
 from attention_cases import check, poisoned_memory, random_case
+from kernel_lanes import small_variant
 from paged_cases import check_batch, random_batch
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm import ops
-from turboquant_vllm.cuda import cluster, decode, store
+from turboquant_vllm.cuda import cluster, decode
+from turboquant_vllm.cuda.store import New
 from turboquant_vllm.cuda.variants import ALWAYS, Cluster, Even, Variant, cluster_variants
 from turboquant_vllm.limits import most_rows_over_pages
 from turboquant_vllm.vllm.layer import PagedLayer
@@ -62,6 +64,8 @@ KINDS = (
 )  # fmt: skip
 
 LAYOUTS = ("cluster", "spread", "teams")
+# Of a step: blocks of a cluster, and what they do; "step": they store first, in the same launch.
+STEPS: tuple[tuple[int | None, str], ...] = ((None, "cluster"), (2, "cluster"), (2, "step"))
 
 BARRIER, LANDED = "no barrier between", "where a copy has not landed"
 BEFORE, OUTSIDE = "without having waited for it", "where there is no tensor"
@@ -98,8 +102,9 @@ FAULTS = (
     ("spread", "  meet();  // which block is the last\n", "", BARRIER),
     ("spread", "  if (*(const u32*)smem != p.blocks - 1) return;\n", "", "that another block (wrote|read)"),
     ("step", "  wait_for_previous();  // the store of the step's own", "  ;  // the store of the step's own", BEFORE),
+    ("one launch", "wait_for_count(p.stored, p.store_blocks);", ";", "that another block wrote"),
+    ("one launch", "  __syncthreads();  // all lanes have written theirs\n", "", "that another block wrote"),
     ("store", "  meet();", "", BARRIER),
-    ("store", "team_barrier(1 + team_of_block(),", "team_barrier(1,", "of others than come"),
     ("store", "live = slot[v] < p.num_slots", "live = true", OUTSIDE),
     ("store", "min(tile * 8 + g, p.rows - 1)", "tile * 8 + g", OUTSIDE),
     ("store", "min(first + c, p.rows - 1), token", "first + c, token", OUTSIDE),
@@ -145,7 +150,7 @@ def run_store(generator: torch.Generator, head_dim: int, dtype: torch.dtype, sca
     def run(case: StoreCase) -> None:
         rotation, _, companding, _, centroids, scale = case.codec.writing
         tables = (rotation, companding, centroids, scale, case.cache.page_size)
-        store.store(case.k, case.v, case.cache.buffer, case.slot_mapping, *tables)
+        New.of(case.k, case.v, case.cache.buffer, case.slot_mapping, *tables).store(leaves_room=turn % 2 == 0)
 
     for tokens, heads, page_size in ((1, 1, 16), (3, 2, 48), (67, 5, 48)):
         sizes = {"tokens": tokens, "heads": heads, "page_size": page_size, "head_dim": head_dim, "dtype": dtype}
@@ -190,6 +195,9 @@ def emulated(
         kernel_lanes.emulate_store(patch)
         patch.setattr(cluster, "has_clusters", lambda index: blocks is not None)
         patch.setattr(cluster, "choose_cluster", choose)
+        if one == "step":  # there is room for all blocks, and those that store have a team's warps
+            patch.setattr(cluster, "_fit", lambda *_: 1000)
+            patch.setattr(cluster, "choose_variant", lambda *sizes: dataclasses.replace(small_variant(*sizes), warps=4))
         patch.setattr(ops, "why_not_cuda", lambda device: "")
         yield patch
 
@@ -198,7 +206,7 @@ def run_one(generator: torch.Generator, kind: str) -> None:
     """A call of a kind of :data:`FAULTS`."""
     if kind == "store":
         run_store(generator, 64, HALF, "norm", torch.int64, 0)
-    elif kind == "step":
+    elif kind in ("step", "one launch"):
         run_step(generator, 64, HALF, key_offsets=True)
     else:
         one = kind in LAYOUTS
@@ -209,13 +217,14 @@ def run_one(generator: torch.Generator, kind: str) -> None:
 
 def find(generator: torch.Generator, kind: str, old: str, new: str, words: str) -> str:
     """What is said of kernels with this fault."""
-    clusters = kind in LAYOUTS
+    stores = kind == "one launch"
+    clusters = kind in LAYOUTS or stores
     blocks = 1 if kind == "teams" else 2 if clusters else None
-    with emulated(SHARED[0 if clusters else 2], blocks, one=kind) as patch:
+    with emulated(SHARED[0 if clusters else 2], blocks, one="step" if stores else kind) as patch:
         name = "store_source" if kind == "store" else "decode_source"
-        sound = getattr(kernel_lanes, name)(*((True,) if clusters else ()))
-        assert old in sound, old
-        patch.setattr(kernel_lanes, name, lambda *_: sound.replace(old, new))
+        text = getattr(kernel_lanes, name)
+        assert old in text(*((True, stores) if clusters else ())), old
+        patch.setattr(kernel_lanes, name, lambda *which: text(*which).replace(old, new))
         with pytest.raises(kernel_lanes.LaneError, match=words) as found:
             run_one(generator, kind)
     return str(found.value)
@@ -228,8 +237,8 @@ def jobs() -> Iterator[Callable[[torch.Generator], dict[str, Any]]]:
         if shared != SHARED[1] or not (offsets or blocks):  # no clusters there, and keys with offsets as with more
             how: dict[str, Any] = {"kind": kind, "offsets": offsets, "blocks": blocks, "one": one, "even": even}
             yield functools.partial(run_calls, **how, shared=shared, head_dim=head_dim)
-    for head_dim, dtype, blocks in itertools.product((64, 128, 256), (HALF, BF16), (None, 2)):
-        yield functools.partial(run_steps, head_dim=head_dim, dtype=dtype, blocks=blocks)
+    for head_dim, dtype, (blocks, one) in itertools.product((64, 128, 256), (HALF, BF16), STEPS):
+        yield functools.partial(run_steps, head_dim=head_dim, dtype=dtype, blocks=blocks, one=one)
     for head_dim, dtype in itertools.product((64, 128, 256), (HALF, BF16)):
         yield functools.partial(run_stores, head_dim=head_dim, dtype=dtype)
 
@@ -254,11 +263,11 @@ def run_calls(
     return {"kernels": kind, **what, "calls": len(turns), "errors": 0}
 
 
-def run_steps(generator: torch.Generator, head_dim: int, dtype: torch.dtype, blocks: int | None) -> dict[str, Any]:
-    with emulated(SHARED[0], blocks):
+def run_steps(generator: torch.Generator, head_dim: int, dtype: torch.dtype, blocks: int | None, one: str) -> dict[str, Any]:
+    with emulated(SHARED[0], blocks, one=one):
         for key_offsets in (False, True):
             run_step(generator, head_dim, dtype, key_offsets)
-    what = {"head_dim": head_dim, "dtype": str(dtype), "cluster": blocks}
+    what = {"head_dim": head_dim, "dtype": str(dtype), one: blocks}
     return {"kernels": "store, then attention", **what, "calls": 2, "errors": 0}
 
 

@@ -165,7 +165,8 @@ def live_memory() -> list[tuple[int, int]]:
 def build(text: str, kernels: tuple[tuple[str, str], ...], macros: tuple[tuple[str, Any], ...]) -> Library:
     """``text``, without its PTX, as a library of ``kernels``: names and parameter structs. Built once a process."""
     text, replaced = re.subn(r"(?s)// ---- PTX\n.*?// ---- end of PTX\n", lambda cut: "\n" * cut[0].count("\n"), text)
-    assert replaced == 1
+    assert replaced
+    assert "// ---- PTX" not in text
     text = text.replace("extern __shared__ __align__(1024) char smem[];", "char* smem = dynamic_shared();")
     assert "asm" not in text
     defines = "".join(f"#define {name} {value}\n" for name, value in {"BF16": 0, **dict(macros)}.items())
@@ -188,12 +189,12 @@ def build(text: str, kernels: tuple[tuple[str, str], ...], macros: tuple[tuple[s
 
 def store_source() -> str:
     """The text of the store."""
-    return store.source()
+    return sources.store_source()
 
 
-def decode_source(clusters: bool = False) -> str:
+def decode_source(clusters: bool = False, stores: bool = False) -> str:
     """The text of the kernels of a decode."""
-    return sources.source(clusters)
+    return sources.source(clusters, stores)
 
 
 def build_store(*key: Any) -> Library:
@@ -205,7 +206,8 @@ def build_decode(variant: variants.Variant, pages: int) -> Library:
     """The kernels of a native decode."""
     kernels = (("tq4_decode", "DecodeParams"), ("tq4_combine", "CombineParams"), ("tq4_rotate", "DecodeParams"))
     some = kernels[: 1 if variant.cluster else 2 + pages]
-    return build(decode_source(variant.cluster), some, tuple({**variant.defines, "PAGED": pages}.items()))
+    text = decode_source(variant.cluster, variant.stores is not None)
+    return build(text, some, tuple({**variant.defines, "PAGED": pages}.items()))
 
 
 @pytest.fixture
@@ -218,7 +220,7 @@ def emulate_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launch the native store in the emulator."""
 
     def launch(library: Library, grid: Any, block: Any, shared: int, stream: None, arguments: Any) -> None:
-        library.launch("tq4_store", store.PARAMS, grid, block[0], shared, False, arguments)
+        library.launch("tq4_store", sources.STORE_PARAMS, grid, block[0], shared, False, arguments)
 
     monkeypatch.setattr(store, "_kernel", lambda index, *key: (build_store(*key), 4, 3))
     monkeypatch.setattr(store, "launch", launch)

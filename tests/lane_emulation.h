@@ -73,10 +73,13 @@ static void multiply_into(float* c, const Operands& operands) {
   for (int i = 0; i < 4; i++) c[i] = sum.at[i];
 }
 static const Numbers HALVES_HERE = BF16 ? BFLOAT16 : FLOAT16;
+// Attention's are of fp16 always, the store's of what it stores.
 static void mma(float* c, unsigned a0, unsigned a1, unsigned a2, unsigned a3, unsigned b0, unsigned b1) {
-  multiply_into(c, {{a0, a1, a2, a3}, {b0, b1}, HALVES_HERE, 16});
+  multiply_into(c, {{a0, a1, a2, a3}, {b0, b1}, FLOAT16, 16});
 }
-static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) { mma(c, a[0], a[1], a[2], a[3], b0, b1); }
+static void mma(float* c, const unsigned* a, unsigned b0, unsigned b1) {
+  multiply_into(c, {{a[0], a[1], a[2], a[3]}, {b0, b1}, HALVES_HERE, 16});
+}
 static void mma_short(float* c, unsigned a0, unsigned a1, unsigned b) { multiply_into(c, {{a0, a1}, {b}, HALVES_HERE, 8}); }
 static void mma_tf32(float* c, const float* a, float b0, float b1) {
   const Operands operands = {{__float_as_uint(a[0]), __float_as_uint(a[1]), __float_as_uint(a[2]), __float_as_uint(a[3])},
@@ -109,6 +112,7 @@ INLINE void team_barrier(int number, int count) { wait_for_team(number, count); 
 INLINE void cluster_arrive() { arrive_at_cluster(); }
 INLINE void cluster_wait() { wait_for_cluster(); }
 INLINE unsigned arrive_of(unsigned* counter, int blocks) { return count_block(counter, blocks); }
+INLINE void wait_for_count(const unsigned* counter, unsigned least) { see_counted(counter, least); }
 INLINE void sts(unsigned at, float x) { store_shared(at, &x, 4); }
 INLINE void sts_of(unsigned at, int rank, float x) { store_shared_of(at, rank, &x, 4); }
 INLINE void sts2_of(unsigned at, int rank, float x, float y) { const float pair[2] = {x, y}; store_shared_of(at, rank, pair, 8); }

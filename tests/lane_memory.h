@@ -3,7 +3,7 @@
 //
 // Two accesses to a word, one of them a write, are in order if one lane made both; if a barrier of the warp, the block or the
 // cluster lies between them; if a lane of the later one's block has seen the earlier one's counted, each behind or before a barrier
-// of its block; or if they belong to different kernels, of which one had ended: the kernel before once the lane has
+// of its block, or of its warp; or if they belong to different kernels, of which one had ended: the kernel before once the lane has
 // waited for it, an earlier one also if the kernel before let this one start only after that. Shuffles and matrix
 // instructions bring lanes together, but order no memory. Who runs first in the emulator does not matter: every access is
 // held against those that the word has seen.
@@ -37,16 +37,20 @@ struct Page { Word words[1024]; };
 // Launches up to these had ended when this one began, and when the one before ended.
 inline unsigned ended_at_start = 0, ended_before_previous = 0;
 
-// Lanes of other blocks that had counted these when a lane of the block that runs now did: `seen_by`.
-inline std::vector<Access> counted_before;
-inline Access seen_by = {};
+// Lanes of the blocks that run now which have seen that others had counted these.
+struct Seen { Access by; std::vector<Access> counted; };
+inline std::vector<Seen> sightings;
 
+// Whether a barrier lies between what two lanes of a block did, or one lane did both.
+inline bool follows(const Access& first, const Access& then) {
+  return first.block == then.block && (first.thread == then.thread || first.block_barriers < then.block_barriers ||
+                                       (first.warp == then.warp && first.warp_barriers < then.warp_barriers));
+}
 inline bool counted(const Access& past, const Access& now) {
-  if (seen_by.launch != now.launch || seen_by.block != now.block) return false;
-  if (now.thread != seen_by.thread && now.block_barriers <= seen_by.block_barriers) return false;
-  return std::any_of(counted_before.begin(), counted_before.end(), [&](const Access& by) {
-    return by.launch == past.launch && by.block == past.block &&
-           (past.thread == by.thread || past.block_barriers < by.block_barriers);
+  return std::any_of(sightings.begin(), sightings.end(), [&](const Seen& one) {
+    return one.by.launch == now.launch && follows(one.by, now) &&
+           std::any_of(one.counted.begin(), one.counted.end(),
+                       [&](const Access& by) { return by.launch == past.launch && follows(past, by); });
   });
 }
 
@@ -80,9 +84,9 @@ class Memory {
   const Launch* launch = nullptr;
   uintptr_t static_begin = 0, static_end = 0;
 
-  void forget_shared() { clear(shared_); memset(shared_memory, 0xff, launch->cluster * SHARED_LIMIT); }
+  void forget_shared() { sightings.clear(), clear(shared_); memset(shared_memory, 0xff, launch->cluster * SHARED_LIMIT); }
   void forget_all() { clear(global_); }
-  void acquire(const Access& now, const std::vector<Access>& others) { seen_by = now, counted_before = others; }
+  void acquire(const Access& now, const std::vector<Access>& others) { sightings.push_back({now, others}); }
 
   // Empty, or why a lane must not touch [at, at + bytes): `report` is where the words go. `rank`: whose shared memory it may be.
   const char* check(uintptr_t at, int bytes, bool write, bool aligned, const Access& now, bool waited, int rank) {

@@ -304,6 +304,11 @@ unsigned count_block(unsigned* counter, int blocks) {
   *counter = before + 1 == (unsigned)blocks ? 0 : before + 1;
   return before;
 }
+void see_counted(const unsigned* counter, unsigned least) {
+  if (!memory.there((uintptr_t)counter, 4)) fail(CALLER, "waits for a count where there is no tensor");
+  if (*counter < least) fail(CALLER, "waits for blocks that none before it has counted");
+  memory.acquire(current->now, arrivals[(unsigned*)counter]);
+}
 unsigned votes(bool mine) {
   current->value = mine;
   wait(VOTE);

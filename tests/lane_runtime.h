@@ -12,7 +12,8 @@ void wait_for_block();
 void wait_for_team(int number, int count);  // until `count` lanes of the block wait for this one
 void arrive_at_cluster();
 void wait_for_cluster();  // until all lanes of the cluster have arrived as often as this one
-unsigned count_block(unsigned* counter, int blocks);  // and order what this lane's block did before behind what the others did
+unsigned count_block(unsigned* counter, int blocks);  // and order what this lane's block does from now on behind what the others did
+void see_counted(const unsigned* counter, unsigned least);  // likewise; an error if so many have not been counted
 unsigned exchange(unsigned value, int from);
 unsigned votes(bool mine);  // a bit for each lane
 

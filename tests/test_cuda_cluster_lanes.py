@@ -211,7 +211,7 @@ def test_where_no_cluster_has_room_the_line_serves(generator, monkeypatch, head_
 def test_what_blocks_must_wait_for(generator, monkeypatch, sound, broken, words, group):
     text = kernel_lanes.decode_source(True)
     assert text.count(sound) == 1
-    monkeypatch.setattr(kernel_lanes, "decode_source", lambda clusters: text.replace(sound, broken))
+    monkeypatch.setattr(kernel_lanes, "decode_source", lambda *_: text.replace(sound, broken))
     with pytest.raises(LaneError, match=words):
         run(*random_case(generator, dtype=HALF, device="cpu", group=group, kv_len=100, head_dim=128).arguments)
 

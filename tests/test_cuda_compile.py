@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from turboquant_vllm.cuda import cluster, decode, nvrtc, paged
 from turboquant_vllm.cuda.sources import source
@@ -19,6 +21,7 @@ from turboquant_vllm.cuda.variants import (
     Cluster,
     Division,
     Even,
+    Stored,
     Variant,
     choose_cluster,
     choose_variant,
@@ -117,11 +120,15 @@ def test_compiles_with_offsets_without_spills(arch, head_dim, pages, masked):
 )
 def test_compiles_as_a_cluster_without_spills(arch, head_dim, rows, pages, masked, offsets):
     alone = choose_variant(head_dim, rows, SHARED[arch], masked, offsets, hadamard=True, cluster=True)
-    variants = [variant for variant in cluster_variants(alone) if variant is not None]
+    some = cluster_variants(alone)
+    variants = [variant for variant in some if variant is not None]
+    if pages:
+        stored = Stored(torch.bfloat16, torch.int64, "unbiased")
+        variants += [dataclasses.replace(variant, stores=stored) for variant in (some.alone, some.few) if variant is not None]
     for variant in variants:
         assert variant.cluster_bytes(MOST_BLOCKS) <= SHARED[arch], variant
-        defines = {**variant.defines, "PAGED": pages}
-        usage = resource_usage(nvrtc.compile_cubin(source(True), arch=arch, name="decode.cu", defines=defines))
+        defines, stores = {**variant.defines, "PAGED": pages}, variant.stores is not None
+        usage = resource_usage(nvrtc.compile_cubin(source(True, stores), arch=arch, name="decode.cu", defines=defines))
         (used,) = usage.values()
         assert stays_in_registers("tq4_decode", used), (variant, used)
         assert used.registers * 32 * variant.warps * variant.resident <= REGISTERS, (variant, used)
@@ -145,13 +152,15 @@ def test_compiles_with_rotations_by_additions_without_spills(arch, head_dim, row
         assert stays_in_registers(kernel, used), (kernel, variant, used)
 
 
-@pytest.mark.parametrize("pages", [False, True])
-def test_what_is_compiled_ahead_is_what_is_loaded(monkeypatch, pages):
+@pytest.mark.parametrize(
+    ("pages", "stored", "count"), [(False, None, 6), (True, None, 6), (True, Stored(torch.float16, torch.int32, "norm"), 8)]
+)
+def test_what_is_compiled_ahead_is_what_is_loaded(monkeypatch, pages, stored, count):
     """All that calls of other lengths may take, compiled side by side before any of it is loaded."""
     ahead, loaded = [], []
 
     def load_kernel(text, name, *, device, params, defines):
-        assert len(ahead) == 6
+        assert len(ahead) == count
         loaded.append((text, sorted(defines.items())))
 
     def compile_for(device, name, wanted):
@@ -161,7 +170,7 @@ def test_what_is_compiled_ahead_is_what_is_loaded(monkeypatch, pages):
     for module in (cluster, decode, paged):
         monkeypatch.setattr(module, "load_kernel", load_kernel)
     line, alone = (choose_variant(128, 4, SHARED["sm_90"], offsets=True, hadamard=True, cluster=one) for one in (False, True))
-    cluster._load_all(-1, alone, line, pages, paged._kernels if pages else decode._kernels)
+    cluster._load_all(-count, alone, line, pages, paged._kernels if pages else decode._kernels, stored)
     assert all(one in loaded for one in ahead)
     assert all(one in ahead for one in loaded)
 

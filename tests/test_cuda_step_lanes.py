@@ -13,7 +13,7 @@ import torch
 import kernel_lanes
 from kernel_lanes import LaneError, emulated_decode, emulated_store, few_objects, needs_compiler  # noqa: F401
 from turboquant_vllm import ops, tq4_paged_attention
-from turboquant_vllm.cuda import cluster
+from turboquant_vllm.cuda import cluster, store
 from turboquant_vllm.cuda.variants import Cluster, Even, Variant
 from turboquant_vllm.vllm.layer import PagedLayer
 from vllm_cases import Step, random_step
@@ -28,6 +28,8 @@ _LINE, _CLUSTERS = ["tq4_rotate", "tq4_decode", "tq4_combine"], ["tq4_decode"]
 CHOICES: dict[str, tuple[Callable[[Variant], Cluster | None], list[str]]] = {
     "line": (lambda _: None, _LINE),
     "clusters": (lambda variant: Cluster(2, variant), _CLUSTERS),
+    "one launch": (lambda variant: Cluster(2, dataclasses.replace(variant, warps=4)), _CLUSTERS),
+    "one launch of blocks": (lambda variant: Cluster(1, dataclasses.replace(variant, warps=8)), _CLUSTERS),
     "spread": (lambda variant: Cluster(5, dataclasses.replace(variant, spread=True)), _CLUSTERS),
     "clusters if even": (lambda variant: Cluster(2, variant, Even(4, 1, 24, 4)), _LINE + _CLUSTERS),
     "line if uneven": (lambda variant: Cluster(2, variant, Even(1, 1, 24, 4)), _LINE + _CLUSTERS),
@@ -35,9 +37,18 @@ CHOICES: dict[str, tuple[Callable[[Variant], Cluster | None], list[str]]] = {
 
 
 @pytest.fixture(params=CHOICES, autouse=True)
-def launches(request: pytest.FixtureRequest, emulated_decode: None, monkeypatch: pytest.MonkeyPatch) -> list[str]:  # noqa: F811
+def launches(
+    request: pytest.FixtureRequest,
+    emulated_store: None,  # noqa: F811
+    emulated_decode: None,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> list[str]:
     """Names of the kernels that have run."""
     chosen = CHOICES[request.param][0]
+    if "one launch" in request.param:  # the device has room for all blocks
+        monkeypatch.setattr(cluster, "_fit", lambda *_: 1000)
+        # As many teams as there store alone, too: values of few tokens are rotated in another order than those of many.
+        monkeypatch.setattr(store, "_kernel", lambda index, *key: (kernel_lanes.build_store(*key), 100, 3))
     monkeypatch.setattr(cluster, "choose_cluster", lambda passes, tiles, variant, *_: chosen(variant))
     return kernel_lanes.names_of_launches(monkeypatch)
 
@@ -80,8 +91,10 @@ def test_the_same_as_two_calls(generator, monkeypatch, launches, request, key_of
     assert torch.equal(got, want)
     assert torch.equal(step.kv_cache, stored)
     assert not torch.equal(stored, before)
-    assert launches[:first] == launches[first:]
-    assert launches[first:] == ["tq4_store", *CHOICES[request.node.callspec.params["launches"]][1]]
+    chosen = request.node.callspec.params["launches"]
+    assert launches[:first] == ["tq4_store", *CHOICES[chosen][1]]
+    assert launches[first:] == (launches[1:first] if "one launch" in chosen else launches[:first])
+    assert not cluster._counters[-1]._zeros.any()
 
 
 @pytest.mark.parametrize("key_offsets", [False, True])
@@ -107,9 +120,16 @@ def test_more_tokens_than_a_warp_has_lanes(generator, monkeypatch, launches):
 
 
 @pytest.mark.parametrize("key_offsets", [False, True])
+@pytest.mark.parametrize("launches", [name for name in CHOICES if "one launch" not in name], indirect=True)
 def test_attention_waits_for_the_store(generator, monkeypatch, launches, key_offsets):
-    sound = "wait_for_previous();  // the store of the step's own keys and values"
-    attend_without(generator, monkeypatch, key_offsets, sound)
+    attend_without(generator, monkeypatch, key_offsets, "wait_for_previous();  // the store of the step's own keys and values")
+
+
+@pytest.mark.parametrize("key_offsets", [False, True])
+@pytest.mark.parametrize("launches", ["one launch", "one launch of blocks"], indirect=True)
+@pytest.mark.parametrize("sound", ["wait_for_count(p.stored, p.store_blocks);", "__syncthreads();  // all lanes have written"])
+def test_attention_waits_for_blocks_that_store(generator, monkeypatch, launches, key_offsets, sound):
+    attend_without(generator, monkeypatch, key_offsets, sound, "that another block wrote")
 
 
 @pytest.mark.parametrize("launches", ["line if uneven"], indirect=True)
@@ -117,15 +137,20 @@ def test_a_kernel_that_leaves_ends_after_the_one_before(generator, monkeypatch, 
     attend_without(generator, monkeypatch, False, "if (blockIdx.x == 0) wait_for_previous();")
 
 
-def attend_without(generator: Any, monkeypatch: pytest.MonkeyPatch, key_offsets: bool, sound: str) -> None:
+def attend_without(
+    generator: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    key_offsets: bool,
+    sound: str,
+    found: str = "a kernel before wrote, without having waited",
+) -> None:
     """Where no kernel waits so, it is noticed that attention reads what the store has yet to write."""
     text = kernel_lanes.decode_source
-    assert sound in text(True)
-    assert sound in text(False)
-    monkeypatch.setattr(kernel_lanes, "decode_source", lambda clusters: text(clusters).replace(sound, ";  // "))
+    assert sound in text(True, True)
+    monkeypatch.setattr(kernel_lanes, "decode_source", lambda *kind: text(*kind).replace(sound, ";  // "))
     step = step_of(generator, monkeypatch, key_offsets)
     attend(step, at_once=False)
-    with pytest.raises(LaneError, match="a kernel before wrote, without having waited"):
+    with pytest.raises(LaneError, match=found):
         attend(step, at_once=True)
 
 

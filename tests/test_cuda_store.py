@@ -9,7 +9,9 @@ import torch
 
 from cuda_sources import ARCHS
 from turboquant_vllm.cuda import nvrtc, store
+from turboquant_vllm.cuda.sources import store_source
 from turboquant_vllm.cuda.usage import resource_usage
+from turboquant_vllm.cuda.variants import Stored
 
 pytest.importorskip("cuda.core")
 
@@ -30,8 +32,8 @@ VARIANTS = [
 @pytest.mark.parametrize("has_offsets", [False, True], ids=["plain", "offsets"])
 def test_compiles_without_spills(arch, head_dim, dtype, slot_dtype, scale, has_offsets):
     teams = store.teams_per_multiprocessor(head_dim, int(arch[3:]) // 10, has_offsets)
-    defines = store.defines(head_dim, dtype, slot_dtype, scale, has_offsets, teams)
-    compiled = nvrtc.compile_cubin(store.source(), arch=arch, name="store.cu", defines=defines)
+    defines = store.defines(head_dim, Stored(dtype, slot_dtype, scale), has_offsets, teams)
+    compiled = nvrtc.compile_cubin(store_source(), arch=arch, name="store.cu", defines=defines)
     used = resource_usage(compiled)["tq4_store"]
     assert used.spill_stores == used.spill_loads == used.stack_frame == 0, used
     assert used.registers * store.THREADS * teams <= REGISTERS, used

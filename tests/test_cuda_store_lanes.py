@@ -12,8 +12,7 @@ from group_store_contract import HEADS, GroupStoreContract, keys_like_a_models
 from kernel_lanes import build_store, emulated_store, few_objects, needs_compiler  # noqa: F401
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm import ops, tq4_store
-from turboquant_vllm.cuda import store
-from turboquant_vllm.cuda.store import TokenWriter
+from turboquant_vllm.cuda.store import New, TokenWriter
 
 pytestmark = [pytest.mark.slow, needs_compiler, pytest.mark.usefixtures("emulated_store")]
 
@@ -35,7 +34,7 @@ def test_every_byte(generator, head_dim, dtype, scale, layout, slot_dtype):
         rotation, _, companding, _, *scaling = case.codec.writing
         rotation = torch.empty(head_dim**2 + 1)[1:].view(head_dim, head_dim).copy_(rotation)  # which begins anywhere
         where = (case.cache.buffer, case.slot_mapping)
-        store.store(case.k, case.v, *where, rotation, companding, *scaling, case.cache.page_size, **options)
+        New.of(case.k, case.v, *where, rotation, companding, *scaling, case.cache.page_size).store(**options)
 
     for tokens, heads, page_size in ((1, 1, 16), (3, 2, 48), (41, 5, 48)):
         case = random_store(
@@ -118,4 +117,4 @@ def store_beside(k, v, cache, codec, slots, previous):
     """The same, with room left for a kernel behind it."""
     rotation, _, companding, _, centroids, scale = codec.writing
     how = (companding, centroids, scale, cache.page_size, True, codec.key_scales, previous)
-    store.store(k, v, cache.buffer, slots, rotation, *how, leaves_room=True)
+    New.of(k, v, cache.buffer, slots, rotation, *how).store(leaves_room=True)

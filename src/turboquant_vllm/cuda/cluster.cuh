@@ -15,6 +15,10 @@
 // Where there are more passes than multiprocessors, two teams of a block's warps have a pass each: they share the table, and so
 // have room for longer rings than two blocks of a multiprocessor would, of which the hardware serves the older one first.
 //
+// A step may STORE its own keys and values in the same launch. The first blocks do that, and count themselves when they have; warps
+// that read what these write wait for the count, which is zero again behind the last cluster. Blocks start in the order of their
+// numbers, so none waits for one that has no place.
+//
 // So the bits repeat; they depend on how many blocks and warps share a pass, which follows from the sizes of a call.
 #if CLUSTER
 #define TEAM_WARPS (WARPS / PASSES)
@@ -24,6 +28,32 @@
 // Rows that were sent, behind all else in a block's shared memory: at (row / blocks * blocks + sender) * PART_PITCH floats.
 #define USED (ROW_SCALE + PASSES * 16 * NT)
 #define SENT (USED > RESULT(WARPS) ? USED : RESULT(WARPS))
+
+// The number of a block among those that attend.
+__device__ __forceinline__ int block_of_call(const DecodeParams& p) {
+#if STORES
+  return blockIdx.x - p.first_block;
+#else
+  return blockIdx.x;
+#endif
+}
+
+#if STORES
+// What the blocks before those do.
+__device__ __forceinline__ void store_first(const DecodeParams& p) {
+  if (blockIdx.x >= p.store_blocks) return;  // there to fill a cluster
+  if (store::team_of_block() < p.store.teams) store::store_block(p.store);
+  __syncthreads();  // all lanes have written theirs
+  if (threadIdx.x == 0) arrive_of(p.stored, p.store_blocks + p.sequences * p.heads.kv_heads);
+}
+#endif
+// One lane of a cluster, when none of the others waits for the store any more.
+__device__ __forceinline__ void forget_store(const DecodeParams& p) {
+#if STORES
+  wait_for_store(p);
+  arrive_of(p.stored, p.store_blocks + p.sequences * p.heads.kv_heads);
+#endif
+}
 
 // The team of a thread, and a barrier of it.
 __device__ __forceinline__ int team_of_thread() { return thread_number() / (TEAM_WARPS * 32); }
@@ -148,7 +178,7 @@ __device__ __forceinline__ void store_row(const DecodeParams& p, int index, int 
 
 // Join what the warps have left in `smem`, then the blocks, rotate back and store.
 __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
-  const int number = p.by_blocks.divide(blockIdx.x), team = team_of_thread(), index = number * PASSES + team;
+  const int block = block_of_call(p), number = p.by_blocks.divide(block), team = team_of_thread(), index = number * PASSES + team;
   const int warp = thread_number() / 32 % TEAM_WARPS;
   const int count = min(4 * NT, p.heads.rows - p.heads.first_row(index));
   float signs[OF_LANE];
@@ -156,7 +186,7 @@ __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
 #if SPREAD
   meet();  // all warps have left theirs
   float* parts = p.parts + (i64)index * p.blocks * PART;  // [blocks, 4 * NT, PART_PITCH]
-  const int mine = (blockIdx.x - index * p.blocks) * PART;
+  const int mine = (block - index * p.blocks) * PART;
   join_warps(smem, count, [&](int row, int dim, float x, float y, float lse) {
     float* to = parts + mine + row * PART_PITCH;
     *(float2*)(to + dim) = make_float2(x, y);
@@ -173,7 +203,7 @@ __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
               [&](int block, int dim) { return *(const float2*)(from + block * PART + dim); });
   }
 #else
-  const int rank = blockIdx.x - number * p.blocks;
+  const int rank = block - number * p.blocks;
   const u32 sent = shared_address(smem) + SENT + team * PART * 4;
   if (p.blocks > 1) cluster_wait();  // all have begun
   meet();  // all warps have left theirs
@@ -194,6 +224,7 @@ __device__ __forceinline__ void finish(const DecodeParams& p, char* smem) {
   } else {
     meet();
   }
+  if (rank == p.blocks - 1 && thread_number() == TEAM_WARPS * 32 - 1) forget_store(p);  // seldom a warp that has a row to join
 #pragma unroll 1
   for (int i = rank + warp * p.blocks; i < count; i += TEAM_WARPS * p.blocks) {
     const u32 from = sent + (i - rank) * PART_PITCH * 4;

@@ -2,15 +2,21 @@
 // does all of it: see cluster.cuh.
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(1024) char smem[];
+#if STORES
+  if (blockIdx.x < p.first_block) return store_first(p);
+#endif
   const int tid = threadIdx.x, lane = tid & 31, warp = or_of_warp(tid >> 5);
   const float level = p.centroids[lane & 15];
 #if CLUSTER
-  const int team = warp / TEAM_WARPS, member = warp - team * TEAM_WARPS, number = p.by_blocks.divide(blockIdx.x);
-  const int index = number * PASSES + team, worker = (blockIdx.x - number * p.blocks) * p.active + member;
+  const int team = warp / TEAM_WARPS, member = warp - team * TEAM_WARPS, block = block_of_call(p), number = p.by_blocks.divide(block);
+  const int index = number * PASSES + team, worker = (block - number * p.blocks) * p.active + member;
   auto locate = [&](int) { return pass_of(p, index); };
 #if PAGED
   prefetch_pages(p, p.heads.batch(index));
-  if (!is_served(p, tokens_of(p, p.heads.batch(index)))) return leave();
+  if (!is_served(p, tokens_of(p, p.heads.batch(index)))) {
+    if (block == number * p.blocks && tid == 0) forget_store(p);
+    return leave();
+  }
 #endif
   const int first_pass = number * PASSES, rows = PASSES * 4 * NT;
   const Share work = share_of(p, locate(0));
@@ -165,7 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) tq4_decode(const
 #pragma unroll 1
   for (int turn = 0; turn < 1 + (PAGED && CLUSTER); turn++) {
     if (turn == is_late) {
-      if (is_late) wait_for_previous();  // the store of the step's own keys and values
+      if (is_late) wait_for_store(p);
 #pragma unroll 1
       for (int i = 0; i < STAGES - 1; i++) copy_next(i);
     }

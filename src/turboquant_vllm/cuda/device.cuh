@@ -1,7 +1,8 @@
 // What both kernels share: single instructions, sums over lanes, the rotation of 16 rows, and how work is divided.
 //
 // The caller defines HEAD_DIM (64, 128, 256), NT (tiles of 4 query rows), WARPS, STAGES, PASSES, RESIDENT (blocks that are to
-// share a multiprocessor), and as 0 or 1 PAGED, MASKED, OFFSETS, CLUSTER and HADAMARD, which CLUSTER needs.
+// share a multiprocessor), and as 0 or 1 PAGED, MASKED, OFFSETS, CLUSTER, HADAMARD, which CLUSTER needs, and STORES, which needs
+// PAGED and CLUSTER, and what store.cuh asks for.
 typedef unsigned u32;
 typedef long long i64;
 
@@ -91,6 +92,12 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 #if CLUSTER
+// Until a counter is at `least`; what was written before others counted, this one sees after it.
+__device__ __forceinline__ void wait_for_count(const u32* counter, u32 least) {
+  u32 d;
+  do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(d) : "l"(counter) : "memory");
+  while (d < least);
+}
 // Among the `count` threads of a block whose barrier `number` is.
 __device__ __forceinline__ void team_barrier(int number, int count) {
   asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(count) : "memory");

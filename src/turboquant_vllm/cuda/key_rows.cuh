@@ -8,7 +8,7 @@
 #define PRIOR_WEIGHT 8
 #define NOWHERE (~0u)
 #define SHORT 4  // rows that one warp stores, at most
-#define ROUNDS (GROUP / (FEW * WARPS))
+#define ROUNDS (GROUP / (FEW * TEAM))
 
 struct Row { u32 number, slot; };
 struct Rows { u32 count, first, last; };  // first and last slot, in the order of the search
@@ -18,13 +18,13 @@ struct Plan { u32 count, source, previous, before; };
 struct Farthest { float distance; u32 index; };
 
 struct Shared {
-  uint4 rows[ROUNDS][THREADS];
-  float sums[WARPS][D];
-  u32 counts[WARPS];
-  Farthest farthest[WARPS];
+  uint4 rows[ROUNDS][TEAM_THREADS];
+  float sums[TEAM][D];
+  u32 counts[TEAM];
+  Farthest farthest[TEAM];
   float scales[D];  // times the rotation's signs
-  float offset[WARPS][D];  // of the run that a warp is to store, before that its prior
-  Row own[GROUP], before[GROUP], few[WARPS][SHORT];
+  float offset[TEAM][D];  // of the run that a warp is to store, before that its prior
+  Row own[GROUP], before[GROUP], few[TEAM][SHORT];
   Plan plan;
 };
 
@@ -74,7 +74,7 @@ template <int RUN_WARPS> __device__ __forceinline__ Farthest farthest_of(Shared&
   meet();
   mine = s.farthest[0];
 #pragma unroll
-  for (int i = 1; i < WARPS; i++) mine = farther_of(mine, s.farthest[i]);
+  for (int i = 1; i < TEAM; i++) mine = farther_of(mine, s.farthest[i]);
   return mine;
 }
 
@@ -95,7 +95,7 @@ __device__ __forceinline__ u32 gather(const Shared& s, Vector& sum) {
   u32 count = s.counts[0];
   read_vector(s.sums[0], sum);
 #pragma unroll
-  for (int warp = 1; warp < WARPS; warp++) {
+  for (int warp = 1; warp < TEAM; warp++) {
     Vector more;
     read_vector(s.sums[warp], more);
     count += s.counts[warp];
@@ -113,7 +113,7 @@ __device__ __forceinline__ u32 sum_rows(Shared& s, u32 count, u32 without) {
   u32 finite = 0;
 #pragma unroll 1
   for (u32 round = 0; round < ROUNDS; round++) {
-    const u32 first = (round * WARPS + warp) * FEW;
+    const u32 first = (round * TEAM + warp) * FEW;
     if (first >= count) break;
     Vector y;
     scaled_row(s, round, y);
@@ -138,7 +138,7 @@ __device__ __forceinline__ u32 sum_but_outlier(Shared& s, u32 count, Vector& sum
 #pragma unroll 1
   for (int pass = 0;; pass++) {
     u32 finite = 0;
-    if (pass == 0 || without / FEW % WARPS == warp) finite = sum_rows(s, count, without);
+    if (pass == 0 || without / FEW % TEAM == warp) finite = sum_rows(s, count, without);
     meet();
     const u32 good = gather(s, sum);
     if (pass == 1) return good;
@@ -147,7 +147,7 @@ __device__ __forceinline__ u32 sum_but_outlier(Shared& s, u32 count, Vector& sum
     Farthest farthest = {-1, NOWHERE};
 #pragma unroll 1
     for (u32 round = 0; round < ROUNDS; round++) {
-      const u32 first = (round * WARPS + warp) * FEW;
+      const u32 first = (round * TEAM + warp) * FEW;
       if (first >= count) break;
       Vector y;
       float back;
@@ -158,7 +158,7 @@ __device__ __forceinline__ u32 sum_but_outlier(Shared& s, u32 count, Vector& sum
       const float square = square_in_range(y, back, counts), distance = root(square, inverse_length(square)) * back;
       if (counts) farthest = farther_of(farthest, {distance, first + c});
     }
-    without = farthest_of<WARPS>(s, farthest).index;
+    without = farthest_of<TEAM>(s, farthest).index;
   }
 #pragma unroll
   for (int i = 0; i < 8; i++) sum[i] = 0;

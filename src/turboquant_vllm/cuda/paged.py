@@ -21,7 +21,7 @@ from turboquant_vllm.cuda import cluster
 from turboquant_vllm.cuda.decode import mask_args
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
 from turboquant_vllm.cuda.sources import params_of, source
-from turboquant_vllm.cuda.store import store
+from turboquant_vllm.cuda.store import New
 from turboquant_vllm.cuda.variants import (
     ALWAYS,
     COMBINE_THREADS,
@@ -133,23 +133,22 @@ def decode_pages(
     lse: torch.Tensor,
     *,
     hadamard: bool = False,
-    before: Callable[[], None] | None = None,
-    new_slots: torch.Tensor | None = None,
+    new: New | None = None,
 ) -> None:
     """Fill the rows of ``out`` and ``lse`` of sequences with at most 32 query rows per key/value head; leave the others alone.
 
     Args as in :func:`turboquant_vllm.tq4_paged_attention`, which has checked them: q fp16 or bf16 ``[T, H_q, D]``, D 64, 128 or
     256 (there up to 16 rows), out like q, lse float32 ``[T, H_q]`` contiguous. ``hadamard``: as in
-    :func:`turboquant_vllm.cuda.decode.decode`. ``before`` launches the native store, and nothing behind it, to ``new_slots``,
-    int32 or int64: the first kernel starts while that runs, and waits where it would read pages with such a slot.
+    :func:`turboquant_vllm.cuda.decode.decode`. ``new`` is stored first, in the same launch or in one before, of which the next
+    starts while that runs; what attends waits where it would read pages that this writes.
     """
     tokens, num_heads, head_dim = q.shape
     pages, page_size, num_kv_heads = cache.buffer, cache.page_size, cache.num_kv_heads
     count, max_pages = sequences.block_table.shape
     group = num_heads // num_kv_heads
     if tokens == 0 or count == 0:
-        if before is not None:
-            before()
+        if new is not None:
+            new.store()
         return
     block_table, seq_lens, cu_seqlens_q, max_query_len, max_seq_len, *_ = sequences.contiguous()
     causal, sliding_window, softcap, sinks, windows = masks
@@ -188,9 +187,9 @@ def decode_pages(
         how = (*how, groups, steps, 0 if scales is None else scales.data_ptr())
     index, offsets, one = q.get_device(), cache.has_offsets, None
     if hadamard and longest:
-        one = cluster.plan(
-            index, count * num_kv_heads, num_kv_heads, group, rows, -(-longest // 16), head_dim, masked, offsets, True, _kernels
-        )
+        stored = () if new is None else (new.stored, new.k.shape[0])
+        sizes_of_call = (count * num_kv_heads, num_kv_heads, group, rows, -(-longest // 16), head_dim, masked, offsets, True)
+        one = cluster.plan(index, *sizes_of_call, _kernels, *stored)
     even = NEVER if one is None else one.cluster.even
     launches: list[Callable[..., None]] = []
     if even is not ALWAYS:
@@ -208,14 +207,15 @@ def decode_pages(
         of_out = (0, result.stride(1), result.stride(0), 0, 1, num_heads)
         _left, left_at, counters = one.to_join(q.device)
         places = (counters, result.data_ptr(), lse.data_ptr(), sinks_at)
-        new_slots = None if new_slots is None else new_slots.contiguous()
-        new = (0, 0, 0) if new_slots is None else (new_slots.data_ptr(), new_slots.numel(), new_slots.element_size())
-        own = (0, 0, 0, *sizes, *even, *one.layout, *how, *places, *of_out, *one.last, *new)
+        written = (0, 0, 0) if new is None else (new.slots.data_ptr(), new.slots.numel(), new.slots.element_size())
+        own = (0, 0, 0, *sizes, *even, *one.layout, *how, *places, *of_out, *one.last, *written)
+        if new is not None and one.storing is not None:
+            own, new = (*own, *new.arguments(one.storing.division, one.storing.teams), *one.to_store()), None
         launches.append(functools.partial(one.launch, (*operands, left_at, *strides, *lie, *own)))
-    if before is not None:
-        before()
+    if new is not None:
+        new.store(leaves_room=True)
     for i, enqueue in enumerate(launches):
-        enqueue(pdl=i > 0 or before is not None)
+        enqueue(pdl=i > 0 or new is not None)
     if result is not out:
         out.copy_(result)
 
@@ -239,12 +239,13 @@ def store_and_decode_pages(
 ) -> None:
     """:func:`turboquant_vllm.cuda.store.store`, and behind it :func:`decode_pages`, which finds what that wrote.
 
-    Two launches, four or five: attention begins while the store runs, and waits for its end before it reads a page which that
-    writes, or, in the line of tiles or behind more than 32 tokens, any. Tables are of a rotation by a Hadamard matrix.
+    One launch, two, four or five: attention begins while keys and values are stored, and waits for the end of that before it
+    reads a page which is written, or, in the line of tiles or behind more than 32 tokens, any. Tables are of a rotation by a
+    Hadamard matrix.
     """
     rotation, centroids = tables.rotation, tables.centroids
     assert rotation is not None
     assert centroids is not None
-    how = (rotation, companding, centroids, scale, cache.page_size, cache.has_offsets, tables.key_scales, previous_slots, True)
-    before = functools.partial(store, k, v, cache.buffer, slot_mapping, *how)
-    decode_pages(q, cache, sequences, tables, sm_scale, masks, out, lse, hadamard=True, before=before, new_slots=slot_mapping)
+    how = (rotation, companding, centroids, scale, cache.page_size, cache.has_offsets, tables.key_scales, previous_slots)
+    new = New.of(k, v, cache.buffer, slot_mapping, *how)
+    decode_pages(q, cache, sequences, tables, sm_scale, masks, out, lse, hadamard=True, new=new)

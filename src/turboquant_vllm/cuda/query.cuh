@@ -75,10 +75,25 @@ struct DecodeParams {
 #if PAGED
   const void* slots;  // of what a store that may yet run writes
   int new_tokens, slot_bytes;
+#if STORES
+  store::StoreParams store;
+  u32* stored;       // of blocks that have stored; zero before and behind a launch
+  int store_blocks;  // these
+  int first_block;   // of those that attend: a cluster's first
+#endif
 #endif
 #endif
 };
 #define NO_WINDOW (1 << 30)
+
+// Until the step's own keys and values are stored.
+__device__ __forceinline__ void wait_for_store(const DecodeParams& p) {
+#if STORES
+  wait_for_count(p.stored, p.store_blocks);
+#else
+  wait_for_previous();  // the store of the step's own keys and values
+#endif
+}
 
 // cap * tanh(x / cap) by exponentials, with x * rate = 2 log2(e) x / cap; near zero, where these cancel, by a series.
 __device__ __forceinline__ float soft_cap(float x, float cap, float rate) {

@@ -1,7 +1,8 @@
 // What storing keys and values shares: parameters, single instructions, lengths, and how a rotated vector becomes codes.
 //
 // The caller defines HEAD_DIM (64, 128, 256), BF16 (0: fp16, 1: bf16), SLOT (int or long long), SCALE (0: lengths, 1: least
-// squares, 2: unbiased), OFFSETS (1: of keys), MOST_TEAMS, how many a multiprocessor runs, and TEAM_BYTES, shared memory of one.
+// squares, 2: unbiased), OFFSETS (1: of keys), TEAM_BYTES, shared memory of a team, and MOST_TEAMS, how many a
+// multiprocessor runs; or STORES, where attention's launch stores first, in blocks of its own size.
 //
 // Work is divided over teams of four warps. A block is one team, or as many as a multiprocessor runs: the kernel behind this one
 // may start while it runs, and then finds the other multiprocessors free.
@@ -14,11 +15,11 @@ typedef long long i64;
 
 #define D HEAD_DIM
 #define OUTER (D / 64)
-#define WARPS 4
-#define THREADS (WARPS * 32)  // of a team
+#define TEAM 4  // warps
+#define TEAM_THREADS (TEAM * 32)
 #define FEW (256 / D)  // vectors of a warp at a time, of 8 coordinates a lane
 #define FULL_MASK 0xffffffffu
-#define INFINITE __uint_as_float(0x7f800000u)
+#define INFINITE __int_as_float(0x7f800000)
 
 struct StoreParams {
   const char* k; const char* v; const void* slots; const void* previous_slots; char* pages;
@@ -89,11 +90,11 @@ __device__ __forceinline__ void let_next_start() {
 }
 // ---- end of PTX
 
-__device__ __forceinline__ u32 team_of_block() { return threadIdx.x / THREADS; }
-__device__ __forceinline__ u32 thread_of_team() { return threadIdx.x % THREADS; }
-__device__ __forceinline__ u32 warp_of_team() { return threadIdx.x / 32 % WARPS; }
-__device__ __forceinline__ u32 team_number(const StoreParams& p) { return block_number() * p.teams + thread_number() / THREADS; }
-__device__ __forceinline__ void meet() { team_barrier(1 + team_of_block(), THREADS); }  // of a team's threads
+__device__ __forceinline__ u32 team_of_block() { return threadIdx.x / TEAM_THREADS; }
+__device__ __forceinline__ u32 thread_of_team() { return threadIdx.x % TEAM_THREADS; }
+__device__ __forceinline__ u32 warp_of_team() { return threadIdx.x / 32 % TEAM; }
+__device__ __forceinline__ u32 team_number(const StoreParams& p) { return block_number() * p.teams + thread_number() / TEAM_THREADS; }
+__device__ __forceinline__ void meet() { team_barrier(1 + team_of_block(), TEAM_THREADS); }  // of a team's threads
 
 // Quotient of x < 2^31 by the number whose inverse and shift the host computed.
 __device__ __forceinline__ u32 divide(u32 x, u32 inverse, int shift) { return (u32)(((u64)x * inverse) >> shift); }

@@ -5,51 +5,27 @@ What is compiled depends on the device, the head dimension, dtypes, the scale, a
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
-from turboquant_vllm.cuda.variants import device_limits
+from turboquant_vllm.cuda.sources import STORE_PARAMS, store_source
+from turboquant_vllm.cuda.variants import STORING_WARPS, Stored, device_limits, team_bytes
 from turboquant_vllm.paged import slots_per_page
 
-__all__ = ["THREADS", "TokenWriter", "defines", "source", "store", "teams_per_multiprocessor"]
+__all__ = ["THREADS", "Division", "New", "TokenWriter", "defines", "store", "teams_per_multiprocessor"]
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("store.cuh", "key_rows.cuh", "store_keys.cuh", "store.cu"))
-PARAMS = "P" * 9 + "q" + "I" * 15 + "i" * 3
-THREADS = 128  # of a team
-_SCALES = ("norm", "least_squares", "unbiased")
-_WARPS = THREADS // 32
-_ROWS = 8 * _WARPS  # of a team at a time
+THREADS = 32 * STORING_WARPS  # of a team
 _MOST_TOKENS = 64  # whose runs one team looks for
 
 
-@cache
-def source() -> str:
-    """The text of the kernel."""
-    return "".join(f'#line 1 "{path.name}"\n{path.read_text(encoding="utf-8")}' for path in SOURCES)
-
-
-def defines(
-    head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, has_offsets: bool, most_teams: int
-) -> dict[str, int | str]:
+def defines(head_dim: int, stored: Stored, has_offsets: bool, most_teams: int) -> dict[str, int | str]:
     """Macros of the source."""
-    return {
-        "HEAD_DIM": head_dim,
-        "BF16": int(dtype == torch.bfloat16),
-        "SLOT": "int" if slot_dtype == torch.int32 else "long long",
-        "SCALE": _SCALES.index(scale),
-        "OFFSETS": int(has_offsets),
-        "MOST_TEAMS": most_teams,
-        "TEAM_BYTES": team_bytes(head_dim, has_offsets),
-    }
-
-
-def team_bytes(head_dim: int, has_offsets: bool) -> int:
-    """Dynamic shared memory of a team: ``Shared`` of ``key_rows.cuh``."""
-    return (64 * 2 + 9 * 4) * head_dim + 1216 if has_offsets else 0
+    own = {"HEAD_DIM": head_dim, "OFFSETS": int(has_offsets), "MOST_TEAMS": most_teams}
+    return {**stored.defines, **own, "TEAM_BYTES": team_bytes(head_dim, has_offsets)}
 
 
 def teams_per_multiprocessor(head_dim: int, major: int, has_offsets: bool) -> int:
@@ -60,14 +36,12 @@ def teams_per_multiprocessor(head_dim: int, major: int, has_offsets: bool) -> in
 
 
 @cache
-def _kernel(
-    index: int, head_dim: int, dtype: torch.dtype, slot_dtype: torch.dtype, scale: str, has_offsets: bool
-) -> tuple[Kernel, int, int]:
+def _kernel(index: int, head_dim: int, stored: Stored, has_offsets: bool) -> tuple[Kernel, int, int]:
     """The kernel, how many teams run at once, and how many may share a block."""
     (multiprocessors, shared_limit), (major, _) = device_limits(index), torch.cuda.get_device_capability(index)
     teams = teams_per_multiprocessor(head_dim, major, has_offsets)
-    macros = defines(head_dim, dtype, slot_dtype, scale, has_offsets, teams)
-    kernel = load_kernel(source(), "tq4_store", device=index, params=PARAMS, defines=macros)
+    macros = defines(head_dim, stored, has_offsets, teams)
+    kernel = load_kernel(store_source(), "tq4_store", device=index, params=STORE_PARAMS, defines=macros)
     room = shared_limit // max(1, team_bytes(head_dim, has_offsets))
     of_block = min(teams, room) if major >= 9 else 1  # before that no kernel starts beside another
     return kernel, multiprocessors * teams, of_block
@@ -86,6 +60,119 @@ def _steps(x: torch.Tensor) -> tuple[int, int]:
     return (2 * token if tokens > 1 else 0), (2 * head if heads > 1 else 0)
 
 
+class Division(NamedTuple):
+    """How a store's work is divided.
+
+    Attributes:
+        span: tokens whose runs of keys with offsets a team looks for.
+        vector_teams: that have values, and as many have keys without offsets.
+        is_few: whether no warp of these has more vectors than it holds at once.
+        teams: in all.
+    """
+
+    span: int
+    vector_teams: int
+    is_few: bool
+    teams: int
+
+    @classmethod
+    def choose(cls, tokens: int, heads: int, head_dim: int, has_offsets: bool, at_once: int) -> Division:
+        """Half of the ``at_once`` teams that run together for keys, half for values; or for values, and teams without end for
+        keys with offsets."""
+        rows, half, few_rows = tokens * heads, max(1, at_once // 2), 256 // head_dim * STORING_WARPS
+        is_few = rows <= few_rows * half
+        vector_teams = min(-(-rows // (few_rows if is_few else 8 * STORING_WARPS)), half)
+        span = min(_MOST_TOKENS, STORING_WARPS * -(-rows // (STORING_WARPS * at_once)))
+        return cls(span, vector_teams, is_few, vector_teams + (-(-tokens // span) * heads if has_offsets else vector_teams))
+
+
+class Sizes(NamedTuple):
+    """Of a launch: blocks, threads of each, and its bytes of dynamic shared memory."""
+
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
+class New:
+    """Keys and values to be stored, where, and what writes them: arguments of :func:`store`, as the kernel takes them."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    slots: torch.Tensor
+    buffer: torch.Tensor
+    rotation: torch.Tensor
+    companding: torch.Tensor
+    centroids: torch.Tensor
+    scale: str
+    page_size: int
+    has_offsets: bool = False
+    key_scales: torch.Tensor | None = None
+    previous_slots: torch.Tensor | None = None
+
+    @classmethod
+    def of(
+        cls,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        buffer: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        rotation: torch.Tensor,
+        companding: torch.Tensor,
+        centroids: torch.Tensor,
+        scale: str,
+        page_size: int,
+        has_offsets: bool = False,
+        key_scales: torch.Tensor | None = None,
+        previous_slots: torch.Tensor | None = None,
+    ) -> New:
+        """Of the arguments of :func:`store`; copies where they do not lie as the kernel reads them."""
+        k, v, slots = aligned(k), aligned(v), slot_mapping.contiguous()
+        rotation, companding, centroids = aligned(rotation.contiguous()), companding.contiguous(), centroids.contiguous()
+        if key_scales is not None:
+            key_scales = key_scales.contiguous()
+        if previous_slots is not None:
+            previous_slots = previous_slots.to(slots.dtype).contiguous()
+        how = (has_offsets, key_scales, previous_slots)
+        return cls(k, v, slots, buffer, rotation, companding, centroids, scale, page_size, *how)
+
+    @property
+    def stored(self) -> Stored:
+        """What is compiled for them."""
+        return Stored(self.k.dtype, self.slots.dtype, self.scale)
+
+    def arguments(self, division: Division, of_block: int) -> tuple[int, ...]:
+        """Of the kernel, in blocks of ``of_block`` teams."""
+        tokens, heads, _ = self.k.shape
+        page_slots = slots_per_page(self.page_size, self.has_offsets)
+        (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_slots)
+        previous, scales = (0 if x is None else x.data_ptr() for x in (self.previous_slots, self.key_scales))
+        tables = (self.rotation.data_ptr(), self.companding.data_ptr(), self.centroids.data_ptr(), scales)
+        return (
+            self.k.data_ptr(), self.v.data_ptr(), self.slots.data_ptr(), previous, self.buffer.data_ptr(), *tables,
+            self.buffer.stride(0), *_steps(self.k), *_steps(self.v), tokens * heads, heads, self.page_size, page_slots,
+            self.buffer.shape[0] * page_slots, head_inverse, page_inverse, tokens, division.span, division.vector_teams,
+            of_block, head_shift, page_shift, int(division.is_few),
+        )  # fmt: skip
+
+    def prepare(self, leaves_room: bool = False) -> tuple[Kernel, Sizes, tuple[int, ...]]:
+        """The store's kernel, the sizes of its launch and its arguments. ``leaves_room``: teams share blocks where tokens are
+        few, so that a kernel which starts beside this one finds multiprocessors of its own."""
+        tokens, heads, head_dim = self.k.shape
+        kernel, at_once, most = _kernel(self.k.get_device(), head_dim, self.stored, self.has_offsets)
+        division = Division.choose(tokens, heads, head_dim, self.has_offsets, at_once)
+        of_block = most if leaves_room and division.is_few else 1
+        shared_bytes = of_block * team_bytes(head_dim, self.has_offsets)
+        sizes = Sizes((-(-division.teams // of_block), 1, 1), (of_block * THREADS, 1, 1), shared_bytes)
+        return kernel, sizes, self.arguments(division, of_block)
+
+    def store(self, leaves_room: bool = False) -> None:
+        """Launch the store."""
+        kernel, sizes, arguments = self.prepare(leaves_room)
+        launch(kernel, *sizes, None, arguments)
+
+
 def store(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -99,7 +186,6 @@ def store(
     has_offsets: bool = False,
     key_scales: torch.Tensor | None = None,
     previous_slots: torch.Tensor | None = None,
-    leaves_room: bool = False,
 ) -> None:
     """As :func:`turboquant_vllm.reference.store`, with the boundaries as :func:`turboquant_vllm.codebook.companding`.
 
@@ -118,28 +204,12 @@ def store(
         has_offsets: whether keys have offsets; then the slots of a page begin at a multiple of 64.
         key_scales: of such keys, float32 ``[H_kv, D]``, or None.
         previous_slots: of such keys, int32 or int64 ``[tokens]``, or None.
-        leaves_room: whether the kernel behind this one is to start beside it: few tokens then keep few multiprocessors.
 
     Raises:
         RuntimeError: compiling or launching failed.
     """
-    k, v, slots = aligned(k), aligned(v), slot_mapping.contiguous()
-    rotation, companding, centroids = aligned(rotation.contiguous()), companding.contiguous(), centroids.contiguous()
-    if key_scales is not None:
-        key_scales = key_scales.contiguous()
-    if previous_slots is not None:
-        previous_slots = previous_slots.to(slots.dtype).contiguous()
-    how = (has_offsets, key_scales, previous_slots, leaves_room)
-    kernel, sizes, arguments = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size, *how)
-    launch(kernel, *sizes, None, arguments)
-
-
-class _Sizes(NamedTuple):
-    """Of a launch: blocks, threads of each, and its bytes of dynamic shared memory."""
-
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
-    shared_bytes: int
+    how = (scale, page_size, has_offsets, key_scales, previous_slots)
+    New.of(k, v, buffer, slot_mapping, rotation, companding, centroids, *how).store()
 
 
 class TokenWriter:
@@ -168,9 +238,9 @@ class TokenWriter:
         key_scales: torch.Tensor | None = None,
         previous_slots: torch.Tensor | None = None,
     ) -> None:
-        how = (has_offsets, key_scales, previous_slots)
-        found = _prepare(k, v, slots, buffer, rotation, companding, centroids, scale, page_size, *how)
-        self._kernel, self._sizes, (_, _, self._slots, self._previous, *self._others) = found
+        how = (scale, page_size, has_offsets, key_scales, previous_slots)
+        new = New(k, v, slots, buffer, rotation, companding, centroids, *how)
+        self._kernel, self._sizes, (_, _, self._slots, self._previous, *self._others) = new.prepare()
         self._row_bytes = slots.stride(0) * slots.element_size()
         self._previous_row_bytes = self._row_bytes if previous_slots is not None else 0
         self._keep = (slots, buffer, rotation, companding, centroids, key_scales, previous_slots)
@@ -180,44 +250,3 @@ class TokenWriter:
         slots, previous = self._slots + call * self._row_bytes, self._previous + call * self._previous_row_bytes
         arguments = (k, v, slots, previous, *self._others)
         launch(self._kernel, *self._sizes, None, arguments)
-
-
-def _prepare(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    slots: torch.Tensor,
-    buffer: torch.Tensor,
-    rotation: torch.Tensor,
-    companding: torch.Tensor,
-    centroids: torch.Tensor,
-    scale: str,
-    page_size: int,
-    has_offsets: bool,
-    key_scales: torch.Tensor | None,
-    previous_slots: torch.Tensor | None,
-    leaves_room: bool = False,
-) -> tuple[Kernel, _Sizes, tuple[int, ...]]:
-    """The kernel, the sizes of its launch, and its arguments."""
-    tokens, heads, head_dim = k.shape
-    rows = tokens * heads
-    kernel, teams, of_block = _kernel(k.get_device(), head_dim, k.dtype, slots.dtype, scale, has_offsets)
-    page_slots = slots_per_page(page_size, has_offsets)
-    (head_inverse, head_shift), (page_inverse, page_shift) = _inverse(heads), _inverse(page_slots)
-    previous, scales = (0 if x is None else x.data_ptr() for x in (previous_slots, key_scales))
-    # Half of the teams for keys, half for values; or for values, and teams without end for keys. Vectors are few if no
-    # warp of a half takes more than it holds at once.
-    half, few_rows = max(1, teams // 2), 256 // head_dim * _WARPS
-    is_few = rows <= few_rows * half
-    vector_teams = min(-(-rows // (few_rows if is_few else _ROWS)), half)
-    span = min(_MOST_TOKENS, _WARPS * -(-rows // (_WARPS * teams)))
-    all_teams = vector_teams + (-(-tokens // span) * heads if has_offsets else vector_teams)
-    if not (is_few and leaves_room):
-        of_block = 1
-    arguments = (
-        k.data_ptr(), v.data_ptr(), slots.data_ptr(), previous, buffer.data_ptr(), rotation.data_ptr(), companding.data_ptr(),
-        centroids.data_ptr(), scales, buffer.stride(0), *_steps(k), *_steps(v), rows, heads, page_size, page_slots,
-        buffer.shape[0] * page_slots, head_inverse, page_inverse, tokens, span, vector_teams, of_block, head_shift, page_shift,
-        int(is_few),
-    )  # fmt: skip
-    grid = (-(-all_teams // of_block), 1, 1)
-    return kernel, _Sizes(grid, (of_block * THREADS, 1, 1), of_block * team_bytes(head_dim, has_offsets)), arguments

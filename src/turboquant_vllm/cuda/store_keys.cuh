@@ -94,7 +94,7 @@ __device__ __forceinline__ void read_mean(const StoreParams& p, Shared& s, u32 h
   Vector sum = {};
 #pragma unroll 1
   for (u32 round = 0; round < ROUNDS; round++) {
-    const u32 first = (round * WARPS + warp) * FEW, at = min(first + lane % FEW, count - 1);
+    const u32 first = (round * TEAM + warp) * FEW, at = min(first + lane % FEW, count - 1);
     if (first >= count) break;
     const float found = *chunk.norm(at);
     const bool counts = first + lane % FEW < count && found >= 0 && found < INFINITE;
@@ -133,7 +133,7 @@ __device__ __forceinline__ void begin_group(const StoreParams& p, Shared& s, u32
 #pragma unroll 1
   for (bool is_own = plan.source != ROWS_BEFORE;; is_own = true) {
     const u32 count = is_own ? plan.count : plan.before;
-    load_rows<WARPS>(p, s, head, is_own ? s.own : s.before, count);
+    load_rows<TEAM>(p, s, head, is_own ? s.own : s.before, count);
     kept = sum_but_outlier(s, count, sum);
     transform(sum);
     if (is_own) break;
@@ -250,7 +250,7 @@ __device__ __forceinline__ void store_long_run(const StoreParams& p, const Quant
     if (thread_of_team() == 0) s.plan = plan;
   }
   meet();
-  store_run<WARPS>(p, quantiser, s, head, s.own, s.plan);
+  store_run<TEAM>(p, quantiser, s, head, s.own, s.plan);
 }
 
 // The runs that begin in span number `team` / heads, for one head.
@@ -262,7 +262,7 @@ __device__ __forceinline__ void store_groups(const StoreParams& p, u32 team) {
   const u32 number = divide(team, p.head_inverse, p.head_shift), head = team - number * p.heads;
   u32 base = number * p.span, slot = slot_of(p, base + lane);
   const Quantiser quantiser(p);
-  for (u32 i = thread_of_team(); i < D; i += THREADS) {
+  for (u32 i = thread_of_team(); i < D; i += TEAM_THREADS) {
     const float scale = p.key_scales ? p.key_scales[head * D + i] : 1.0f;
     s.scales[i] = __uint_as_float(__float_as_uint(scale) ^ (__float_as_uint(p.rotation[i]) & 0x80000000u));
   }
@@ -280,7 +280,7 @@ __device__ __forceinline__ void store_groups(const StoreParams& p, u32 team) {
     const bool is_short = ends && __popc(rows) <= SHORT && slot % GROUP;
     const bool here = leads && base + lane < stop;
     const u32 all_short = __ballot_sync(FULL_MASK, here && is_short);
-    u32 mine = __ballot_sync(FULL_MASK, all_short >> lane & 1 && __popc(all_short & lower) % WARPS == warp_of_team());
+    u32 mine = __ballot_sync(FULL_MASK, all_short >> lane & 1 && __popc(all_short & lower) % TEAM == warp_of_team());
     u32 all_long = __ballot_sync(FULL_MASK, here && !is_short);
 #pragma unroll 1
     for (; mine; mine &= mine - 1) {

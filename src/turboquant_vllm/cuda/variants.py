@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
-    "ALWAYS", "COMBINE_THREADS", "NEVER", "Cluster", "ClusterVariants", "Division", "Even", "Variant", "choose_cluster",
-    "choose_variant", "cluster_variants", "device_limits", "divisor", "fits_clusters", "has_clusters", "rows_at_once",
+    "ALWAYS", "COMBINE_THREADS", "NEVER", "STORING_WARPS", "Cluster", "ClusterVariants", "Division", "Even", "Stored",
+    "Variant", "choose_cluster", "choose_variant", "cluster_variants", "device_limits", "divisor", "fits_clusters",
+    "has_clusters", "rows_at_once", "team_bytes",
 ]  # fmt: skip
 
 COMBINE_THREADS = {64: 256, 128: 512, 256: 512}  # of a block of the second kernel, by head_dim
@@ -33,6 +34,38 @@ ROUNDS_OF_JOIN, ROUNDS_OF_LAUNCH = 3, 4
 _LEAST_TILES = 4  # a warp's fewest, where there are enough for all
 
 
+SCALES = ("norm", "least_squares", "unbiased")
+STORING_WARPS = 4  # of a team that stores
+
+
+class Stored(NamedTuple):
+    """What is compiled for keys and values that are stored.
+
+    Attributes:
+        dtype: theirs, fp16 or bf16.
+        slots: int32 or int64.
+        scale: one of ``SCALES``.
+    """
+
+    dtype: torch.dtype
+    slots: torch.dtype
+    scale: str
+
+    @property
+    def defines(self) -> dict[str, int | str]:
+        """Macros that ``store.cuh`` asks for, of these."""
+        return {
+            "BF16": int(self.dtype == torch.bfloat16),
+            "SLOT": "int" if self.slots == torch.int32 else "long long",
+            "SCALE": SCALES.index(self.scale),
+        }
+
+
+def team_bytes(head_dim: int, has_offsets: bool) -> int:
+    """Dynamic shared memory of a team that stores: ``Shared`` of ``key_rows.cuh``."""
+    return (64 * 2 + 9 * 4) * head_dim + 1216 if has_offsets else 0
+
+
 @dataclass(frozen=True)
 class Variant:
     """Compile-time choices of ``decode.cu``.
@@ -50,6 +83,7 @@ class Variant:
         hadamard: whether the rotation is a Hadamard matrix times signs (``hadamard.cuh``).
         resident: blocks that are to share a multiprocessor.
         spread: whether a pass's blocks need not be a cluster: they join what they found through global memory.
+        stores: what the same launch stores first, of a cluster's over pages; or None.
     """
 
     head_dim: int
@@ -64,9 +98,10 @@ class Variant:
     hadamard: bool = False
     resident: int = 1
     spread: bool = False
+    stores: Stored | None = None
 
     @property
-    def defines(self) -> dict[str, int]:
+    def defines(self) -> dict[str, int | str]:
         """Macros that the sources ask for."""
         return {
             "HEAD_DIM": self.head_dim,
@@ -82,6 +117,8 @@ class Variant:
             "HADAMARD": int(self.hadamard),
             "RESIDENT": self.resident,
             "SPREAD": int(self.spread),
+            "STORES": int(self.stores is not None),
+            **({} if self.stores is None else {**self.stores.defines, "TEAM_BYTES": team_bytes(self.head_dim, self.offsets)}),
         }
 
     @property
