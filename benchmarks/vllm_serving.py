@@ -2,12 +2,17 @@
 
     python benchmarks/vllm_serving.py        # writes results/vllm-h200.json
     python benchmarks/vllm_serving.py --tensor-parallel-size 2 --cases b32-8k b1-32k --out results/vllm-tp2-h200.json
+    python benchmarks/vllm_serving.py --tensor-parallel-size 2 --cases short-1 host-1 --one-at-a-time --out host.json
     python benchmarks/vllm_serving.py --cases b32-8k --keep results/vllm-h200.json        # its other rows stay as they are
 
 An engine for each cache type, all with the shape of Llama-3.1-8B but fewer layers, and dummy weights. They start together, and
 each case is timed in one after another, in whole engine steps; the file is written anew after each. The TQ4 engine checks its
 attention against the definition first, and ``--gate`` names a command whose success the file records: tests of greedy tokens,
-say, which run while the engines start.
+say, which run while the engines start. With ``--one-at-a-time`` each engine ends before the next one starts, so that none waits
+beside another that is timed.
+
+Cases ``host-*`` say in how much of a step's time the GPU has nothing to do. The wall time is of the case that they name, timed
+with them, before any profiler runs; kernels are those of other steps, in a profiler of each rank.
 
 Half of the layers for times, so that what a step does once weighs little more than in the whole model, and a cache that is
 large enough; then, for capacity, a quarter of them in engines of their own, with a quarter of what one card has for its cache:
@@ -24,16 +29,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from common import RESULTS, environment, write_results
-from vllm_worker import CACHES, CAPACITY, CASES, DECODE, SERVED, TRACES, TTFT
+from vllm_worker import CACHES, CAPACITY, CASES, DECODE, HOSTS, SERVED, TRACES, TTFT
 
 BLOCKS = ["blocks", "capacity blocks"]
+PROFILED = TRACES | HOSTS  # with the case that each is of
 
 
 def installed(folder: Path) -> Path:
@@ -121,8 +127,8 @@ class Results:
             sizes, unit = dict(zip(("requests", "context"), DECODE[case], strict=True)), "ms_per_step"
         elif case in TTFT:
             sizes, unit = {"requests": 1, "context": TTFT[case]}, "ms_to_first_token"
-        elif case in TRACES:
-            return {"id": case, "of": TRACES[case], "step": values, "errors": self.errors.get(case, {})}
+        elif case in PROFILED:
+            return {"id": case, "of": PROFILED[case], "step": values, "errors": self.errors.get(case, {})}
         else:
             sizes, unit = dict(zip(("requests", "context"), CAPACITY, strict=True)), "tokens_per_second"
         row: dict[str, Any] = {"id": case, **sizes, unit: values, **self.more.get(case, {})}
@@ -138,6 +144,12 @@ class Results:
         write_results(self.path, environment(**self.settings), self.rows())
 
 
+def in_order(cases: Sequence[str]) -> list[str]:
+    """With the cases that hosts' wall times are of; those with a profiler last, since it may slow what follows."""
+    with_walls = dict.fromkeys([*cases, *(HOSTS[case] for case in cases if case in HOSTS)])
+    return sorted(with_walls, key=lambda case: case in PROFILED)
+
+
 @dataclass(frozen=True)
 class Engines:
     """Engines that are there at the same time: one for each of ``caches``, to time ``cases``."""
@@ -149,6 +161,10 @@ class Engines:
     block_size: int
     tensor_parallel_size: int
     core_process: int = 0
+
+    def apart(self) -> list[Engines]:
+        """Each alone."""
+        return [replace(self, caches=[cache]) for cache in self.caches]
 
     def run(self, results: Results, end: float, gate: str = "") -> None:
         """Start them; once all are there and the gate command has ended, time the cases until ``end``."""
@@ -196,6 +212,7 @@ def main() -> None:
     parser.add_argument("--capacity-cache-bytes", type=float, default=27.5e9)
     parser.add_argument("--block-size", type=int, default=64, help="of all caches, so that numbers of blocks compare")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs of each engine")
+    parser.add_argument("--one-at-a-time", action="store_true", help="an engine ends before the next starts")
     parser.add_argument("--gate", default="", help="a shell command")
     parser.add_argument("--seconds", type=float, default=3600.0, help="after which no case is begun")
     parser.add_argument("--keep", type=Path, help="a file of an earlier run, whose rows stay where this one has none")
@@ -206,14 +223,18 @@ def main() -> None:
     results = Results(options.out, {name: getattr(options, name) for name in names})
     if options.keep is not None:
         results.keep(options.keep)
-    timed = [case for case in options.cases if not case.startswith("capacity")]
+    timed = in_order([case for case in options.cases if not case.startswith("capacity")])
     some = (options.layers, options.cache_bytes, options.block_size, options.tensor_parallel_size)
-    Engines(options.caches, timed, *some).run(results, end, options.gate)
+    groups = [Engines(options.caches, timed, *some)]
     some_for_capacity = (options.capacity_layers, options.capacity_cache_bytes, *some[2:])
     for core_process, case in enumerate(("capacity", SERVED)):
         if case in options.cases:
-            Engines(options.caches, [case], *some_for_capacity, core_process).run(results, end)
-    Engines(options.later_caches, options.later_cases, *some).run(results, end)
+            groups.append(Engines(options.caches, [case], *some_for_capacity, core_process))
+    groups.append(Engines(options.later_caches, in_order(options.later_cases), *some))
+    if options.one_at_a_time:
+        groups = [alone for group in groups for alone in group.apart()]
+    for number, group in enumerate(groups):
+        group.run(results, end, options.gate if number == 0 else "")
     for row in results.rows():
         print(json.dumps(row))
     if results.settings.get("gate", "passed") != "passed":

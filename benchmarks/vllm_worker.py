@@ -7,10 +7,8 @@ standard input: its value, or what went wrong.
 from __future__ import annotations
 
 import argparse
-import collections
 import json
 import os
-import re
 import statistics
 import sys
 import time
@@ -19,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# At the end: a file here must not be taken for a package of the same name. Processes that vLLM starts have the same path.
+sys.path.append(str(Path(__file__).parent))
+
+from vllm_profile import EXTENSION, host_times
 
 CACHES: dict[str, dict[str, Any]] = {
     "tq4": {"attention_backend": "CUSTOM"},
@@ -32,8 +35,9 @@ CACHES: dict[str, dict[str, Any]] = {
 DECODE = {"b32-8k": (32, 8192), "b1-32k": (1, 32768), "b8-32k": (8, 32768), "short-32": (32, 1024), "short-1": (1, 1024)}
 TTFT, CAPACITY = {"ttft": 16384, "ttft-32k": 32768}, (256, 8192)  # prompts are read in chunks of CHUNK
 TRACES = {"trace-1": "short-1", "trace-32": "b32-8k"}
+HOSTS = {"host-1": "short-1", "host-32k": "b1-32k", "host-32": "short-32"}
 SERVED = "capacity-served"  # the engine in a process of its own, as vLLM has it unless told otherwise
-CASES = [*DECODE, *TTFT, *TRACES, "capacity", SERVED]  # what matters most comes first
+CASES = [*DECODE, *TTFT, *TRACES, *HOSTS, "capacity", SERVED]  # what matters most comes first
 CHUNK = 8192
 STRETCH, WARMUP_STEPS = 8, 6
 CAPTURED = [1, 2, 4, 8, 16, 32, 64, 96, 104, 112, 128, 160, 192, 208, 224, 256]
@@ -118,6 +122,7 @@ class Timer:
             temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA
         )
         self.ids: list[str] = []
+        self.step_ms: dict[str, float] = {}  # by case
 
     def add(self, requests: int, context: int, tokens: int) -> None:
         for _ in range(requests):
@@ -150,15 +155,18 @@ class Timer:
     def measure(self, case: str) -> dict[str, Any]:
         """The case's value, and what else is to be told of it."""
         if case in DECODE:
-            return {"value": round(self.decode_ms(*DECODE[case]), 4)}
+            self.step_ms[case] = round(self.decode_ms(*DECODE[case]), 4)
+            return {"value": self.step_ms[case]}
         if case in TTFT:
             return {"value": round(self.ttft_ms(TTFT[case]), 2)}
         if case in TRACES:
             return {"value": self.trace(*DECODE[TRACES[case]])}
+        if case in HOSTS:
+            return {"value": self.host(HOSTS[case])}
         rate, running = self.capacity(*CAPACITY)
         found = {"value": round(rate, 1), "running": running}
         if case != SERVED:
-            found["kernel_ms"] = self.profiled()["kernel_ms"]
+            found["kernel_ms"] = self.profiled()[0]["kernel_ms"]
         self.clear()
         return found
 
@@ -173,26 +181,34 @@ class Timer:
     def trace(self, requests: int, context: int) -> dict[str, Any]:
         """Of a step in which all requests decode: milliseconds of its kernels, and how often each is launched that this library
         or attention needs. Its wall time with the profiler tells nothing: see the case that it is of."""
+        traced = self.traced(requests, context)[0]
+        return {name: traced[name] for name in ("kernel_ms", "launches", "of_attention")}
+
+    def host(self, case: str) -> dict[str, Any]:
+        """How long the GPU has nothing to do in a step of ``case``, whose wall time is taken if it has been timed already: with
+        no profiler, and before one ran."""
+        if case not in self.step_ms:
+            self.measure(case)
+        return host_times(self.step_ms[case], self.traced(*DECODE[case]))
+
+    def traced(self, requests: int, context: int) -> list[dict[str, Any]]:
+        """As :meth:`profiled`, of steps in which all requests decode."""
         self.start(requests, context)
         for _ in range(WARMUP_STEPS):
             self.step()
-        traced = self.profiled()
+        ranks = self.profiled()
         self.clear()
-        return traced
+        return ranks
 
-    def profiled(self) -> dict[str, Any]:
-        """As :meth:`trace`, of the next steps."""
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    def profiled(self) -> list[dict[str, Any]]:
+        """What each rank's GPU does in the next steps; in the workers, which may be other processes."""
+        self.engine.collective_rpc("start_step_profile")
+        try:
             for _ in range(STRETCH):
                 self.step()
-            torch.cuda.synchronize()
-        kernels = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-        busy = sum(event.device_time for event in kernels) / STRETCH / 1e3
-        launches = collections.Counter(event.name.split("(")[0].split("<")[0].removeprefix("void ") for event in kernels)
-        wanted = re.compile("tq4|store|cache|flash|attention|rotat|previous|plan", re.IGNORECASE)
-        counts = {name[-80:]: count / STRETCH for name, count in launches.items() if wanted.search(name)}
-        return {"kernel_ms": round(busy, 4), "launches": sum(launches.values()) / STRETCH, "of_attention": counts}
+        finally:  # a profiler that runs on would fail the next case, too
+            ranks: list[dict[str, Any]] = self.engine.collective_rpc("end_step_profile", args=(STRETCH,))
+        return ranks
 
     def decode_ms(self, requests: int, context: int) -> float:
         """Milliseconds of a step in which all requests decode, each giving a token; the median of the stretches."""
@@ -272,6 +288,7 @@ def main() -> None:
         gpu_memory_utilization=0.1,  # must be free at the start, whatever the cache takes: other engines are there
         block_size=options.block_size,
         tensor_parallel_size=options.tensor_parallel_size,
+        worker_extension_cls=EXTENSION,
         compilation_config={"cudagraph_capture_sizes": CAPTURED},
         **CACHES[options.cache],
     )
