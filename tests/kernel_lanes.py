@@ -15,9 +15,9 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -199,7 +199,17 @@ def decode_source(clusters: bool = False, stores: bool = False) -> str:
 
 def build_store(*key: Any) -> Library:
     """The store for the arguments of :func:`turboquant_vllm.cuda.store.defines` but the last."""
-    return build(store_source(), (("tq4_store", "StoreParams"),), tuple(store.defines(*key, 4).items()))
+    return build(store_source(), (("tq4_store", "StoreParams"),), tuple(store.defines(*key, 1).items()))
+
+
+def store_kernels(at_once: int = 4, teams: int = 3) -> Callable[..., store.Kernels]:
+    """What stands for ``turboquant_vllm.cuda.store._kernels``."""
+
+    def kernels(index: int, *key: Any) -> store.Kernels:
+        alone, packed = (cast(Any, functools.partial(build_store, *key, of_block)) for of_block in (1, teams))
+        return store.Kernels(alone, at_once, packed, teams)
+
+    return kernels
 
 
 def build_decode(variant: variants.Variant, pages: int) -> Library:
@@ -219,10 +229,10 @@ def emulated_store(monkeypatch: pytest.MonkeyPatch, few_objects: None) -> None:
 def emulate_store(monkeypatch: pytest.MonkeyPatch) -> None:
     """Launch the native store in the emulator."""
 
-    def launch(library: Library, grid: Any, block: Any, shared: int, stream: None, arguments: Any) -> None:
-        library.launch("tq4_store", sources.STORE_PARAMS, grid, block[0], shared, False, arguments)
+    def launch(library: Callable[[], Library], grid: Any, block: Any, shared: int, stream: None, arguments: Any) -> None:
+        library().launch("tq4_store", sources.STORE_PARAMS, grid, block[0], shared, False, arguments)
 
-    monkeypatch.setattr(store, "_kernel", lambda index, *key: (build_store(*key), 4, 3))
+    monkeypatch.setattr(store, "_kernels", store_kernels())
     monkeypatch.setattr(store, "launch", launch)
 
 

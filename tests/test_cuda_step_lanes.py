@@ -48,7 +48,7 @@ def launches(
     if "one launch" in request.param:  # the device has room for all blocks
         monkeypatch.setattr(cluster, "_fit", lambda *_: 1000)
         # As many teams as there store alone, too: values of few tokens are rotated in another order than those of many.
-        monkeypatch.setattr(store, "_kernel", lambda index, *key: (kernel_lanes.build_store(*key), 100, 3))
+        monkeypatch.setattr(store, "_kernels", kernel_lanes.store_kernels(100))
     monkeypatch.setattr(cluster, "choose_cluster", lambda passes, tiles, variant, *_: chosen(variant))
     return kernel_lanes.names_of_launches(monkeypatch)
 

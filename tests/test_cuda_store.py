@@ -11,12 +11,13 @@ from cuda_sources import ARCHS
 from turboquant_vllm.cuda import nvrtc, store
 from turboquant_vllm.cuda.sources import store_source
 from turboquant_vllm.cuda.usage import resource_usage
-from turboquant_vllm.cuda.variants import Stored
+from turboquant_vllm.cuda.variants import Stored, team_bytes
 
 pytest.importorskip("cuda.core")
 
 REGISTERS = 65536
-
+# Bytes of shared memory that one block may ask for.
+SHARED = {"sm_80": 166912, "sm_86": 101376, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448, "sm_120": 101376}
 
 HALF, BF16 = torch.float16, torch.bfloat16
 # Every architecture with what takes most registers, one of them with all else.
@@ -31,12 +32,17 @@ VARIANTS = [
 @pytest.mark.parametrize(("arch", "head_dim", "dtype", "slot_dtype", "scale"), VARIANTS)
 @pytest.mark.parametrize("has_offsets", [False, True], ids=["plain", "offsets"])
 def test_compiles_without_spills(arch, head_dim, dtype, slot_dtype, scale, has_offsets):
-    teams = store.teams_per_multiprocessor(head_dim, int(arch[3:]) // 10, has_offsets)
-    defines = store.defines(head_dim, Stored(dtype, slot_dtype, scale), has_offsets, teams)
-    compiled = nvrtc.compile_cubin(store_source(), arch=arch, name="store.cu", defines=defines)
-    used = resource_usage(compiled)["tq4_store"]
-    assert used.spill_stores == used.spill_loads == used.stack_frame == 0, used
-    assert used.registers * store.THREADS * teams <= REGISTERS, used
+    major = int(arch[3:]) // 10
+    kernels = [(1, store.teams_per_multiprocessor(head_dim, major, has_offsets))]
+    if major >= 9:
+        kernels.append((store.packed_teams(head_dim, has_offsets, SHARED[arch]), 1))
+    for teams, blocks in kernels:
+        defines = store.defines(head_dim, Stored(dtype, slot_dtype, scale), has_offsets, teams, blocks)
+        compiled = nvrtc.compile_cubin(store_source(), arch=arch, name="store.cu", defines=defines)
+        used = resource_usage(compiled)["tq4_store"]
+        assert used.spill_stores == used.spill_loads == used.stack_frame == 0, used
+        assert used.registers * store.THREADS * teams * blocks <= REGISTERS, used
+        assert used.static_shared + teams * team_bytes(head_dim, has_offsets) <= SHARED[arch], used
 
 
 def test_division_by_multiplication(generator):

@@ -9,7 +9,7 @@ import torch
 
 from group_store_cases import GroupedPages
 from group_store_contract import HEADS, GroupStoreContract, keys_like_a_models
-from kernel_lanes import build_store, emulated_store, few_objects, needs_compiler  # noqa: F401
+from kernel_lanes import emulated_store, few_objects, needs_compiler, store_kernels  # noqa: F401
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm import ops, tq4_store
 from turboquant_vllm.cuda.store import New, TokenWriter
@@ -68,7 +68,7 @@ class TestGroups(GroupStoreContract):
             state = generator.get_state()
             for some, sizes in ((pages, (4, 3)), (other, (teams, of_block))):
                 some.generator = generator.set_state(state)
-                monkeypatch.setattr("turboquant_vllm.cuda.store._kernel", lambda index, *key, n=sizes: (build_store(*key), *n))
+                monkeypatch.setattr("turboquant_vllm.cuda.store._kernels", store_kernels(*sizes))
                 some.write(store if of_block == 1 else store_beside, *chunks, check=False)
         if teams == 1000:  # values of few tokens, by that grid, are rotated in another order
             for some in (pages, other):

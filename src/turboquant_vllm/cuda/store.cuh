@@ -1,11 +1,11 @@
 // What storing keys and values shares: parameters, single instructions, lengths, and how a rotated vector becomes codes.
 //
 // The caller defines HEAD_DIM (64, 128, 256), BF16 (0: fp16, 1: bf16), SLOT (int or long long), SCALE (0: lengths, 1: least
-// squares, 2: unbiased), OFFSETS (1: of keys), TEAM_BYTES, shared memory of a team, and MOST_TEAMS, how many a
-// multiprocessor runs; or STORES, where attention's launch stores first, in blocks of its own size.
+// squares, 2: unbiased), OFFSETS (1: of keys), TEAM_BYTES, shared memory of a team, TEAMS of a block at most, and
+// BLOCKS, how many a multiprocessor runs; or STORES, where attention's launch stores first, in blocks of its own size.
 //
-// Work is divided over teams of four warps. A block is one team, or as many as a multiprocessor runs: the kernel behind this one
-// may start while it runs, and then finds the other multiprocessors free.
+// Work is divided over teams of four warps. A block is one team, or of few tokens as many as a multiprocessor runs: the kernel
+// behind this one may start while it runs, and then finds the other multiprocessors free.
 //
 // A rotated vector is held by D / N lanes of a warp, N coordinates by each. Lane 32 * N / D * g + c has of vector c the coordinates
 // 8 g ... 8 g + 7, or of each 64 of them these where N is more than 8: whole words of codes.
@@ -90,11 +90,18 @@ __device__ __forceinline__ void let_next_start() {
 }
 // ---- end of PTX
 
-__device__ __forceinline__ u32 team_of_block() { return threadIdx.x / TEAM_THREADS; }
-__device__ __forceinline__ u32 thread_of_team() { return threadIdx.x % TEAM_THREADS; }
-__device__ __forceinline__ u32 warp_of_team() { return threadIdx.x / 32 % TEAM; }
-__device__ __forceinline__ u32 team_number(const StoreParams& p) { return block_number() * p.teams + thread_number() / TEAM_THREADS; }
-__device__ __forceinline__ void meet() { team_barrier(1 + team_of_block(), TEAM_THREADS); }  // of a team's threads
+// Where a block is one team, all of it takes the same branches, which the compiler knows only if no thread's number is asked for.
+__device__ __forceinline__ u32 team_of_block() { return TEAMS == 1 ? 0 : threadIdx.x / TEAM_THREADS; }
+__device__ __forceinline__ u32 thread_of_team() { return TEAMS == 1 ? threadIdx.x : threadIdx.x % TEAM_THREADS; }
+__device__ __forceinline__ u32 warp_of_team() { return thread_of_team() / 32; }
+__device__ __forceinline__ u32 team_number(const StoreParams& p, u32 block) {
+  return TEAMS == 1 ? block : block * p.teams + thread_number() / TEAM_THREADS;
+}
+// A barrier of a team's threads.
+__device__ __forceinline__ void meet() {
+  if (TEAMS == 1) __syncthreads();
+  else team_barrier(1 + team_of_block(), TEAM_THREADS);
+}
 
 // Quotient of x < 2^31 by the number whose inverse and shift the host computed.
 __device__ __forceinline__ u32 divide(u32 x, u32 inverse, int shift) { return (u32)(((u64)x * inverse) >> shift); }

@@ -11,40 +11,66 @@ from typing import NamedTuple
 
 import torch
 
-from turboquant_vllm.cuda.runtime import Kernel, aligned, launch, load_kernel
+from turboquant_vllm.cuda.runtime import Kernel, aligned, compile_for, launch, load_kernel
 from turboquant_vllm.cuda.sources import STORE_PARAMS, store_source
 from turboquant_vllm.cuda.variants import STORING_WARPS, Stored, device_limits, team_bytes
 from turboquant_vllm.paged import slots_per_page
 
-__all__ = ["THREADS", "Division", "New", "TokenWriter", "defines", "store", "teams_per_multiprocessor"]
+__all__ = [
+    "THREADS", "Division", "Kernels", "New", "TokenWriter", "defines", "packed_teams", "store", "teams_per_multiprocessor",
+]  # fmt: skip
 
 THREADS = 32 * STORING_WARPS  # of a team
 _MOST_TOKENS = 64  # whose runs one team looks for
 
 
-def defines(head_dim: int, stored: Stored, has_offsets: bool, most_teams: int) -> dict[str, int | str]:
-    """Macros of the source."""
-    own = {"HEAD_DIM": head_dim, "OFFSETS": int(has_offsets), "MOST_TEAMS": most_teams}
+def defines(head_dim: int, stored: Stored, has_offsets: bool, teams: int, blocks: int) -> dict[str, int | str]:
+    """Macros of the source, for ``teams`` teams of a block and ``blocks`` blocks of a multiprocessor."""
+    own = {"HEAD_DIM": head_dim, "OFFSETS": int(has_offsets), "TEAMS": teams, "BLOCKS": blocks}
     return {**stored.defines, **own, "TEAM_BYTES": team_bytes(head_dim, has_offsets)}
 
 
 def teams_per_multiprocessor(head_dim: int, major: int, has_offsets: bool) -> int:
     """Teams that the registers of a multiprocessor of compute capability ``major`` have room for, without spills."""
     if has_offsets:
-        return {64: 4, 128: 4, 256: 3}[head_dim]
+        return {64: 5 if major > 8 else 4, 128: 4, 256: 3}[head_dim]
     return {64: 8 if major < 10 else 7, 128: 5 if major < 10 else 4, 256: 3}[head_dim]
 
 
-@cache
-def _kernel(index: int, head_dim: int, stored: Stored, has_offsets: bool) -> tuple[Kernel, int, int]:
-    """The kernel, how many teams run at once, and how many may share a block."""
-    (multiprocessors, shared_limit), (major, _) = device_limits(index), torch.cuda.get_device_capability(index)
-    teams = teams_per_multiprocessor(head_dim, major, has_offsets)
-    macros = defines(head_dim, stored, has_offsets, teams)
-    kernel = load_kernel(store_source(), "tq4_store", device=index, params=STORE_PARAMS, defines=macros)
+@dataclass(frozen=True)
+class Kernels:
+    """What is compiled of the store for a device.
+
+    Attributes:
+        alone: of blocks of one team.
+        at_once: how many teams of these run at once.
+        packed: of blocks of several teams, for few tokens; before compute capability 9.0, where no kernel starts beside
+            another, ``alone``.
+        teams: of such a block.
+    """
+
+    alone: Kernel
+    at_once: int
+    packed: Kernel
+    teams: int
+
+
+def packed_teams(head_dim: int, has_offsets: bool, shared_limit: int) -> int:
+    """Teams that share a block: up to four, if registers and ``shared_limit`` bytes of shared memory have room for these."""
     room = shared_limit // max(1, team_bytes(head_dim, has_offsets))
-    of_block = min(teams, room) if major >= 9 else 1  # before that no kernel starts beside another
-    return kernel, multiprocessors * teams, of_block
+    return min(3 if head_dim == 256 else 4, room)
+
+
+@cache
+def _kernels(index: int, head_dim: int, stored: Stored, has_offsets: bool) -> Kernels:
+    (multiprocessors, shared_limit), (major, _) = device_limits(index), torch.cuda.get_device_capability(index)
+    blocks = teams_per_multiprocessor(head_dim, major, has_offsets)
+    teams = packed_teams(head_dim, has_offsets, shared_limit) if major >= 9 else 1
+    macros = [defines(head_dim, stored, has_offsets, 1, blocks), defines(head_dim, stored, has_offsets, teams, 1)]
+    macros = macros[: 1 if teams == 1 else 2]
+    compile_for(index, "tq4_store", [(store_source(), some) for some in macros])
+    found = [load_kernel(store_source(), "tq4_store", device=index, params=STORE_PARAMS, defines=some) for some in macros]
+    return Kernels(found[0], multiprocessors * blocks, found[-1], teams)
 
 
 @cache
@@ -160,9 +186,9 @@ class New:
         """The store's kernel, the sizes of its launch and its arguments. ``leaves_room``: teams share blocks where tokens are
         few, so that a kernel which starts beside this one finds multiprocessors of its own."""
         tokens, heads, head_dim = self.k.shape
-        kernel, at_once, most = _kernel(self.k.get_device(), head_dim, self.stored, self.has_offsets)
-        division = Division.choose(tokens, heads, head_dim, self.has_offsets, at_once)
-        of_block = most if leaves_room and division.is_few else 1
+        kernels = _kernels(self.k.get_device(), head_dim, self.stored, self.has_offsets)
+        division = Division.choose(tokens, heads, head_dim, self.has_offsets, kernels.at_once)
+        kernel, of_block = (kernels.packed, kernels.teams) if leaves_room and division.is_few else (kernels.alone, 1)
         shared_bytes = of_block * team_bytes(head_dim, self.has_offsets)
         sizes = Sizes((-(-division.teams // of_block), 1, 1), (of_block * THREADS, 1, 1), shared_bytes)
         return kernel, sizes, self.arguments(division, of_block)

@@ -30,13 +30,13 @@ __device__ __forceinline__ void store_few(const StoreParams& p, bool is_v, u32 t
 
 // The first `vector_teams` teams store values, those behind them keys.
 __device__ __forceinline__ void store_block(const StoreParams& p) {
-  const u32 number = team_number(p);
+  const u32 number = team_number(p, blockIdx.x);
   const bool is_v = number < p.vector_teams;
   const u32 team = is_v ? number : number - p.vector_teams;
 #if OFFSETS
   if (!is_v) return store_groups(p, team);
 #endif
-#if !STORES  // within a step's attention there are few
+#if TEAMS == 1 && !STORES  // else there are few
   if (!p.is_few) return store_vectors(p, is_v, team, p.vector_teams);
 #endif
   store_few(p, is_v, team, p.vector_teams);

@@ -8,7 +8,7 @@
 #if OFFSETS
 // A team stores runs of one head.
 __device__ __forceinline__ u32 head_of_team(const StoreParams& p) {
-  const u32 team = team_number(p) - p.vector_teams;
+  const u32 team = team_number(p, block_number()) - p.vector_teams;
   return team - divide(team, p.head_inverse, p.head_shift) * p.heads;
 }
 

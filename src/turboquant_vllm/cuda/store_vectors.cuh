@@ -20,7 +20,7 @@ __device__ __forceinline__ u32 hadamard_pair(int row, int column) {
   return (one | sign) | (one | (sign ^ ((row & 8) << 12))) << 16;
 }
 
-// Keys or values, by team number `team` of `teams`. A block is one team: all of it has the same signs.
+// Keys or values, by team number `team` of `teams`, each of which is a block.
 __device__ __forceinline__ void store_vectors(const StoreParams& p, bool is_v, u32 team, u32 teams) {
   __shared__ uint4 signs[D / 8];
   const int lane = threadIdx.x & 31, g = lane >> 2, c = lane & 3;

@@ -118,8 +118,11 @@ class Variant:
             "RESIDENT": self.resident,
             "SPREAD": int(self.spread),
             "STORES": int(self.stores is not None),
-            **({} if self.stores is None else {**self.stores.defines, "TEAM_BYTES": team_bytes(self.head_dim, self.offsets)}),
+            **({} if self.stores is None else self._of_stores(self.stores)),
         }
+
+    def _of_stores(self, stores: Stored) -> dict[str, int | str]:
+        return {**stores.defines, "TEAM_BYTES": team_bytes(self.head_dim, self.offsets), "TEAMS": self.warps // STORING_WARPS}
 
     @property
     def shared_bytes(self) -> int:
