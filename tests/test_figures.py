@@ -85,6 +85,25 @@ def test_vllm_in_the_readme() -> None:
     assert f"it gives {full['against_bf16']:.1f} times bf16's tokens a second" in text
     one, some = (f"{rows[name]['against_bf16']:.2f}" for name in ("short-1", "short-32"))
     assert f"one request at 1024 takes {one} of bf16's time, and 32 took {some} in that run" in text
+    one, some = (f"{busy_ratio(rows[name]['step']):.2f}" for name in ("host-1", "host-32"))
+    assert f"what the GPU runs takes {one} and {some} of bf16's" in text
+
+
+def busy_ratio(step: dict[str, dict[str, float]], other: str = "bf16") -> float:
+    """Of the time in which TQ4's kernels run in a step to that of another cache's."""
+    return step["tq4"]["busy_ms"] / step[other]["busy_ms"]
+
+
+@pytest.mark.parametrize(("name", "times"), [("vllm-h200.json", False), ("vllm-tp2-h200.json", True)])
+def test_tables_of_hosts(name, times):
+    text = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    rows = {row["id"]: row for row in rows_of(name)}
+    for case, label in (("host-1", "1 x 1024"), ("host-32k", "1 x 32768"), ("host-32", "32 x 1024")):
+        step = rows[case]["step"]
+        parts = ("kernel_ms", "collective_ms", "host_ms") if times else ("busy_ms", "host_ms")
+        cells = [", ".join(f"{step[cache][part]:.2f}" for part in parts) for cache in ("tq4", "bf16", "fp8")]
+        ratios = [] if times else [f"{busy_ratio(step, other):.2f}" for other in ("bf16", "fp8")]
+        assert f"| {' | '.join([label, *cells, *ratios])} |" in text
 
 
 def test_quality_in_the_readme() -> None:
