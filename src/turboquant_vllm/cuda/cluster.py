@@ -17,7 +17,7 @@ import torch
 
 from turboquant_vllm.cuda.runtime import Kernel, compile_for, launch, load_kernel
 from turboquant_vllm.cuda.sources import params_of, source
-from turboquant_vllm.cuda.store import Division
+from turboquant_vllm.cuda.store import TeamDivision
 from turboquant_vllm.cuda.variants import (
     ALWAYS,
     STORING_WARPS,
@@ -58,7 +58,7 @@ class Counters:
 class Storing:
     """How a step's own keys and values are stored in attention's launch, by so many teams of a block."""
 
-    division: Division
+    division: TeamDivision
     teams: int
 
     @property
@@ -177,7 +177,7 @@ def _with_store(
     if variant.warps % STORING_WARPS or most * team_bytes(variant.head_dim, variant.offsets) > variant.cluster_bytes(blocks):
         return None
     vectors = 2 * tokens * num_kv_heads  # a team for each, at most
-    division = Division.choose(tokens, num_kv_heads, variant.head_dim, variant.offsets, vectors)
+    division = TeamDivision.choose(tokens, num_kv_heads, variant.head_dim, variant.offsets, vectors)
     for teams in range(1, most + 1):  # as few as there is room for: each is done sooner
         storing = Storing(division, teams)
         if passes + -(-storing.blocks // blocks) <= _fit(index, variant, True, blocks):

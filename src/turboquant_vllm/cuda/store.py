@@ -17,7 +17,15 @@ from turboquant_vllm.cuda.variants import STORING_WARPS, Stored, device_limits, 
 from turboquant_vllm.paged import slots_per_page
 
 __all__ = [
-    "THREADS", "Division", "Kernels", "New", "TokenWriter", "defines", "packed_teams", "store", "teams_per_multiprocessor",
+    "THREADS",
+    "Kernels",
+    "New",
+    "TeamDivision",
+    "TokenWriter",
+    "defines",
+    "packed_teams",
+    "store",
+    "teams_per_multiprocessor",
 ]  # fmt: skip
 
 THREADS = 32 * STORING_WARPS  # of a team
@@ -86,7 +94,7 @@ def _steps(x: torch.Tensor) -> tuple[int, int]:
     return (2 * token if tokens > 1 else 0), (2 * head if heads > 1 else 0)
 
 
-class Division(NamedTuple):
+class TeamDivision(NamedTuple):
     """How a store's work is divided.
 
     Attributes:
@@ -102,7 +110,7 @@ class Division(NamedTuple):
     teams: int
 
     @classmethod
-    def choose(cls, tokens: int, heads: int, head_dim: int, has_offsets: bool, at_once: int) -> Division:
+    def choose(cls, tokens: int, heads: int, head_dim: int, has_offsets: bool, at_once: int) -> TeamDivision:
         """Half of the ``at_once`` teams that run together for keys, half for values; or for values, and teams without end for
         keys with offsets."""
         rows, half, few_rows = tokens * heads, max(1, at_once // 2), 256 // head_dim * STORING_WARPS
@@ -168,7 +176,7 @@ class New:
         """What is compiled for them."""
         return Stored(self.k.dtype, self.slots.dtype, self.scale)
 
-    def arguments(self, division: Division, of_block: int) -> tuple[int, ...]:
+    def arguments(self, division: TeamDivision, of_block: int) -> tuple[int, ...]:
         """Of the kernel, in blocks of ``of_block`` teams."""
         tokens, heads, _ = self.k.shape
         page_slots = slots_per_page(self.page_size, self.has_offsets)
@@ -187,7 +195,7 @@ class New:
         few, so that a kernel which starts beside this one finds multiprocessors of its own."""
         tokens, heads, head_dim = self.k.shape
         kernels = _kernels(self.k.get_device(), head_dim, self.stored, self.has_offsets)
-        division = Division.choose(tokens, heads, head_dim, self.has_offsets, kernels.at_once)
+        division = TeamDivision.choose(tokens, heads, head_dim, self.has_offsets, kernels.at_once)
         kernel, of_block = (kernels.packed, kernels.teams) if leaves_room and division.is_few else (kernels.alone, 1)
         shared_bytes = of_block * team_bytes(head_dim, self.has_offsets)
         sizes = Sizes((-(-division.teams // of_block), 1, 1), (of_block * THREADS, 1, 1), shared_bytes)
