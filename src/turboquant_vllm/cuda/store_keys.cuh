@@ -164,7 +164,7 @@ __device__ __forceinline__ void residual(const Shared& s, int round, Vector& y) 
   for (int i = 0; i < 8; i++) y[i] = fmaf(y[i], UNIT, -offset[i]);
 }
 
-// Stores a run: codes and norms of its rows, and the outlier if that is among them. One warp, or with RUN_WARPS, all of a team.
+// Stores a run: codes and norms of its rows, and the outlier if that is among them. RUN_WARPS: one, or all of a team.
 template <int RUN_WARPS>
 __device__ __forceinline__ void store_run(const StoreParams& p, const Quantiser& quantiser, Shared& s, u32 head, const Row* list,
                                           Plan plan) {
