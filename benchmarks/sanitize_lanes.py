@@ -37,7 +37,7 @@ from kernel_lanes import small_variant
 from paged_cases import check_batch, random_batch
 from store_cases import StoreCase, check_store, random_store
 from turboquant_vllm import ops
-from turboquant_vllm.cuda import cluster, decode
+from turboquant_vllm.cuda import cluster, decode, store
 from turboquant_vllm.cuda.store import New
 from turboquant_vllm.cuda.variants import ALWAYS, Cluster, Even, Variant, cluster_variants
 from turboquant_vllm.limits import most_rows_over_pages
@@ -195,8 +195,9 @@ def emulated(
         kernel_lanes.emulate_store(patch)
         patch.setattr(cluster, "has_clusters", lambda index: blocks is not None)
         patch.setattr(cluster, "choose_cluster", choose)
-        if one == "step":  # there is room for all blocks, and those that store have a team's warps
+        if one == "step":  # room for all blocks, a team's warps in those that store, and tokens few for both ways
             patch.setattr(cluster, "_fit", lambda *_: 1000)
+            patch.setattr(store, "_kernels", kernel_lanes.store_kernels(100))
             patch.setattr(cluster, "choose_variant", lambda *sizes: dataclasses.replace(small_variant(*sizes), warps=4))
         patch.setattr(ops, "why_not_cuda", lambda device: "")
         yield patch
