@@ -34,7 +34,10 @@ for name in "${steps[@]}"; do
       step 120 python3 benchmarks/triton_attention.py --out "$out"
       step 60 python3 benchmarks/store.py --out "$out"
       ;;
-    serving) step 120 python3 benchmarks/serving.py --out "$out" ;;
+    serving)
+      step 120 python3 benchmarks/serving.py --out "$out"
+      step 120 python3 benchmarks/steps.py --out "$out"
+      ;;
     hf) step 420 python3 benchmarks/hf.py --out "$out" ;;
     vllm) step 500 python3 benchmarks/vllm_serving.py --out "$out/vllm-h200.json" ;;
     sanitize) sanitize || failed+=("$name") ;;

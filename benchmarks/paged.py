@@ -9,7 +9,8 @@ whole public calls are timed, replayed from CUDA graphs.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -237,9 +238,20 @@ def the_line_alone() -> Iterator[None]:
     cluster.plan.cache_clear()
 
 
-def step_row(case: tuple[str, int, int, int, int, int], codec: TQ4Codec) -> dict[str, Any]:
-    """``ratio`` is the time of a store and of attention behind it over that of one call, ``against_line`` that of one call
-    which leaves lengths aside; keys with offsets, timed in turns."""
+StepCase = tuple[str, int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A case of ``STEPS``: its sequences, and the step that stores a token of each first, in one call or in two."""
+
+    batch: Batch
+    one_call: Callable[[], torch.Tensor]
+    two_calls: Callable[[], torch.Tensor]
+
+
+def step_of(case: StepCase, codec: TQ4Codec) -> Step:
+    """Keys with offsets; the bits of one call are those of two, or AssertionError."""
     name, sequences, heads, kv_heads, shortest, longest = case
     lengths = [GROUP * round(n / GROUP) for n in torch.linspace(shortest, longest, sequences).tolist()]
     caches = [(random_cache(1, kv_heads, n, HEAD_DIM), random_cache(1, kv_heads, n, HEAD_DIM)) for n in lengths]
@@ -264,11 +276,19 @@ def step_row(case: tuple[str, int, int, int, int, int], codec: TQ4Codec) -> dict
         results.append((call(), batch.cache.buffer.clone()))
     if not all(torch.equal(x, y) for x, y in zip(*results, strict=True)):
         raise AssertionError(f"{name}: one call does not give the bits of two")
-    worst = batch.error()
+    return Step(batch, one_call, two_calls)
+
+
+def step_row(case: StepCase, codec: TQ4Codec) -> dict[str, Any]:
+    """``ratio`` is the time of a store and of attention behind it over that of one call, ``against_line`` that of one call
+    which leaves lengths aside, timed in turns."""
+    name, sequences, heads, kv_heads, shortest, longest = case
+    step = step_of(case, codec)
+    worst = step.batch.error()
     with the_line_alone():
-        worst = max(worst, batch.error())
-        line = common.graphed(one_call)
-    calls = [common.graphed(two_calls), common.graphed(one_call), line]
+        worst = max(worst, step.batch.error())
+        line = common.graphed(step.one_call)
+    calls = [common.graphed(step.two_calls), common.graphed(step.one_call), line]
     turns = [[common.median_ms(call) for call in calls] for _ in range(3)]
     apart, ours, alone = (sorted(times)[1] for times in zip(*turns, strict=True))
     shape = {"sequences": sequences, "heads": heads, "kv_heads": kv_heads, "kv_len": [shortest, longest], "head_dim": HEAD_DIM}
