@@ -150,7 +150,7 @@ def run_store(generator: torch.Generator, head_dim: int, dtype: torch.dtype, sca
     def run(case: StoreCase) -> None:
         rotation, _, companding, _, centroids, scale = case.codec.writing
         tables = (rotation, companding, centroids, scale, case.cache.page_size)
-        New.of(case.k, case.v, case.cache.buffer, case.slot_mapping, *tables).store(leaves_room=turn % 2 == 0)
+        New(case.k, case.v, case.slot_mapping, case.cache.buffer, *tables).laid_out().store(leaves_room=turn % 2 == 0)
 
     for tokens, heads, page_size in ((1, 1, 16), (3, 2, 48), (67, 5, 48)):
         sizes = {"tokens": tokens, "heads": heads, "page_size": page_size, "head_dim": head_dim, "dtype": dtype}

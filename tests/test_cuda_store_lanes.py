@@ -33,8 +33,8 @@ def test_every_byte(generator, head_dim, dtype, scale, layout, slot_dtype):
     def run(case: StoreCase, **options: bool) -> None:
         rotation, _, companding, _, *scaling = case.codec.writing
         rotation = torch.empty(head_dim**2 + 1)[1:].view(head_dim, head_dim).copy_(rotation)  # which begins anywhere
-        where = (case.cache.buffer, case.slot_mapping)
-        New.of(case.k, case.v, *where, rotation, companding, *scaling, case.cache.page_size).store(**options)
+        where = (case.slot_mapping, case.cache.buffer)
+        New(case.k, case.v, *where, rotation, companding, *scaling, case.cache.page_size).laid_out().store(**options)
 
     for tokens, heads, page_size in ((1, 1, 16), (3, 2, 48), (41, 5, 48)):
         case = random_store(
@@ -117,4 +117,4 @@ def store_beside(k, v, cache, codec, slots, previous):
     """The same, with room left for a kernel behind it."""
     rotation, _, companding, _, centroids, scale = codec.writing
     how = (companding, centroids, scale, cache.page_size, True, codec.key_scales, previous)
-    New.of(k, v, cache.buffer, slots, rotation, *how).store(leaves_room=True)
+    New(k, v, slots, cache.buffer, rotation, *how).laid_out().store(leaves_room=True)

@@ -247,5 +247,5 @@ def store_and_decode_pages(
     assert rotation is not None
     assert centroids is not None
     how = (rotation, companding, centroids, scale, cache.page_size, cache.has_offsets, tables.key_scales, previous_slots)
-    new = New.of(k, v, cache.buffer, slot_mapping, *how)
+    new = New(k, v, slot_mapping, cache.buffer, *how).laid_out()
     decode_pages(q, cache, sequences, tables, sm_scale, masks, out, lse, hadamard=True, new=new)

@@ -5,7 +5,7 @@ What is compiled depends on the device, the head dimension, dtypes, the scale, a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import NamedTuple
 
@@ -130,7 +130,7 @@ class Sizes(NamedTuple):
 
 @dataclass(frozen=True)
 class New:
-    """Keys and values to be stored, where, and what writes them: arguments of :func:`store`, as the kernel takes them."""
+    """Keys and values to be stored, where, and what writes them: arguments of :func:`store`."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -145,31 +145,20 @@ class New:
     key_scales: torch.Tensor | None = None
     previous_slots: torch.Tensor | None = None
 
-    @classmethod
-    def of(
-        cls,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        buffer: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        rotation: torch.Tensor,
-        companding: torch.Tensor,
-        centroids: torch.Tensor,
-        scale: str,
-        page_size: int,
-        has_offsets: bool = False,
-        key_scales: torch.Tensor | None = None,
-        previous_slots: torch.Tensor | None = None,
-    ) -> New:
-        """Of the arguments of :func:`store`; copies where they do not lie as the kernel reads them."""
-        k, v, slots = aligned(k), aligned(v), slot_mapping.contiguous()
-        rotation, companding, centroids = aligned(rotation.contiguous()), companding.contiguous(), centroids.contiguous()
-        if key_scales is not None:
-            key_scales = key_scales.contiguous()
-        if previous_slots is not None:
-            previous_slots = previous_slots.to(slots.dtype).contiguous()
-        how = (has_offsets, key_scales, previous_slots)
-        return cls(k, v, slots, buffer, rotation, companding, centroids, scale, page_size, *how)
+    def laid_out(self) -> New:
+        """The same as the kernel reads it: copies of what does not lie so."""
+        scales, previous = self.key_scales, self.previous_slots
+        return replace(
+            self,
+            k=aligned(self.k),
+            v=aligned(self.v),
+            slots=self.slots.contiguous(),
+            rotation=aligned(self.rotation.contiguous()),
+            companding=self.companding.contiguous(),
+            centroids=self.centroids.contiguous(),
+            key_scales=None if scales is None else scales.contiguous(),
+            previous_slots=None if previous is None else previous.to(self.slots.dtype).contiguous(),
+        )
 
     @property
     def stored(self) -> Stored:
@@ -243,7 +232,7 @@ def store(
         RuntimeError: compiling or launching failed.
     """
     how = (scale, page_size, has_offsets, key_scales, previous_slots)
-    New.of(k, v, buffer, slot_mapping, rotation, companding, centroids, *how).store()
+    New(k, v, slot_mapping, buffer, rotation, companding, centroids, *how).laid_out().store()
 
 
 class TokenWriter:
